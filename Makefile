@@ -1,0 +1,33 @@
+# make demo   set-up, then train and evaluate a small detector with CBN
+# make test   set-up, then all tests
+# make setup  the environment alone
+#
+# PYTHON   the interpreter to make the environment with
+# TOOLBOX  openmmlab, or onedl for the maintained forks
+# DATA     demo: a COCO-format folder of your own
+# SEED     demo: the seed
+PYTHON ?= python3
+TOOLBOX ?= openmmlab
+VENV := $(if $(filter openmmlab,$(TOOLBOX)),.venv,.venv-$(TOOLBOX))
+RUN := $(VENV)/bin/python -W ignore::UserWarning
+SEED ?= 0
+WORK_DIR ?= work_dirs/demo
+
+.PHONY: setup demo test clean
+
+setup:
+	$(PYTHON) tools/setup_env.py $(VENV) --toolbox $(TOOLBOX)
+	@touch $(VENV)/ready
+
+$(VENV)/ready: setup.cfg
+	$(MAKE) setup
+
+demo: $(VENV)/ready
+	$(RUN) tools/demo.py configs/demo/faster-rcnn_r18_fpn_cbn-all_1xb4_shapes-coco.py \
+		--work-dir $(WORK_DIR) --seed $(SEED) $(if $(DATA),--data "$(DATA)")
+
+test: $(VENV)/ready
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+clean:
+	rm -rf $(VENV) work_dirs data

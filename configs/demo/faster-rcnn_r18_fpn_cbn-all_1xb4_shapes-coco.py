@@ -1,0 +1,37 @@
+_base_ = [
+    'mmdet::_base_/models/faster-rcnn_r50_fpn.py',
+    'mmdet::_base_/default_runtime.py', '../_base_/shapes_coco.py',
+    '../_base_/demo_schedule.py'
+]
+norm_cfg = dict(type='CBN', window_size=4)
+model = dict(
+    backbone=dict(
+        depth=18,
+        base_channels=32,
+        frozen_stages=-1,
+        norm_cfg=norm_cfg,
+        norm_eval=False,
+        init_cfg=None),
+    neck=dict(
+        in_channels=[32, 64, 128, 256],
+        out_channels=64,
+        num_outs=4,
+        norm_cfg=norm_cfg),
+    rpn_head=dict(
+        in_channels=64,
+        feat_channels=64,
+        anchor_generator=dict(scales=[6], strides=[4, 8, 16, 32])),
+    roi_head=dict(
+        bbox_roi_extractor=dict(
+            out_channels=64, roi_layer=dict(sampling_ratio=2)),
+        bbox_head=dict(
+            type='Shared4Conv1FCBBoxHead',
+            in_channels=64,
+            conv_out_channels=64,
+            fc_out_channels=256,
+            num_classes=7,
+            norm_cfg=norm_cfg)),
+    train_cfg=dict(
+        rpn_proposal=dict(nms_pre=300, max_per_img=150),
+        rcnn=dict(sampler=dict(num=64))),
+    test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=100)))

@@ -1,0 +1,36 @@
+"""Write ShapesCOCO, and a sheet of its images."""
+import argparse
+from pathlib import Path
+from typing import Optional, Sequence
+
+from ..data.coco_folder import find_coco_split
+from ..data.shapes_coco import make_shapes_coco
+from ..errors import SETUP_ERRORS, one_line_errors
+from ..pictures import save_sheet
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Write the data set as the command line says."""
+    parser = argparse.ArgumentParser(
+        description='Write ShapesCOCO, a small COCO-format data set',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('root', help='folder to write to')
+    parser.add_argument('--train', type=int, default=1200, help='images')
+    parser.add_argument('--val', type=int, default=200, help='images')
+    parser.add_argument(
+        '--size', type=int, default=192, help='height and width in pixels')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--workers', type=int, help='drawing processes')
+    args = parser.parse_args(argv)
+    with one_line_errors(SETUP_ERRORS):
+        root = make_shapes_coco(args.root, args.train, args.val, args.size,
+                                args.seed, args.workers)
+        split = find_coco_split(root, 'train')
+        sheet = Path(root) / 'sheet.png'
+        save_sheet(split.ann_file, split.image_dir, sheet)
+    print(f'{args.train} training and {args.val} validation images in {root}, '
+          f'a sheet of them in {sheet}')
+
+
+if __name__ == '__main__':
+    main()

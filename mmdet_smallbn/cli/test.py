@@ -1,0 +1,97 @@
+"""Evaluate a detector: mmdet's flags, and errors in one line."""
+import argparse
+from copy import deepcopy
+from typing import Optional, Sequence
+
+from mmengine.config import Config, ConfigDict
+
+from ..errors import (RUN_ERRORS, SETUP_ERRORS, SetupError, one_line_errors)
+from .runtime import add_common_arguments, build_runner, load_config
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Flags of mmdet's ``tools/test.py``."""
+    parser = argparse.ArgumentParser(description='Evaluate a detector')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    add_common_arguments(parser)
+    parser.add_argument(
+        '--out', metavar='FILE.pkl', help='write the predictions to a file')
+    parser.add_argument(
+        '--show', action='store_true', help='show the detections in a window')
+    parser.add_argument(
+        '--show-dir', metavar='DIR', help='write images of the detections to '
+        'this folder in the work folder')
+    parser.add_argument(
+        '--wait-time',
+        type=float,
+        default=2,
+        help='seconds that --show shows an image')
+    parser.add_argument(
+        '--tta', action='store_true', help='average over a flipped copy')
+    args = parser.parse_args(argv)
+    if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
+        parser.error(f'--out must end in .pkl or .pickle, but got {args.out}')
+    return args
+
+
+def apply_test_flags(cfg: Config, args: argparse.Namespace) -> None:
+    """Write the checkpoint, drawing and ``--tta`` to the config."""
+    cfg.load_from = args.checkpoint
+    if args.show or args.show_dir:
+        hooks = cfg.get('default_hooks', {})
+        if 'visualization' not in hooks:
+            raise SetupError('--show and --show-dir need the hook '
+                             'default_hooks.visualization in the config')
+        hooks.visualization.update(draw=True)
+        if args.show:
+            hooks.visualization.update(show=True, wait_time=args.wait_time)
+        if args.show_dir:
+            hooks.visualization.update(test_out_dir=args.show_dir)
+    if args.tta:
+        _add_tta(cfg)
+
+
+def _add_tta(cfg: Config) -> None:
+    """Test-time augmentation as configured, or a horizontal flip."""
+    model = cfg.get(
+        'tta_model',
+        dict(
+            type='DetTTAModel',
+            tta_cfg=dict(
+                nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)))
+    data = cfg.test_dataloader.dataset
+    while 'dataset' in data:
+        data = data['dataset']
+    pipeline = cfg.get('tta_pipeline')
+    if pipeline is None:
+        keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor',
+                'flip', 'flip_direction')
+        pipeline = deepcopy(list(data.pipeline))
+        pipeline[-1] = dict(
+            type='TestTimeAug',
+            transforms=[[
+                dict(type='RandomFlip', prob=1.),
+                dict(type='RandomFlip', prob=0.)
+            ], [dict(type='PackDetInputs', meta_keys=keys)]])
+    cfg.model = ConfigDict(**model, module=cfg.model)
+    data.pipeline = pipeline
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Evaluate as the command line says."""
+    args = parse_args(argv)
+    with one_line_errors(SETUP_ERRORS):
+        cfg = load_config(args)
+        apply_test_flags(cfg, args)
+        runner = build_runner(cfg)
+        if args.out is not None:
+            from mmdet.evaluation import DumpDetResults
+            runner.test_evaluator.metrics.append(
+                DumpDetResults(out_file_path=args.out))
+    with one_line_errors(RUN_ERRORS):
+        runner.test()
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,64 @@
+"""Train a detector: mmdet's flags, and errors in one line."""
+import argparse
+from typing import Optional, Sequence
+
+from mmengine.config import Config
+
+from ..errors import (RUN_ERRORS, SETUP_ERRORS, SetupError, one_line_errors)
+from .runtime import add_common_arguments, build_runner, load_config
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Flags of mmdet's ``tools/train.py``."""
+    parser = argparse.ArgumentParser(description='Train a detector')
+    parser.add_argument('config', help='config file')
+    add_common_arguments(parser)
+    parser.add_argument(
+        '--amp', action='store_true', help='train in mixed precision')
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='scale the learning rate with the batch size')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='go on from a checkpoint; without a value, from the latest one '
+        'in the work folder')
+    return parser.parse_args(argv)
+
+
+def apply_train_flags(cfg: Config, args: argparse.Namespace) -> None:
+    """Write ``--amp``, ``--auto-scale-lr`` and ``--resume`` to the config.
+
+    Raises:
+        SetupError: If the config gives no batch size to scale from.
+    """
+    if args.amp:
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.loss_scale = 'dynamic'
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            raise SetupError(
+                '--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...)'
+                f' in the config, but got {cfg.get("auto_scale_lr")}')
+        cfg.auto_scale_lr.enable = True
+    if args.resume is not None:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Train as the command line says."""
+    args = parse_args(argv)
+    with one_line_errors(SETUP_ERRORS):
+        cfg = load_config(args)
+        apply_train_flags(cfg, args)
+        runner = build_runner(cfg)
+    with one_line_errors(RUN_ERRORS):
+        runner.train()
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,1 @@
+"""ShapesCOCO, the small detection data set of the demo and the tests."""

@@ -1,0 +1,156 @@
+"""How a batch's moments move with the weight of the convolution before it."""
+from typing import NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from .moments import Moments
+
+
+class ConvCall(NamedTuple):
+    """One call x = conv(input; weight) + bias, all tensors detached.
+
+    Attributes:
+        input (Tensor): Shape (N, C_in, H_in, W_in).
+        weight (Tensor): The weight as used (after centralisation, in the
+            autocast dtype), shape (C, C_in / groups, kh, kw).
+        bias_trains (bool): Whether a bias is added that may move.
+        stride, padding, dilation (tuple[int, int]): As in ``nn.Conv2d``.
+        groups (int): As in ``nn.Conv2d``.
+    """
+    input: Tensor
+    weight: Tensor
+    bias_trains: bool
+    stride: Tuple[int, int]
+    padding: Tuple[int, int]
+    dilation: Tuple[int, int]
+    groups: int
+
+
+class AffineMoments(NamedTuple):
+    r"""Moments as first-order functions of the convolution's weight.
+
+    At the weight :math:`\theta`, with the batch's own mean :math:`c` held
+    fixed as the centre,
+
+    .. math::
+        \mu(\theta) = \text{offset}_\mu + \langle\partial\mu, \theta\rangle,
+        \qquad
+        s(\theta) = \text{offset}_s + \langle\partial s, \theta\rangle,
+
+    where :math:`s = \text{mean}((x - c)^2)`. The offsets make both exact at
+    the weight they were taken at, however the derivatives are rounded, and no
+    past weight is needed. All in float32 or float64.
+
+    Attributes:
+        centre (Tensor): Shape (C,).
+        mean_offset (Tensor): Shape (C,).
+        square_offset (Tensor): Shape (C,).
+        d_mean (Tensor): One patch for each group of output channels, shape
+            (groups, F) with F = C_in / groups * kh * kw.
+        d_square (Tensor): Shape (C, F).
+    """
+    centre: Tensor
+    mean_offset: Tensor
+    square_offset: Tensor
+    d_mean: Tensor
+    d_square: Tensor
+
+
+def _weight_gradient(grad: Tensor, input: Tensor, call: ConvCall,
+                     channels: int) -> Tensor:
+    """Gradient by a weight of ``channels`` filters, shape (channels, F)."""
+    weight = call.weight[:1].to(input.dtype).expand(
+        channels, *call.weight.shape[1:])
+    _, result, _ = torch.ops.aten.convolution_backward(
+        grad, input, weight, None, call.stride, call.padding, call.dilation,
+        False, (0, 0), call.groups, (False, True, False))
+    return result.flatten(1)
+
+
+@torch.no_grad()
+def affine_moments(x: Tensor, moments: Moments,
+                   call: ConvCall) -> AffineMoments:
+    r"""Derivatives of the moments of ``x`` by the weight that made it.
+
+    CBN (arXiv:2002.05712) Eq. (7), (8) and Appendix B. Only channel j's own
+    filter moves channel j's moments, so with patches :math:`p_i` of the input
+
+    .. math::
+        \frac{\partial\mu_j}{\partial\theta_j} = \frac1m\sum_i p_i, \qquad
+        \frac{\partial s_j}{\partial\theta_j}
+            = \frac2m\sum_i (x_{ij} - c_j)\, p_i :
+
+    the first is one patch for all channels of a group, the second one
+    weight-gradient convolution.
+
+    Args:
+        x (Tensor): Output of the convolution, shape (N, C, H, W).
+        moments (Moments): Moments of ``x``.
+        call (ConvCall): The call that made ``x``.
+
+    Returns:
+        AffineMoments: The moments as functions of the weight.
+    """
+    dtype = moments.mean.dtype
+    # The mean patch is linear in the input: examples are summed before the
+    # convolution, which then sees a batch of one.
+    ones = torch.ones((), dtype=dtype, device=x.device)
+    d_mean = _weight_gradient(
+        ones.expand(1, call.groups, *x.shape[2:]),
+        call.input.sum(0, keepdim=True, dtype=dtype), call,
+        call.groups) / moments.count
+
+    # 1 / m, taken half before and half after the sum, stays within float16.
+    scale = moments.count**-0.5
+    centred = (x - moments.mean.to(x.dtype).view(1, -1, 1, 1)) * scale
+    d_square = _weight_gradient(centred, call.input, call,
+                                x.size(1)).to(dtype) * (2 * scale)
+
+    mean, square = _inner_products(d_mean[None], d_square[None], call.weight)
+    return AffineMoments(moments.mean, moments.mean - mean[0],
+                         moments.var - square[0], d_mean, d_square)
+
+
+def _inner_products(d_mean: Tensor, d_square: Tensor,
+                    weight: Tensor) -> Tuple[Tensor, Tensor]:
+    """Inner products of k derivatives with a weight, two tensors (k, C)."""
+    k, groups, _ = d_mean.shape
+    filters = weight.detach().to(d_mean.dtype).flatten(1)
+    by_group = filters.view(groups, -1, filters.size(1)).transpose(1, 2)
+    # Autocast would run the products in half precision.
+    with torch.autocast(weight.device.type, enabled=False):
+        mean = torch.bmm(d_mean.transpose(0, 1), by_group)
+        square = torch.bmm(d_square.transpose(0, 1), filters.unsqueeze(2))
+    return (mean.transpose(0, 1).reshape(k, -1),
+            square.squeeze(2).transpose(0, 1))
+
+
+@torch.no_grad()
+def moments_at_weight(past: AffineMoments,
+                      weight: Tensor,
+                      bias_shift: Optional[Tensor] = None
+                      ) -> Tuple[Tensor, Tensor]:
+    r"""Yesterday's moments at today's weight, CBN Eq. (7), (8) and (10).
+
+    The mean square of Eq. (8), taken about the fixed centre, becomes a
+    variance: :math:`\nu - \mu^2 = s - (\mu - c)^2`. The
+    :math:`\max[\nu, \mu^2]` of Eq. (10) is its clamping at zero.
+
+    Args:
+        past (AffineMoments): k of them, stacked along a new first dimension.
+        weight (Tensor): Today's weight, shape (C, C_in / groups, kh, kw).
+        bias_shift (Tensor, optional): By how much the convolution's bias has
+            moved since, shape (k, C). None: it has not.
+
+    Returns:
+        tuple[Tensor, Tensor]: Means and biased variances, shape (k, C).
+    """
+    mean, square = _inner_products(past.d_mean, past.d_square, weight)
+    mean = past.mean_offset + mean
+    # The bias moves the mean one to one, and the second moment about the
+    # batch's own mean not at all, to first order.
+    if bias_shift is not None:
+        mean = mean + bias_shift
+    var = past.square_offset + square - (mean - past.centre).square()
+    return mean, var.clamp_(min=0)

@@ -1,0 +1,199 @@
+"""Burn-in: from the runner's iteration to the layers' state."""
+from typing import Dict, Optional, Sequence, Union
+
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import EpochBasedTrainLoop
+from torch import nn
+
+from ..errors import SetupError
+from ..layers import SmallBatchNorm, suggested_window_size
+
+
+@HOOKS.register_module()
+class BurnInHook(Hook):
+    """Keep norms to the present batch while the weights still change fast.
+
+    For CBN: window 1 for the first epochs (CBN, arXiv:2002.05712, Sec. 3.3: 3
+    of 12 on COCO); after them the window opens and fills. The hook also tells
+    the layers which iteration it is, so that a layer called twice in one
+    does not take it for two.
+
+    The phase is a function of the runner's epoch or iteration: a resumed run
+    is where it was, and ``load_from`` starts burn-in afresh. Without any hook
+    the layers do not burn in.
+
+    Example:
+        >>> custom_hooks = [dict(type='BurnInHook', epochs=3)]
+        >>> custom_hooks = [
+        ...     dict(type='BurnInHook', iters=10000, prefix='roi_head')]
+
+    Args:
+        epochs (int, optional): Length in epochs, for epoch-based training.
+        iters (int, optional): Length in the runner's iterations (with
+            gradient accumulation: of micro-batches). Exactly one of the two.
+        prefix (str | Sequence[str], optional): Modules of the model whose
+            norms burn in, such as ``'neck'``. None: the whole model. Several
+            hooks with different prefixes may be used.
+
+    Raises:
+        ValueError: If not exactly one of ``epochs`` and ``iters`` is given,
+            or it is negative.
+        SetupError: At the start of training, if no layer burns in, all of
+            them stay in evaluation mode, or burn-in is as long as the
+            training.
+    """
+    priority = 'ABOVE_NORMAL'
+
+    def __init__(self,
+                 epochs: Optional[int] = None,
+                 iters: Optional[int] = None,
+                 prefix: Union[str, Sequence[str], None] = None) -> None:
+        if (epochs is None) == (iters is None):
+            raise ValueError('BurnInHook takes exactly one of epochs and '
+                             f'iters, but got epochs={epochs}, iters={iters}')
+        self.unit = 'epochs' if iters is None else 'iters'
+        self.length = epochs if iters is None else iters
+        if not isinstance(self.length, int) or self.length < 0:
+            raise ValueError(f'BurnInHook: {self.unit} must be an integer of '
+                             f'at least 0, but got {self.length!r}')
+        self.prefixes = (prefix, ) if isinstance(prefix, str) else prefix
+        self._layers: Dict[str, SmallBatchNorm] = {}
+        self._told: Dict[str, SmallBatchNorm] = {}
+        self._burning: Optional[bool] = None
+
+    def before_train(self, runner) -> None:
+        """Find the layers, and check that the burn-in makes sense."""
+        model = runner.model
+        if is_model_wrapper(model):
+            model = model.module
+        self._told = {
+            name: layer
+            for name, layer in model.named_modules()
+            if isinstance(layer, SmallBatchNorm)
+        }
+        for name, layer in self._told.items():
+            layer.layer_name = name
+        self._layers = {
+            name: layer
+            for name, layer in self._told.items()
+            if layer.burns_in and self._covers(name)
+        }
+        if not self._layers:
+            self._raise_no_layer(runner, model)
+        self._check_length(runner)
+        self._burning = None
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        """Tell the layers the iteration and the phase."""
+        burning = self.is_burning_in(runner)
+        if self._burning is None:
+            self._check_modes(runner)
+            self._log_examples(runner)
+        if burning != self._burning:
+            self._log_phase(runner, burning)
+            self._burning = burning
+        for layer in self._told.values():
+            layer.iteration = runner.iter
+        for layer in self._layers.values():
+            layer.burning_in = burning
+
+    def after_train(self, runner) -> None:
+        """Let the layers go: who calls them next has iterations of his own."""
+        for layer in self._told.values():
+            layer.iteration = None
+        for layer in self._layers.values():
+            layer.burning_in = False
+
+    def is_burning_in(self, runner) -> bool:
+        """Whether the runner's present iteration lies in the burn-in."""
+        now = runner.epoch if self.unit == 'epochs' else runner.iter
+        return now < self.length
+
+    def _covers(self, name: str) -> bool:
+        return self.prefixes is None or any(
+            name == p or name.startswith(f'{p}.') for p in self.prefixes)
+
+    def _raise_no_layer(self, runner, model: nn.Module) -> None:
+        where = ('the model' if self.prefixes is None else
+                 f'{" or ".join(map(repr, self.prefixes))} of the model')
+        message = f'BurnInHook: {where} holds no layer that burns in'
+        burning = [n for n, layer in self._told.items() if layer.burns_in]
+        converted = any(
+            isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+        if burning:
+            parts = sorted({name.split('.')[0] for name in burning})
+            message += f'; such layers are in {", ".join(parts)}'
+        elif converted or runner.cfg.get('sync_bn'):
+            message += (
+                ". Its norms were converted to SyncBatchNorm: remove sync_bn="
+                f'{runner.cfg.get("sync_bn")!r} (or use_syncbn) from the '
+                'config, it replaces every BatchNorm and kin')
+        else:
+            message += (". Give it one, such as norm_cfg=dict(type='CBN'), or "
+                        'remove the hook')
+        raise SetupError(message)
+
+    def _check_length(self, runner) -> None:
+        by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
+        if self.unit == 'epochs' and not by_epoch:
+            raise SetupError(
+                f'BurnInHook: epochs={self.length}, but the training loop '
+                f'{type(runner.train_loop).__name__} counts iterations. Use '
+                'iters')
+        total = runner.max_epochs if self.unit == 'epochs' else (
+            runner.max_iters)
+        if self.length and self.length >= total:
+            raise SetupError(
+                f'BurnInHook: {self.unit}={self.length} is no shorter than '
+                f'the training ({total} {self.unit}), and the norms would '
+                'never be used. For a trial run set '
+                f'--cfg-options custom_hooks.0.{self.unit}=0')
+
+    def _check_modes(self, runner) -> None:
+        """Norms that should train but are kept in evaluation mode."""
+        asleep = [
+            name for name, layer in self._layers.items() if not layer.training
+            and any(p.requires_grad for p in layer.parameters())
+        ]
+        if not asleep:
+            return
+        message = (
+            f'BurnInHook: {len(asleep)} of {len(self._layers)} norms stay in '
+            f'evaluation mode, {asleep[0]!r} the first of them: they are not '
+            'frozen, but normalise with their running statistics. Set '
+            'norm_eval=False in the backbone if they should train')
+        if len(asleep) == len(self._layers):
+            raise SetupError(message)
+        runner.logger.warning(message)
+
+    def _log_examples(self, runner) -> None:
+        loader = runner.train_dataloader
+        images = loader.batch_size or getattr(loader.batch_sampler,
+                                              'batch_size', None)
+        if not isinstance(images, int):
+            return
+        kinds: Dict[tuple, int] = {}
+        for layer in self._layers.values():
+            if layer.training:
+                kind = (type(layer).__name__, layer.window_size)
+                kinds[kind] = kinds.get(kind, 0) + 1
+        suggested = suggested_window_size(images)
+        for (name, window), count in kinds.items():
+            message = (
+                f'{count} {name} layers: window {window} x {images} images = '
+                f'{window * images} examples behind the statistics')
+            if window != suggested:
+                message += (f'; the CBN paper suggests window_size={suggested}'
+                            f' (min(ceil(16 / {images}), 8))')
+            runner.logger.info(message)
+
+    def _log_phase(self, runner, burning: bool) -> None:
+        where = f'iteration {runner.iter}, epoch {runner.epoch}'
+        if burning:
+            phase = f'burn-in of {self.length} {self.unit}: window 1'
+        else:
+            phase = 'the window opens, burn-in is over'
+        runner.logger.info(
+            f'{len(self._layers)} norms at {where}: {phase}')

@@ -1,0 +1,179 @@
+"""Cross-Iteration Batch Normalization.
+
+Paper: Cross-Iteration Batch Normalization, Yao et al., CVPR 2021,
+arXiv:2002.05712. Released code: Howal/Cross-iterationBatchNorm.
+
+Where this differs from the released code, it follows the paper: past entries
+are clamped by max[nu, mu^2] (Eq. 10) where the code drops them, eps is inside
+the root and the variance is biased (Eq. 12). No past weights are kept, and
+the backward is in closed form.
+"""
+import warnings
+from typing import List, Optional, Tuple
+
+from mmengine.registry import MODELS
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..functional import Moments
+from .base import SmallBatchNorm
+from .conv_call import FROZEN, find_producer, graph_is_recorded
+from .moment_window import MomentWindow
+
+
+@MODELS.register_module()
+class CBN(SmallBatchNorm, _BatchNorm):
+    r"""Cross-Iteration Batch Normalization (arXiv:2002.05712).
+
+    A small batch is normalised with the statistics of the last ``window_size``
+    iterations. Those of a past iteration were made by other weights; they are
+    brought to today's by a first-order Taylor polynomial in the weight (and
+    bias) :math:`\theta` of the convolution before the layer, Eq. (7)-(12):
+
+    .. math::
+        \mu_{t-\tau}(\theta_t) &= \mu_{t-\tau} + \left\langle
+            \tfrac{\partial \mu_{t-\tau}}{\partial \theta},
+            \theta_t - \theta_{t-\tau}\right\rangle, \qquad
+        \nu_{t-\tau}(\theta_t) = \nu_{t-\tau} + \left\langle
+            \tfrac{\partial \nu_{t-\tau}}{\partial \theta},
+            \theta_t - \theta_{t-\tau}\right\rangle, \\
+        \bar\mu &= \tfrac1k \textstyle\sum_\tau \mu_{t-\tau}(\theta_t), \qquad
+        \bar\nu = \tfrac1k \textstyle\sum_\tau \max\left[
+            \nu_{t-\tau}(\theta_t), \mu_{t-\tau}(\theta_t)^2\right], \\
+        y &= \gamma\,\frac{x - \bar\mu}
+            {\sqrt{\bar\nu - \bar\mu^2 + \epsilon}} + \beta.
+
+    While fewer than ``window_size`` iterations are at hand, the average is
+    over those that are. Every iteration has the same weight, whatever its
+    batch size. With ``window_size=1``, and in burn-in, the layer is
+    ``nn.BatchNorm2d``: outputs, gradients and running statistics.
+
+    The convolution is found in the autograd graph, so that
+    ``norm_cfg=dict(type='CBN')`` is all there is to write. When the layer
+
+    - follows a frozen convolution, or nothing that trains: the past needs no
+      compensation and is used as it is;
+    - follows anything but a convolution (a sum, a pooling, a deformable or
+      transposed convolution): it normalises with the present batch, as
+      BatchNorm, and warns once;
+    - runs under ``no_grad`` or inside activation checkpointing: the same,
+      and nothing enters the window;
+    - is called several times in an iteration and a hook tells the iterations
+      (:class:`mmdet_smallbn.BurnInHook`): each of the calls has a window of
+      its own, in their order. Without a hook every call is an iteration.
+
+    Loading a state dict empties the window; a checkpoint does not hold it.
+
+    Args:
+        num_features (int): Channels C.
+        eps (float): Added to the variance, inside the root.
+        momentum (float, optional): Weight of the present batch in the running
+            statistics. None: cumulative average.
+        affine (bool): Whether there are scale and shift to learn.
+        track_running_stats (bool): Whether to keep running statistics.
+        window_size (int): Iterations in the statistics, the present one
+            included. The paper suggests
+            :func:`suggested_window_size` of the images per GPU.
+        compensate (bool): False: use the past's statistics as they are, the
+            paper's "Naive CBN".
+
+    Shape:
+        - Input: (N, C, H, W). N may differ from call to call, and be 0.
+        - Output: the same shape and dtype.
+
+    Raises:
+        ValueError: If ``window_size`` is not an integer of at least 1, or if
+            a channel has one value and there is no past to join it.
+    """
+
+    burns_in = True
+
+    def __init__(self,
+                 num_features: int,
+                 eps: float = 1e-5,
+                 momentum: Optional[float] = 0.1,
+                 affine: bool = True,
+                 track_running_stats: bool = True,
+                 window_size: int = 4,
+                 compensate: bool = True,
+                 device=None,
+                 dtype=None) -> None:
+        if (not isinstance(window_size, int) or isinstance(window_size, bool)
+                or window_size < 1):
+            raise ValueError('window_size must be an integer of at least 1, '
+                             f'but got {window_size!r}')
+        super().__init__(num_features, eps, momentum, affine,
+                         track_running_stats, device, dtype)
+        self.window_size = window_size
+        self.compensate = compensate
+        self._windows: List[MomentWindow] = []
+        self._warned = False
+
+    def reset_state(self) -> None:
+        """Empty the window."""
+        self._windows = []
+
+    def statistics(
+            self, x: Tensor, moments: Moments
+    ) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+        """Eq. (9)-(11): the moments of the window at today's weight."""
+        if self.window_size == 1 or self.burning_in:
+            return self.batch_statistics(moments)
+        if not graph_is_recorded():
+            return self.batch_statistics(moments)
+        producer = find_producer(x) if self.compensate else FROZEN
+        if not producer.known:
+            self._warn_unknown(x)
+            return self.batch_statistics(moments)
+        window = self._window_of_call()
+        if moments.count == 1 and window.filled == 0:
+            return self.batch_statistics(moments)  # raises
+        return window.pool(x, moments, producer.call)
+
+    def _window_of_call(self) -> MomentWindow:
+        call = self._next_call()
+        if call == len(self._windows):
+            self._windows.append(MomentWindow(self.window_size))
+        return self._windows[call]
+
+    def _warn_unknown(self, x: Tensor) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        made_by = x.grad_fn.name() if x.grad_fn is not None else 'a leaf'
+        warnings.warn(
+            f'{self._who()} follows no convolution whose weight it can '
+            f'compensate for (its input was made by {made_by}): it '
+            'normalises with the present batch alone, as BatchNorm. Put it '
+            "after a convolution, or use type='NaiveCBN'")
+
+    def _apply(self, fn, *args, **kwargs):
+        super()._apply(fn, *args, **kwargs)
+        anchor = self.weight if self.weight is not None else self.running_mean
+        if anchor is not None:
+            for window in self._windows:
+                window.to(anchor.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return (f'{super().extra_repr()}, window_size={self.window_size}, '
+                f'compensate={self.compensate}')
+
+
+@MODELS.register_module()
+class NaiveCBN(CBN, _BatchNorm):
+    """CBN without compensation, the paper's baseline "Naive CBN".
+
+    Args:
+        num_features (int): Channels C.
+        window_size (int): Iterations in the statistics.
+        **kwargs: The other arguments of :class:`CBN`, ``compensate`` apart.
+    """
+
+    def __init__(self, num_features: int, *args, **kwargs) -> None:
+        super().__init__(num_features, *args, compensate=False, **kwargs)
+
+
+def suggested_window_size(images_per_gpu: int) -> int:
+    """The paper's suggestion, min(ceil(16 / images per GPU), 8), Sec. 4.3."""
+    return min(-(-16 // images_per_gpu), 8)

@@ -1,0 +1,176 @@
+"""The pictures that the tools leave behind."""
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Polygon, Rectangle
+from pycocotools.coco import COCO
+
+_INK = '#333333'
+
+
+class Objects(NamedTuple):
+    """What is drawn on an image.
+
+    Attributes:
+        boxes (Sequence): Boxes in pixels as x, y, width, height.
+        labels (Sequence[int]): Index of each one's class.
+        scores (Sequence[float], optional): Confidences in [0, 1].
+        polygons (Sequence[Sequence], optional): For each, its outlines as
+            flat lists x1, y1, x2, y2, …
+    """
+    boxes: Sequence
+    labels: Sequence[int]
+    scores: Optional[Sequence[float]] = None
+    polygons: Optional[Sequence[Sequence]] = None
+
+
+def coco_objects(coco: COCO, image_id: int) -> Objects:
+    """Ground truth of one image."""
+    anns = coco.loadAnns(coco.getAnnIds(image_id, iscrowd=False))
+    order = {cat: i for i, cat in enumerate(coco.getCatIds())}
+    polygons = [
+        a['segmentation'] if isinstance(a.get('segmentation'), list) else []
+        for a in anns
+    ]
+    return Objects([a['bbox'] for a in anns],
+                   [order[a['category_id']] for a in anns], None, polygons)
+
+
+def draw_objects(ax: Axes, image: np.ndarray, objects: Objects,
+                 classes: Sequence[str]) -> None:
+    """Draw an image in RGB, shape (H, W, 3), with boxes, names and outlines.
+
+    Names are inside the image, above their box where there is room.
+    """
+    height, width = image.shape[:2]
+    ax.imshow(image, interpolation='bilinear')
+    ax.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+    palette = colormaps['tab10' if len(classes) <= 10 else 'hsv']
+    for index, (box, label) in enumerate(zip(objects.boxes, objects.labels)):
+        colour = palette(label if len(classes) <= 10 else label / len(classes))
+        x, y, w, h = box
+        ax.add_patch(
+            Rectangle((x, y), w, h, fill=False, edgecolor=colour, lw=1.6))
+        for points in (objects.polygons[index] if objects.polygons else ()):
+            ax.add_patch(
+                Polygon(
+                    np.reshape(points, (-1, 2)),
+                    facecolor=(*colour[:3], 0.35),
+                    edgecolor='white',
+                    lw=0.6))
+        text = classes[label]
+        if objects.scores is not None:
+            text += f' {objects.scores[index]:.2f}'
+        above = y > 0.06 * height
+        ax.text(
+            max(x, 1),
+            y - 1 if above else y + 1,
+            text,
+            color='white',
+            fontsize=7,
+            clip_on=True,
+            va='bottom' if above else 'top',
+            bbox=dict(facecolor=colour, edgecolor='none', pad=1))
+
+
+def _read_rgb(path: Union[str, Path]) -> np.ndarray:
+    import cv2
+    image = cv2.imread(str(path))
+    if image is None:
+        raise FileNotFoundError(f'no image at {path}')
+    return image[..., ::-1]
+
+
+def save_sheet(ann_file: Union[str, Path],
+               image_dir: Union[str, Path],
+               path: Union[str, Path],
+               rows: int = 4,
+               columns: int = 6) -> None:
+    """Save the first images of a COCO-format data set with annotations."""
+    coco = COCO(str(ann_file))
+    classes = [c['name'] for c in coco.loadCats(coco.getCatIds())]
+    figure = Figure(figsize=(2.4 * columns, 2.4 * rows), layout='tight')
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes:
+        ax.axis('off')
+    for ax, image in zip(axes, coco.loadImgs(coco.getImgIds())):
+        ax.axis('on')
+        draw_objects(ax, _read_rgb(Path(image_dir) / image['file_name']),
+                     coco_objects(coco, image['id']), classes)
+    figure.savefig(path, dpi=110)
+
+
+def save_detections(rows: Sequence[Tuple[Union[str, Path], Objects, Objects]],
+                    classes: Sequence[str], path: Union[str, Path]) -> None:
+    """Save ground truth beside detections, two images a line.
+
+    Args:
+        rows (Sequence[tuple]): Image file, ground truth and detections.
+        classes (Sequence[str]): Names of the classes.
+        path (str | Path): Picture to write.
+    """
+    lines = -(-len(rows) // 2)
+    figure = Figure(figsize=(13, 3.4 * lines), layout='tight')
+    axes = figure.subplots(lines, 4, squeeze=False).reshape(-1, 2)
+    for pair in axes[len(rows):]:
+        for ax in pair:
+            ax.axis('off')
+    for (left, right), (file, truth, found) in zip(axes, rows):
+        image = _read_rgb(file)
+        draw_objects(left, image, truth, classes)
+        draw_objects(right, image, found, classes)
+        left.set_title('ground truth', fontsize=9, color=_INK)
+        right.set_title('detections', fontsize=9, color=_INK)
+    figure.savefig(path, dpi=110)
+
+
+def save_curves(scalars: List[Dict[str, Any]],
+                path: Union[str, Path],
+                opens_at: Optional[int] = None) -> None:
+    """Save loss and box AP over the iterations of a run.
+
+    Args:
+        scalars (list[dict]): Records of mmengine's local backend, of an
+            iteration-based run.
+        path (str | Path): Picture to write.
+        opens_at (int, optional): Iteration at which burn-in ends.
+    """
+    figure = Figure(figsize=(10, 3.8), layout='tight')
+    loss_ax, ap_ax = figure.subplots(1, 2)
+    losses = [(r['step'], r['loss']) for r in scalars if 'loss' in r]
+    loss_ax.plot(*zip(*losses), color='#1f5fa8', lw=1.6)
+    loss_ax.set(title='Training loss', ylim=(0, None))
+    key = 'coco/bbox_mAP'
+    for name, label, colour in ((key, 'AP', '#c0392b'),
+                                (f'{key}_50', 'AP50', '#e59866')):
+        points = [(r['step'], r[name]) for r in scalars if name in r]
+        ap_ax.plot(*zip(*points), 'o-', color=colour, lw=1.6, label=label)
+        ap_ax.annotate(
+            f'{points[-1][1]:.3f}',
+            points[-1],
+            xytext=(0, 6),
+            textcoords='offset points',
+            ha='right',
+            color=colour)
+    ap_ax.set(title='Box AP on validation images', ylim=(0, 1))
+    ap_ax.legend(frameon=False, loc='upper left')
+    for ax in (loss_ax, ap_ax):
+        ax.set_xlabel('iteration')
+        ax.set_xlim(left=0)
+        ax.grid(alpha=0.25)
+        ax.spines[['top', 'right']].set_visible(False)
+        if opens_at:
+            ax.axvline(opens_at, color='grey', ls=':', lw=1)
+            ax.text(
+                opens_at,
+                ax.get_ylim()[1],
+                ' window opens',
+                color='grey',
+                fontsize=8,
+                va='top')
+    figure.savefig(path, dpi=110)

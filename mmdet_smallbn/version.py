@@ -1,0 +1,47 @@
+"""The package's version, and the versions of the toolbox that it works in."""
+from importlib.metadata import PackageNotFoundError, version
+
+from packaging.version import Version
+
+__version__ = '0.1.0'
+
+# Import name: (distributions that provide it, lower bound included, upper
+# bound excluded, whether the package can do without it).
+BOUNDS = {
+    'torch': (('torch', ), '2.0.0', None, False),
+    'mmengine': (('mmengine', 'onedl-mmengine'), '0.8.0', '1.0.0', False),
+    'mmcv': (('mmcv', 'onedl-mmcv'), '2.0.0', '3.0.0', True),
+    'mmdet': (('mmdet', 'onedl-mmdetection'), '3.0.0', '4.0.0', True),
+}
+
+
+def _installed(distributions):
+    for name in distributions:
+        try:
+            return name, Version(version(name))
+        except PackageNotFoundError:
+            continue
+    return distributions[0], None
+
+
+def check_versions() -> None:
+    """Compare what is installed with :data:`BOUNDS`.
+
+    mmcv and mmdet may be missing: the layers work in any mmengine model.
+
+    Raises:
+        ImportError: Naming the package, what was found and the bounds.
+    """
+    for distributions, lower, upper, optional in BOUNDS.values():
+        name, found = _installed(distributions)
+        if found is None and optional:
+            continue
+        wanted = f'>={lower}' + (f',<{upper}' if upper else '')
+        if found is None:
+            raise ImportError(
+                f'mmdet_smallbn {__version__} needs {name}{wanted}, but it is '
+                f'not installed. Remedy: pip install "{name}{wanted}"')
+        if found < Version(lower) or (upper and found >= Version(upper)):
+            raise ImportError(
+                f'mmdet_smallbn {__version__} needs {name}{wanted}, but found '
+                f'{name} {found}. Remedy: pip install "{name}{wanted}"')
