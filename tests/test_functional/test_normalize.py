@@ -1,0 +1,85 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmdet_smallbn.functional import batch_moments, normalize, pool_moments
+
+
+def _inputs(n=3, c=4, h=5, w=2):
+    x = torch.randn(n, c, h, w).double().requires_grad_()
+    weight = torch.rand(c).double().requires_grad_()
+    bias = torch.randn(c).double().requires_grad_()
+    return x, weight, bias
+
+
+def test_own_statistics_are_batch_norm():
+    x, weight, bias = _inputs()
+    grad = torch.randn_like(x)
+    moments = batch_moments(x)
+    out = normalize(x, moments.mean, moments.var, weight, bias, 1e-3)
+    expected = F.batch_norm(x, None, None, weight, bias, True, 0., 1e-3)
+    torch.testing.assert_close(out, expected)
+    for found, wanted in zip(
+            torch.autograd.grad(out, (x, weight, bias), grad),
+            torch.autograd.grad(expected, (x, weight, bias), grad)):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize('affine', [True, False])
+def test_pooled_statistics_pass_their_share_of_the_gradient(affine):
+    """Against autograd through mean and mean square of two batches."""
+    x, weight, bias = _inputs()
+    other = torch.randn(2, 4, 3, 3).double()
+    parts = [batch_moments(x), batch_moments(other)]
+    statistics = pool_moments(
+        torch.stack([p.mean for p in parts]),
+        torch.stack([p.var for p in parts]), torch.ones(
+            2, 4, dtype=torch.bool))
+    mean, var, share = statistics
+    leaves = (x, weight, bias) if affine else (x, )
+    out = normalize(x, mean, var, *(leaves[1:] or (None, None)), 1e-5, share)
+
+    def expected():
+        mu = (x.mean((0, 2, 3)) + other.mean((0, 2, 3))) / 2
+        nu = ((x**2).mean((0, 2, 3)) + (other**2).mean((0, 2, 3))) / 2
+        y = ((x - mu.view(1, -1, 1, 1)) /
+             (nu - mu**2 + 1e-5).sqrt().view(1, -1, 1, 1))
+        if affine:
+            y = y * weight.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)
+        return y
+
+    grad = torch.randn_like(x)
+    wanted = expected()
+    torch.testing.assert_close(out, wanted)
+    for a, b in zip(
+            torch.autograd.grad(out, leaves, grad),
+            torch.autograd.grad(wanted, leaves, grad)):
+        torch.testing.assert_close(a, b)
+
+
+def test_only_what_is_needed_gets_a_gradient():
+    x, weight, bias = _inputs()
+    moments = batch_moments(x)
+    out = normalize(x.detach(), moments.mean, moments.var, weight.detach(),
+                    bias)
+    out.sum().backward()
+    assert x.grad is None and weight.grad is None
+    torch.testing.assert_close(bias.grad, torch.full_like(bias, 30.))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_its_dtype(dtype):
+    x = torch.randn(2, 3, 4, 4).to(dtype).requires_grad_()
+    weight = torch.rand(3, requires_grad=True)
+    moments = batch_moments(x)
+    share = torch.full((3, ), 0.5)
+    out = normalize(x, moments.mean, moments.var, weight, None, 1e-5, share)
+    assert out.dtype == dtype
+    out.float().square().sum().backward()
+    assert x.grad.dtype == dtype and weight.grad.dtype == torch.float32
+    x32 = x.detach().float().requires_grad_()
+    w32 = weight.detach().clone().requires_grad_()
+    out32 = normalize(x32, moments.mean, moments.var, w32, None, 1e-5, share)
+    out32.square().sum().backward()
+    torch.testing.assert_close(x.grad.float(), x32.grad, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(weight.grad, w32.grad, rtol=0.05, atol=0.05)

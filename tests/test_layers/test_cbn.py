@@ -1,0 +1,429 @@
+import copy
+import math
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmdet_smallbn import CBN, NaiveCBN, suggested_window_size
+from tests.reference import (LiteralCBN, ReparametrisedConv2d, centred,
+                             relative_error, standardised)
+
+CONVS = {
+    '1x1': dict(kernel_size=1),
+    '3x3': dict(kernel_size=3, padding=1),
+    'strided': dict(kernel_size=3, stride=2, padding=1),
+    'dilated': dict(kernel_size=3, dilation=2, padding=2),
+    'grouped': dict(kernel_size=3, padding=1, groups=2),
+    'depthwise': dict(kernel_size=3, padding=1, groups=4, out_channels=4),
+    'multiplier': dict(kernel_size=3, padding=1, groups=4),
+    'asymmetric': dict(
+        kernel_size=(1, 5), stride=(2, 1), padding=(0, 3), dilation=(1, 2)),
+    'biased': dict(kernel_size=3, padding=1, bias=True),
+    'reflect': dict(kernel_size=3, padding=1, padding_mode='reflect'),
+    'centred': dict(kernel_size=3, padding=1, effective=centred),
+    'standardised': dict(kernel_size=3, padding=1, effective=standardised),
+}
+
+
+def _conv(kernel_size, out_channels=8, bias=False, effective=None, **kwargs):
+    cls = nn.Conv2d
+    if effective is not None:
+        cls = ReparametrisedConv2d
+        kwargs['effective'] = effective
+    return cls(4, out_channels, kernel_size, bias=bias, **kwargs).double()
+
+
+def _literal(conv, layer):
+    """The reference in terms of the weight as used, and of the bias."""
+
+    def forward(parameters, x):
+        # nn.Conv2d's own forward: the effective weight goes in as it is.
+        weight, bias = (*parameters, None)[:2]
+        return nn.Conv2d._conv_forward(conv, x, weight, bias)
+
+    return LiteralCBN(forward, layer.window_size, layer.compensate, layer.eps)
+
+
+def _effective(conv):
+    weight = conv.weight
+    if isinstance(conv, ReparametrisedConv2d):
+        weight = conv.effective(weight)
+    return [weight] if conv.bias is None else [weight, conv.bias]
+
+
+def _layer(conv, **kwargs):
+    layer = CBN(conv.out_channels, **kwargs).double()
+    nn.init.uniform_(layer.weight, 0.5, 1.5)
+    nn.init.normal_(layer.bias)
+    return layer
+
+
+@pytest.mark.parametrize('compensate', [True, False])
+@pytest.mark.parametrize('window_size', [1, 4, 8])
+@pytest.mark.parametrize('name', CONVS)
+def test_equals_the_literal_equations(name, window_size, compensate):
+    """Outputs and all gradients over 12 updates with changing batches."""
+    torch.manual_seed(0)
+    conv = _conv(**CONVS[name])
+    layer = _layer(conv, window_size=window_size, compensate=compensate)
+    reference = _literal(conv, layer)
+    leaves = [*conv.parameters(), *layer.parameters()]
+    optimizer = torch.optim.SGD(leaves, lr=0.05, momentum=0.9)
+    for step in range(12):
+        size = (1 + step % 3, 4, 7 + step % 2, 9)
+        x = (torch.randn(size).double() * 2 + 1).requires_grad_()
+        expected = reference(_effective(conv), x, layer.weight, layer.bias)
+        out = layer(conv(x))
+        grad = torch.randn_like(out)
+        assert relative_error(out, expected) < 1e-9
+        wanted = torch.autograd.grad(expected, [x, *leaves], grad)
+        found = torch.autograd.grad(out, [x, *leaves], grad)
+        scale = max(g.abs().max() for g in wanted)
+        for a, b in zip(found, wanted):
+            # Window 1: a bias before BatchNorm has a gradient of zero.
+            assert (a - b).abs().max() < 1e-9 * max(b.abs().max(),
+                                                    1e-4 * scale)
+        for leaf, g in zip(leaves, found[1:]):
+            leaf.grad = g
+        optimizer.step()
+
+
+def test_clamping_is_reached_and_right():
+    """Steps so large that Eq. (8) leaves nu < mu^2, which Eq. (10) mends."""
+    torch.manual_seed(0)
+    conv = _conv(**CONVS['biased'])
+    layer = _layer(conv, window_size=4)
+    reference = _literal(conv, layer)
+    for _ in range(12):
+        x = torch.randn(2, 4, 6, 6).double() + 3
+        expected = reference(_effective(conv), x, layer.weight, layer.bias)
+        assert relative_error(layer(conv(x)), expected) < 1e-9
+        with torch.no_grad():
+            for p in conv.parameters():
+                p.add_(torch.randn_like(p) * 0.5)
+    assert reference.clamped > 20
+
+
+@pytest.mark.parametrize('settings', [
+    dict(), dict(momentum=None), dict(affine=False),
+    dict(track_running_stats=False), dict(eps=1e-2, momentum=0.3)
+])
+def test_window_1_is_batch_norm(settings):
+    torch.manual_seed(0)
+    conv = _conv(**CONVS['3x3'])
+    ours = CBN(8, window_size=1, **settings).double()
+    theirs = nn.BatchNorm2d(8, **settings).double()
+    for step in range(10):
+        x = torch.randn(1 + step % 3, 4, 5, 5).double()
+        for mode in (True, False):
+            ours.train(mode)
+            theirs.train(mode)
+            a, b = (norm(conv(x)) for norm in (ours, theirs))
+            grad = torch.randn_like(a)
+            leaves = ([*conv.parameters(), *ours.parameters()],
+                      [*conv.parameters(), *theirs.parameters()])
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+            for g, h in zip(
+                    torch.autograd.grad(a, leaves[0], grad),
+                    torch.autograd.grad(b, leaves[1], grad)):
+                torch.testing.assert_close(g, h, rtol=1e-10, atol=1e-10)
+            for key, value in theirs.state_dict().items():
+                torch.testing.assert_close(ours.state_dict()[key], value)
+
+
+@pytest.mark.parametrize('cls', [CBN, NaiveCBN])
+def test_frozen_weights_make_k_batches_one(cls):
+    """CBN over k batches equals BatchNorm over their concatenation."""
+    torch.manual_seed(0)
+    conv = _conv(**CONVS['biased'])
+    layer = cls(8, window_size=4).double()
+    batches = [torch.randn(2, 4, 6, 6).double() * i for i in range(1, 7)]
+    for end, x in enumerate(batches, 1):
+        out = layer(conv(x))
+        joined = torch.cat(batches[max(0, end - 4):end])
+        expected = F.batch_norm(
+            conv(joined), None, None, training=True, eps=layer.eps)[-2:]
+        torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_running_statistics_follow_the_present_batch():
+    torch.manual_seed(0)
+    conv = _conv(**CONVS['3x3'])
+    ours = CBN(8, window_size=4).double()
+    theirs = nn.BatchNorm2d(8).double()
+    for _ in range(6):
+        y = conv(torch.randn(2, 4, 5, 5).double())
+        ours(y)
+        theirs(y)
+        with torch.no_grad():
+            conv.weight.add_(torch.randn_like(conv.weight) * 0.1)
+    for key, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[key], value)
+
+
+def _errors(step):
+    """Mean errors of CBN and NaiveCBN, against the past batches sent through
+    today's weight, in float32."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+    layers = [CBN(16, window_size=4), NaiveCBN(16, window_size=4)]
+    batches, errors = [], torch.zeros(2)
+    for _ in range(12):
+        batches = [*batches, torch.randn(2, 16, 8, 8) + 1][-4:]
+        y = conv(batches[-1])
+        wanted = F.batch_norm(
+            conv(torch.cat(batches)), None, None, training=True)[-2:]
+        errors += torch.stack([(layer(y) - wanted).abs().mean()
+                               for layer in layers]).detach()
+        with torch.no_grad():
+            conv.weight.add_(torch.randn_like(conv.weight) * step)
+    return errors
+
+
+def test_compensation_leaves_an_error_of_second_order():
+    """Half the weight step: half the naive error, a quarter of CBN's."""
+    coarse, fine = _errors(2e-3), _errors(1e-3)
+    assert coarse[0] < 0.1 * coarse[1]
+    assert 0.2 < fine[0] / coarse[0] < 0.3
+    assert 0.45 < fine[1] / coarse[1] < 0.55
+
+
+def test_autocast_is_close_to_float32():
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(2)]
+    convs[1].load_state_dict(convs[0].state_dict())
+    layers = [CBN(8, window_size=4) for _ in range(2)]
+    for _ in range(6):
+        x = torch.randn(2, 8, 8, 8) + 1
+        plain = layers[0](convs[0](x))
+        with torch.autocast('cpu', torch.bfloat16):
+            half = layers[1](convs[1](x))
+        assert half.dtype == torch.bfloat16
+        torch.testing.assert_close(half.float(), plain, rtol=0.05, atol=0.05)
+        step = torch.randn_like(convs[0].weight) * 0.02
+        with torch.no_grad():
+            for conv in convs:
+                conv.weight.add_(step)
+
+
+def _step(conv, layer, n=2):
+    layer(conv(torch.randn(n, 4, 6, 6).double())).sum().backward()
+    with torch.no_grad():
+        conv.weight.add_(torch.randn_like(conv.weight) * 0.05)
+
+
+def test_a_nan_batch_shows_and_does_not_outlive_its_iteration():
+    torch.manual_seed(0)
+    conv = _conv(**CONVS['3x3'])
+    layer = CBN(8, window_size=3).double()
+    clean = copy.deepcopy(layer)
+    batches = [torch.randn(2, 4, 6, 6).double() for _ in range(4)]
+    bad = batches[0].clone()
+    bad[0, 0, 0, 0] = math.nan
+    for x in batches[:2]:
+        layer(conv(x))
+        clean(conv(x))
+    assert layer(conv(bad)).isnan().any()
+    for value in layer.state_dict().values():
+        assert value.isfinite().all()
+    # The bad entry takes a place in the window, but not part in it.
+    out = layer(conv(batches[2]))
+    joined = conv(torch.cat(batches[1:3]))
+    expected = F.batch_norm(joined, None, None, training=True)[-2:]
+    torch.testing.assert_close(out, expected)
+
+
+def test_one_overflowing_channel_leaves_the_others_alone():
+    conv = _conv(**CONVS['1x1'])
+    layers = [CBN(8, window_size=3).double() for _ in range(2)]
+    y = conv(torch.randn(2, 4, 5, 5).double())
+    for layer in layers:
+        layer(y)
+    with torch.no_grad():
+        broken = conv.weight.clone()
+        broken[3] = math.inf
+        good, conv.weight.data = conv.weight.data, broken
+    layers[0](conv(torch.randn(2, 4, 5, 5).double()))
+    with torch.no_grad():
+        conv.weight.data = good
+    x = torch.randn(2, 4, 5, 5).double()
+    out = layers[0](conv(x))
+    assert out.isfinite().all()
+    # Channel 3 saw two batches, the others three.
+    expected = layers[1](conv(x))
+    torch.testing.assert_close(out[:, 3], expected[:, 3])
+    assert not torch.allclose(out[:, 2], expected[:, 2])
+
+
+def test_unknown_producer_is_batch_norm_and_said_once():
+    layer = CBN(4, window_size=4)
+    layer.layer_name = 'neck.norm'
+    conv = nn.Conv2d(4, 4, 1)
+    with pytest.warns(UserWarning, match=r"CBN 'neck.norm'.*NaiveCBN"):
+        layer(F.relu(conv(torch.randn(2, 4, 3, 3))))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for _ in range(3):
+            y = F.relu(conv(torch.randn(2, 4, 3, 3)))
+            torch.testing.assert_close(
+                layer(y), F.batch_norm(y, None, None, training=True))
+
+
+def test_naive_cbn_needs_no_producer():
+    layer = NaiveCBN(4, window_size=2)
+    batches = [torch.rand(2, 4, 3, 3) for _ in range(2)]
+    for x in batches:
+        out = layer(x.requires_grad_().relu())
+    expected = F.batch_norm(
+        torch.cat(batches), None, None, training=True)[-2:]
+    torch.testing.assert_close(out, expected)
+
+
+def test_no_grad_passes_do_not_enter_the_window():
+    torch.manual_seed(0)
+    conv = _conv(**CONVS['3x3'])
+    layer = CBN(8, window_size=4).double()
+    _step(conv, layer)
+    untouched = copy.deepcopy(layer)
+    with torch.no_grad():
+        y = conv(torch.randn(3, 4, 6, 6).double())
+        torch.testing.assert_close(
+            layer(y), F.batch_norm(y, None, None, training=True))
+    layer.eval()
+    layer(conv(torch.randn(3, 4, 6, 6).double()))
+    layer.train()
+    x = torch.randn(2, 4, 6, 6).double()
+    torch.testing.assert_close(layer(conv(x)), untouched(conv(x)))
+
+
+@pytest.mark.parametrize('use_reentrant', [True, False])
+def test_checkpointed_activations_are_batch_norm_with_right_gradients(
+        use_reentrant):
+    from torch.utils.checkpoint import checkpoint
+    torch.manual_seed(0)
+    conv = _conv(**CONVS['3x3'])
+    layer, theirs = CBN(8, window_size=4).double(), nn.BatchNorm2d(8).double()
+    _step(conv, layer)
+    theirs.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 4, 6, 6).double().requires_grad_()
+    grads = []
+    for norm in (layer, theirs):
+
+        def block(x):
+            return norm(conv(x)).relu()
+
+        out = (
+            checkpoint(block, x, use_reentrant=use_reentrant)
+            if norm is layer else block(x))
+        leaves = [x, conv.weight, norm.weight]
+        for leaf in leaves:
+            leaf.grad = None
+        out.square().sum().backward()
+        grads.append([leaf.grad.clone() for leaf in leaves])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+    for key, value in theirs.state_dict().items():
+        torch.testing.assert_close(layer.state_dict()[key], value)
+
+
+def test_calls_of_one_iteration_have_windows_of_their_own():
+    torch.manual_seed(0)
+    conv = _conv(**CONVS['3x3'])
+    shared = CBN(8, window_size=4).double()
+    apart = [CBN(8, window_size=4).double() for _ in range(2)]
+    for iteration in range(4):
+        shared.iteration = iteration
+        for level, own in enumerate(apart):
+            x = torch.randn(2, 4, 8 >> level, 8 >> level).double() + level
+            torch.testing.assert_close(shared(conv(x)), own(conv(x)))
+        with torch.no_grad():
+            conv.weight.add_(torch.randn_like(conv.weight) * 0.05)
+
+
+def test_burn_in_is_batch_norm_and_the_window_fills_after_it():
+    torch.manual_seed(0)
+    conv = _conv(**CONVS['3x3'])
+    layer = CBN(8, window_size=2).double()
+    layer.burning_in = True
+    for _ in range(3):
+        y = conv(torch.randn(2, 4, 5, 5).double())
+        torch.testing.assert_close(
+            layer(y), F.batch_norm(y, None, None, training=True))
+    layer.burning_in = False
+    layer(conv(torch.randn(2, 4, 5, 5).double()))
+    y = conv(torch.randn(2, 4, 5, 5).double())
+    assert not torch.allclose(
+        layer(y), F.batch_norm(y, None, None, training=True))
+
+
+def test_loading_weights_empties_the_window():
+    conv = _conv(**CONVS['3x3'])
+    layer = CBN(8, window_size=4).double()
+    _step(conv, layer)
+    layer.load_state_dict(nn.BatchNorm2d(8).double().state_dict())
+    y = conv(torch.randn(2, 4, 5, 5).double())
+    torch.testing.assert_close(
+        layer(y), F.batch_norm(y, None, None, training=True))
+
+
+@pytest.mark.parametrize('clone', [
+    copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))
+], ids=['deepcopy', 'pickle'])
+def test_copies_carry_the_window(clone):
+    conv = _conv(**CONVS['3x3'])
+    layer = CBN(8, window_size=4).double()
+    _step(conv, layer)
+    other = clone(layer)
+    _step(conv, other)  # does not reach into the source
+    third = clone(layer)
+    x = torch.randn(2, 4, 6, 6).double()
+    torch.testing.assert_close(layer(conv(x)), third(conv(x)))
+
+
+def test_one_value_is_refused_as_in_torch_unless_the_window_has_more():
+    conv = nn.Conv2d(4, 4, 1)
+    layer = CBN(4, window_size=2)
+    with pytest.raises(ValueError, match='one value per channel'):
+        layer(conv(torch.randn(1, 4, 1, 1)))
+    layer(conv(torch.randn(2, 4, 3, 3)))
+    assert layer(conv(torch.randn(1, 4, 1, 1))).isfinite().all()
+    assert layer.running_var.isfinite().all()
+
+
+def test_frozen_convolution_is_used_as_it_is():
+    torch.manual_seed(0)
+    stem, conv = nn.Conv2d(4, 4, 1).double(), _conv(**CONVS['3x3'])
+    conv.requires_grad_(False)
+    layer = CBN(8, window_size=2).double()
+    batches = [torch.randn(2, 4, 5, 5).double() for _ in range(2)]
+    for x in batches:
+        out = layer(conv(stem(x)))
+    expected = F.batch_norm(
+        conv(stem(torch.cat(batches))), None, None, training=True)[-2:]
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize('value', [0, -1, 2.5, '4', True])
+def test_bad_window_size_is_named(value):
+    with pytest.raises(ValueError, match='window_size.*at least 1.*'):
+        CBN(4, window_size=value)
+
+
+def test_suggested_window_size():
+    # min(ceil(16 / images), 8), CBN Sec. 4.3.
+    assert [suggested_window_size(n) for n in (1, 2, 3, 4, 8, 16, 32)
+            ] == [8, 8, 6, 4, 2, 1, 1]
+
+
+def test_memory_does_not_grow():
+    conv = nn.Conv2d(4, 8, 3)
+    layer = CBN(8, window_size=4)
+    sizes = []
+    for _ in range(200):
+        layer(conv(torch.randn(2, 4, 6, 6))).sum().backward()
+        sizes.append(len(pickle.dumps(layer)))
+    assert sizes[10] == sizes[-1]
