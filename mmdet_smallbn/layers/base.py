@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import (Moments, batch_moments, normalize,
-                          statistics_dtype)
+from ..functional import Moments, batch_moments, normalize
 from .conv_call import in_backward
 
 
@@ -88,9 +87,10 @@ class SmallBatchNorm(nn.BatchNorm2d):
             return F.batch_norm(x, self.running_mean, self.running_var,
                                 self.weight, self.bias, False, 0., self.eps)
         if x.numel() == 0:
-            # Zero RoIs: no state changes, the graph stays connected.
-            ones = x.new_ones(self.num_features, dtype=statistics_dtype(x))
-            return normalize(x, ones, ones, self.weight, self.bias, self.eps)
+            # Zero RoIs: no state changes, the graph stays connected. Torch
+            # has no kernel for it and promotes half precision.
+            return F.batch_norm(x, None, None, self.weight, self.bias, True,
+                                0., self.eps).to(x.dtype)
         moments = batch_moments(x)
         if not self.training:
             mean, var, share = self.batch_statistics(moments)
