@@ -159,7 +159,7 @@ def _photometric(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
 def _place(rng: np.random.Generator, size: int) -> Tuple[int, np.ndarray]:
     category = int(rng.integers(len(CLASSES)))
     # Sizes are even on a log scale: small, medium and large all appear.
-    radius = size * np.exp(rng.uniform(np.log(0.055), np.log(0.26)))
+    radius = size * np.exp(rng.uniform(np.log(0.07), np.log(0.28)))
     centre = rng.uniform(radius * 0.7, size - radius * 0.7, 2)
     angle = rng.uniform(-0.6, 0.6)
     turn = np.array([[np.cos(angle), -np.sin(angle)],
@@ -211,7 +211,7 @@ def make_image(seed: Sequence[int],
     _clutter(rng, image)
     owner = np.full((size, size), -1, np.int32)
     objects: List[Tuple[int, int]] = []
-    for _ in range(rng.integers(2, 8)):
+    for _ in range(rng.integers(3, 10)):
         category, outline = _place(rng, size)
         coverage = _mask(outline, size)
         solid = coverage > 0.5

@@ -1,0 +1,126 @@
+"""Every config loads, builds, and has the intended norms, and takes a step."""
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmdet.testing import demo_mm_inputs
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import init_default_scope
+from torch import nn
+
+import mmdet_smallbn
+from mmdet_smallbn.layers import SmallBatchNorm
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted(p for p in (ROOT / 'configs').rglob('*.py')
+                 if p.parent.name != '_base_')
+# Parts of the model that carry the norm, of the file name's "{norm}-{place}".
+PLACES = {
+    'head': ('neck', 'roi_head'),
+    'all': ('backbone', 'neck', 'roi_head'),
+}
+
+
+def _load(path):
+    cfg = Config.fromfile(path)
+    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    return cfg
+
+
+def _small(cfg):
+    """Depth 18, and nothing to download."""
+    model = cfg.model
+    if model.backbone.depth != 18:
+        model.backbone.depth = 18
+        model.neck.in_channels = [64, 128, 256, 512]
+    model.backbone.init_cfg = None
+    return MODELS.build(model)
+
+
+def _kind(path):
+    """('CBN', 'head') of '..._cbn-head_...'."""
+    for part in path.stem.split('_'):
+        name, _, place = part.rpartition('-')
+        if place in PLACES:
+            norm = {n.lower(): n for n in mmdet_smallbn.layers.__all__}[name]
+            return norm, place
+    raise AssertionError(f'{path.name} does not say which norm is where')
+
+
+def test_there_are_configs():
+    assert len(CONFIGS) >= 3
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+def test_leaves_are_short_deltas(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 36
+    assert any(line.startswith('_base_ = ') for line in lines)
+    assert path.stem in (path.parent / 'README.md').read_text()
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+def test_norms_are_where_the_name_says_and_take_a_step(path):
+    cfg = _load(path)
+    norm, place = _kind(path)
+    model = _small(cfg)
+    model.train()
+    frozen = 0
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
+        if name.split('.')[0] not in PLACES[place]:
+            # A backbone's own BatchNorm, fixed.
+            assert type(module) is nn.BatchNorm2d and not module.training
+        elif not any(p.requires_grad for p in module.parameters()):
+            assert name.startswith(('backbone.bn1', 'backbone.layer1'))
+            assert not module.training
+            frozen += 1
+        else:
+            assert type(module).__name__ == norm, name
+            assert module.training, name
+            assert module.window_size == cfg.norm_cfg.window_size
+    assert (frozen > 0) == (place == 'all'
+                            and cfg.model.backbone.frozen_stages > 0)
+
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    inputs = demo_mm_inputs(
+        2, [[3, 96, 96]] * 2,
+        num_classes=cfg.model.roi_head.bbox_head.num_classes)
+    before = [p.detach().clone() for p in model.parameters()]
+    with warnings.catch_warnings():
+        # No norm may follow something that it cannot compensate for.
+        warnings.filterwarnings('error', message='.*follows no convolution.*')
+        for _ in range(2):
+            losses = model.train_step(inputs, wrapper)
+    assert torch.isfinite(losses['loss'])
+    assert any((a != b).any()
+               for a, b in zip(before, model.parameters()))
+    assert all(p.isfinite().all() for p in model.parameters())
+    for module in model.modules():
+        if isinstance(module, SmallBatchNorm) and module.training:
+            assert module.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize(
+    'path', [p for p in CONFIGS if p.stem.endswith('_coco')],
+    ids=lambda p: p.stem)
+def test_batch_learning_rate_and_schedule_fit_the_name(path):
+    cfg = _load(path)
+    batch, schedule = path.stem.split('_')[-2].split('-')
+    gpus, images = map(int, batch.split('xb'))
+    assert cfg.train_dataloader.batch_size == images
+    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(
+        0.02 * gpus * images / 16)
+    assert cfg.train_cfg.max_epochs == {'1x': 12, '2x': 24}[schedule]
+    assert cfg.custom_hooks[0].epochs == 3
+    assert cfg.auto_scale_lr.base_batch_size == gpus * images
+
+
+def test_modules_of_mmdet_are_registered():
+    register_all_modules()
+    assert MODELS.get('FasterRCNN') is not None

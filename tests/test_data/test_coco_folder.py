@@ -1,0 +1,70 @@
+import json
+
+import pytest
+
+from mmdet_smallbn.data.coco_folder import find_coco_split
+
+
+def _write(path, image, **changes):
+    content = dict(
+        images=[dict(id=1, file_name=image)],
+        annotations=[dict(id=1)],
+        categories=[dict(id=3, name='cat'), dict(id=7, name='dog')])
+    content.update(changes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def _touch(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+@pytest.mark.parametrize('ann_file, image_dir', [
+    ('annotations/instances_train2017.json', 'train2017'),
+    ('annotations/instances_train.json', 'train'),
+    ('annotations/instances_train2017.json', 'images/train2017'),
+    ('annotations/train.json', 'images'),
+    ('train/_annotations.coco.json', 'train'),
+    ('instances_train.json', '.'),
+])
+def test_layouts(tmp_path, ann_file, image_dir):
+    _write(tmp_path / ann_file, 'a.jpg')
+    _touch(tmp_path / image_dir / 'a.jpg')
+    split = find_coco_split(tmp_path, 'train')
+    assert split.ann_file == tmp_path / ann_file
+    assert split.image_dir.resolve() == (tmp_path / image_dir).resolve()
+    assert split.classes == ('cat', 'dog') and split.num_images == 1
+
+
+def test_the_split_whose_images_are_there_is_taken(tmp_path):
+    for year in (2014, 2017):
+        _write(tmp_path / f'annotations/instances_val{year}.json',
+               f'{year}.jpg')
+    _touch(tmp_path / 'val2014' / '2014.jpg')
+    assert 'val2014' in str(find_coco_split(tmp_path, 'val').ann_file)
+
+
+def test_valid_is_a_name_for_val(tmp_path):
+    _write(tmp_path / 'valid/_annotations.coco.json', 'a.jpg')
+    _touch(tmp_path / 'valid' / 'a.jpg')
+    assert find_coco_split(tmp_path, 'val').image_dir == tmp_path / 'valid'
+
+
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no data set folder.*nowhere'):
+        find_coco_split(tmp_path / 'nowhere', 'train')
+    with pytest.raises(FileNotFoundError, match='no train annotations.*looked'):
+        find_coco_split(tmp_path, 'train')
+    _write(tmp_path / 'annotations/instances_train.json', 'a.jpg')
+    with pytest.raises(FileNotFoundError, match="'a.jpg'.*looked in"):
+        find_coco_split(tmp_path, 'train')
+
+
+def test_other_json_is_refused(tmp_path):
+    _write(tmp_path / 'annotations/train.json', 'a.jpg', categories=[])
+    with pytest.raises(ValueError, match='no categories'):
+        find_coco_split(tmp_path, 'train')
+    (tmp_path / 'annotations/train.json').write_text('{"half": ')
+    with pytest.raises(ValueError, match='not a COCO annotation file'):
+        find_coco_split(tmp_path, 'train')
