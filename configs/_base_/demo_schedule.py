@@ -1,4 +1,5 @@
 """Minutes on a CPU: iterations, so that the time does not hang on the data."""
+_base_ = 'mmdet::_base_/default_runtime.py'
 max_iters = 800
 custom_imports = dict(imports=['mmdet_smallbn'], allow_failed_imports=False)
 custom_hooks = [dict(type='BurnInHook', iters=200)]
@@ -10,6 +11,10 @@ optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='SGD', lr=0.02, momentum=0.9, weight_decay=1e-4),
     clip_grad=dict(max_norm=35, norm_type=2))
+log_processor = dict(by_epoch=False)
+default_hooks = dict(
+    checkpoint=dict(by_epoch=False, interval=max_iters),
+    logger=dict(interval=20))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(type='CosineAnnealingLR', by_epoch=False, begin=100, end=max_iters)

@@ -1,7 +1,6 @@
 _base_ = [
     'mmdet::_base_/models/faster-rcnn_r50_fpn.py',
-    'mmdet::_base_/default_runtime.py', '../_base_/shapes_coco.py',
-    '../_base_/demo_schedule.py'
+    '../_base_/shapes_coco.py', '../_base_/demo_schedule.py'
 ]
 norm_cfg = dict(type='CBN', window_size=4)
 model = dict(

@@ -1,4 +1,5 @@
 """What every small-batch norm shares."""
+import warnings
 from typing import Optional, Tuple
 
 import torch
@@ -7,6 +8,10 @@ from torch import Tensor, nn
 
 from ..functional import Moments, batch_moments, normalize
 from .conv_call import in_backward
+
+
+# No model calls a layer so often: the iteration is not told any more.
+_MAX_CALLS = 64
 
 
 class SmallBatchNorm(nn.BatchNorm2d):
@@ -56,6 +61,7 @@ class SmallBatchNorm(nn.BatchNorm2d):
         self.layer_name: Optional[str] = None
         self._last_iteration: Optional[int] = None
         self._call = 0
+        self._warned_of_calls = False
 
     def statistics(
             self, x: Tensor, moments: Moments
@@ -131,12 +137,28 @@ class SmallBatchNorm(nn.BatchNorm2d):
             running.copy_(torch.where(new.isfinite(), updated, running))
 
     def _next_call(self) -> int:
-        """Index of this forward among those of the present iteration."""
+        """Index of this forward among those of the present iteration.
+
+        Raises:
+            RuntimeError: If there are too many to be of one iteration.
+        """
         if self.iteration is None or self.iteration != self._last_iteration:
             self._last_iteration = self.iteration
             self._call = 0
-        else:
-            self._call += 1
+            return 0
+        self._call += 1
+        if self._call == 1 and not self._warned_of_calls:
+            self._warned_of_calls = True
+            warnings.warn(
+                f'{self._who()} is called several times in an iteration, as a '
+                'head that pyramid levels share. Each call has past '
+                'statistics of its own, but the running statistics mix them: '
+                'take a head with a norm for each level (RetinaSepBNHead)')
+        if self._call == _MAX_CALLS:
+            raise RuntimeError(
+                f'{self._who()} was called {_MAX_CALLS} times in iteration '
+                f'{self.iteration}. If training was interrupted and the model '
+                'is now used otherwise, set .iteration = None on its norms')
         return self._call
 
     def _who(self) -> str:

@@ -335,13 +335,24 @@ def test_calls_of_one_iteration_have_windows_of_their_own():
     conv = _conv(**CONVS['3x3'])
     shared = CBN(8, window_size=4).double()
     apart = [CBN(8, window_size=4).double() for _ in range(2)]
-    for iteration in range(4):
-        shared.iteration = iteration
-        for level, own in enumerate(apart):
-            x = torch.randn(2, 4, 8 >> level, 8 >> level).double() + level
-            torch.testing.assert_close(shared(conv(x)), own(conv(x)))
-        with torch.no_grad():
-            conv.weight.add_(torch.randn_like(conv.weight) * 0.05)
+    with pytest.warns(UserWarning, match='RetinaSepBNHead') as told:
+        for iteration in range(4):
+            shared.iteration = iteration
+            for level, own in enumerate(apart):
+                x = torch.randn(2, 4, 8 >> level, 8 >> level).double() + level
+                torch.testing.assert_close(shared(conv(x)), own(conv(x)))
+            with torch.no_grad():
+                conv.weight.add_(torch.randn_like(conv.weight) * 0.05)
+    assert len(told) == 1
+
+
+def test_an_iteration_that_never_ends_is_refused():
+    conv, layer = nn.Conv2d(4, 8, 1), CBN(8, window_size=2)
+    layer.iteration = 7
+    with pytest.warns(UserWarning), pytest.raises(
+            RuntimeError, match=r'64 times in iteration 7.*iteration = None'):
+        for _ in range(65):
+            layer(conv(torch.randn(2, 4, 3, 3)))
 
 
 def test_burn_in_is_batch_norm_and_the_window_fills_after_it():

@@ -1,0 +1,171 @@
+"""The tools, from a data set to a score, in processes of their own."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = 'configs/demo/faster-rcnn_r18_fpn_cbn-all_1xb4_shapes-coco.py'
+ITERS = 60
+INTERVAL = 30
+
+
+def _run(*command, **environment):
+    result = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=dict(
+            os.environ,
+            PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}',
+            PYTHONWARNINGS='ignore',
+            **environment))
+    assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-3000:]
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope='module')
+def one_class(tmp_path_factory):
+    """ShapesCOCO with one class, 'shape': a few iterations learn something."""
+    from mmdet_smallbn.data.shapes_coco import make_shapes_coco
+    root = make_shapes_coco(
+        tmp_path_factory.mktemp('data') / 'shapes', 120, 12, 96, seed=2)
+    for path in (root / 'annotations').iterdir():
+        content = json.loads(path.read_text())
+        content['categories'] = [dict(id=1, name='shape')]
+        for annotation in content['annotations']:
+            annotation['category_id'] = 1
+        path.write_text(json.dumps(content))
+    return root
+
+
+@pytest.fixture(scope='module')
+def options(one_class):
+    """Overrides that make the demo config a matter of seconds."""
+    changes = {
+        'model.roi_head.bbox_head.num_classes': 1,
+        'model.roi_head.bbox_head.conv_out_channels': 16,
+        'train_cfg.max_iters': ITERS,
+        'train_cfg.val_interval': INTERVAL,
+        'param_scheduler.0.end': 10,
+        'param_scheduler.1.begin': 10,
+        'param_scheduler.1.end': ITERS,
+        'custom_hooks.0.iters': 20,
+        'default_hooks.checkpoint.by_epoch': False,
+        'default_hooks.checkpoint.interval': INTERVAL,
+        'default_hooks.logger.interval': 5,
+        'randomness.seed': 0,
+        'val_evaluator.ann_file':
+        f'{one_class}/annotations/instances_val.json',
+        'test_evaluator.ann_file':
+        f'{one_class}/annotations/instances_val.json',
+    }
+    for loader in ('train', 'val', 'test'):
+        dataset = f'{loader}_dataloader.dataset'
+        changes[f'{dataset}.data_root'] = f'{one_class}/'
+        changes[f'{dataset}.metainfo.classes'] = '("shape",)'
+        changes[f'{dataset}.pipeline.1.scale' if loader != 'train' else
+                f'{dataset}.pipeline.2.scale'] = '(96,96)'
+    return ['--cfg-options', *(f'{k}={v}' for k, v in changes.items())]
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory, options):
+    """Work folder and output of a training run."""
+    work_dir = tmp_path_factory.mktemp('work')
+    out = _run(sys.executable, 'tools/train.py', DEMO, '--work-dir',
+               str(work_dir), *options)
+    return work_dir, out
+
+
+def _scalars(work_dir):
+    path = sorted(work_dir.rglob('scalars.json'))[-1]
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _scores(records):
+    """COCO metrics of the last evaluation."""
+    last = [r for r in records if 'coco/bbox_mAP' in r][-1]
+    return {k: v for k, v in last.items() if k.startswith('coco/')}
+
+
+def test_training_learns_and_evaluates(trained):
+    work_dir, out = trained
+    assert (work_dir / f'iter_{ITERS}.pth').exists()
+    records = _scalars(work_dir)
+    losses = [r['loss'] for r in records if 'loss' in r]
+    assert losses[-1] < 0.8 * losses[0]
+    assert _scores(records)['coco/bbox_mAP_50'] > 0.01
+    assert 'the window opens' in out
+    assert '32 CBN layers: window 4 x 4 images = 16 examples' in out
+
+
+def test_test_reproduces_the_last_score(trained, options, tmp_path):
+    work_dir, _ = trained
+    out = _run(sys.executable, 'tools/test.py', DEMO,
+               str(work_dir / f'iter_{ITERS}.pth'), '--work-dir',
+               str(tmp_path), '--out',
+               str(tmp_path / 'found.pkl'), '--show-dir', 'drawn', *options)
+    tested = json.loads(next(tmp_path.glob('*/*.json')).read_text())
+    tested = {k: v for k, v in tested.items() if k.startswith('coco/')}
+    assert tested == _scores(_scalars(work_dir))
+    assert 'Use files from sources that you trust' in out
+    assert (tmp_path / 'found.pkl').stat().st_size > 0
+    assert list(tmp_path.rglob('drawn/**/*.jpg'))
+
+
+def test_resume_continues_the_schedule(trained, options, tmp_path):
+    work_dir, _ = trained
+    out = _run(sys.executable, 'tools/train.py', DEMO, '--work-dir',
+               str(tmp_path), '--resume',
+               str(work_dir / f'iter_{INTERVAL}.pth'), *options)
+    assert f'resumed epoch: 0, iter: {INTERVAL}' in out
+    # Past its burn-in, in the middle of the learning rate's decay.
+    assert f'at iteration {INTERVAL}, epoch 0: the window opens' in out
+    whole = {r['step']: r['lr'] for r in _scalars(work_dir) if 'loss' in r}
+    again = {r['step']: r['lr'] for r in _scalars(tmp_path) if 'loss' in r}
+    assert list(again) == [s for s in whole if s > INTERVAL]
+    assert again == {s: whole[s] for s in again}
+    assert (tmp_path / f'iter_{ITERS}.pth').exists()
+
+
+def test_two_processes_on_the_cpu(options, tmp_path):
+    few = ['train_cfg.max_iters=6', 'train_cfg.val_interval=6',
+           'custom_hooks.0.iters=2', 'default_hooks.checkpoint.interval=6',
+           'default_hooks.logger.interval=2']
+    port = str(29500 + os.getpid() % 2000)
+    out = _run('bash', 'tools/dist_train.sh', DEMO, '2', '--work-dir',
+               str(tmp_path / 'train'), *options, *few, PORT=port)
+    assert 'Distributed training: True' in out and 'GPU number: 2' in out
+    assert 'the window opens' in out
+    checkpoint = tmp_path / 'train' / 'iter_6.pth'
+    out = _run('bash', 'tools/dist_test.sh', DEMO, str(checkpoint), '2',
+               '--work-dir', str(tmp_path / 'test'), *options, PORT=port)
+    tested = json.loads(next((tmp_path / 'test').glob('*/*.json')).read_text())
+    # The same images, split over two processes.
+    trained = _scores(_scalars(tmp_path / 'train'))
+    assert {k: v for k, v in tested.items() if k.startswith('coco/')
+            } == trained
+
+
+def test_demo_on_a_folder_of_ones_own(one_class, tmp_path):
+    out = _run(
+        sys.executable, 'tools/demo.py', DEMO, '--data', str(one_class),
+        '--work-dir', str(tmp_path), '--cfg-options', 'train_cfg.max_iters=8',
+        'train_cfg.val_interval=8', 'custom_hooks.0.iters=2',
+        'model.roi_head.bbox_head.conv_out_channels=16',
+        'default_hooks.logger.interval=2')
+    metrics = json.loads((tmp_path / 'metrics.json').read_text())
+    assert -1 <= metrics['coco/bbox_mAP'] <= 1
+    import cv2
+    for name in ('curves.png', 'detections.png'):
+        assert cv2.imread(str(tmp_path / name)).std() > 5
+    assert list(tmp_path.glob('*.pth'))
+    assert 'of 1 classes' in out and 'AP50' in out
+    assert 'make demo DATA=' in out
