@@ -5,6 +5,7 @@
 # PYTHON   the interpreter to make the environment with
 # TOOLBOX  openmmlab, or onedl for the maintained forks
 # DATA     demo: a COCO-format folder of your own
+# SIZE     demo: pixels that images are brought to (128; time grows with its square)
 # SEED     demo: the seed
 PYTHON ?= python3
 TOOLBOX ?= openmmlab
@@ -24,7 +25,8 @@ $(VENV)/ready: setup.cfg
 
 demo: $(VENV)/ready
 	$(RUN) tools/demo.py configs/demo/faster-rcnn_r18_fpn_cbn-all_1xb4_shapes-coco.py \
-		--work-dir $(WORK_DIR) --seed $(SEED) $(if $(DATA),--data "$(DATA)")
+		--work-dir $(WORK_DIR) --seed $(SEED) \
+		$(if $(DATA),--data "$(DATA)") $(if $(SIZE),--size $(SIZE))
 
 test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest $(ARGS)

@@ -1,4 +1,6 @@
 """The pictures that the tools leave behind."""
+import io
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -26,6 +28,12 @@ class Objects(NamedTuple):
     labels: Sequence[int]
     scores: Optional[Sequence[float]] = None
     polygons: Optional[Sequence[Sequence]] = None
+
+
+def quiet_coco(ann_file: Union[str, Path]) -> COCO:
+    """pycocotools' index of an annotation file, without its messages."""
+    with redirect_stdout(io.StringIO()):
+        return COCO(str(ann_file))
 
 
 def coco_objects(coco: COCO, image_id: int) -> Objects:
@@ -92,7 +100,7 @@ def save_sheet(ann_file: Union[str, Path],
                rows: int = 4,
                columns: int = 6) -> None:
     """Save the first images of a COCO-format data set with annotations."""
-    coco = COCO(str(ann_file))
+    coco = quiet_coco(ann_file)
     classes = [c['name'] for c in coco.loadCats(coco.getCatIds())]
     figure = Figure(figsize=(2.4 * columns, 2.4 * rows), layout='tight')
     axes = figure.subplots(rows, columns, squeeze=False).ravel()

@@ -1,15 +1,15 @@
 """Minutes on a CPU: iterations, so that the time does not hang on the data."""
 _base_ = 'mmdet::_base_/default_runtime.py'
-max_iters = 800
+max_iters = 1000
 custom_imports = dict(imports=['mmdet_smallbn'], allow_failed_imports=False)
-custom_hooks = [dict(type='BurnInHook', iters=200)]
+custom_hooks = [dict(type='BurnInHook', iters=250)]
 train_cfg = dict(
-    type='IterBasedTrainLoop', max_iters=max_iters, val_interval=200)
+    type='IterBasedTrainLoop', max_iters=max_iters, val_interval=250)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='SGD', lr=0.02, momentum=0.9, weight_decay=1e-4),
+    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=35, norm_type=2))
 log_processor = dict(by_epoch=False)
 default_hooks = dict(

@@ -1,12 +1,12 @@
-"""ShapesCOCO, or any COCO-format folder, at a size that a CPU can train."""
+"""ShapesCOCO at a size that a CPU can train."""
 dataset_type = 'CocoDataset'
 data_root = 'data/shapes_coco/'
 # What tools/demo.py makes when no other data is given.
-shapes_coco = dict(root=data_root, train=1200, val=200, size=192)
+shapes_coco = dict(root=data_root, train=1200, val=150, size=192)
 metainfo = dict(
     classes=('circle', 'square', 'triangle', 'star', 'cross', 'heart',
              'crescent'))
-scale = (192, 192)
+scale = (128, 128)
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),

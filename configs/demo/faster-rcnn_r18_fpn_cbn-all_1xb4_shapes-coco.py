@@ -16,10 +16,8 @@ model = dict(
         out_channels=64,
         num_outs=4,
         norm_cfg=norm_cfg),
-    rpn_head=dict(
-        in_channels=64,
-        feat_channels=64,
-        anchor_generator=dict(scales=[6], strides=[4, 8, 16, 32])),
+    rpn_head=dict(in_channels=64, feat_channels=64, anchor_generator=dict(
+        scales=[4, 6], ratios=[1.0], strides=[4, 8, 16, 32])),
     roi_head=dict(
         bbox_roi_extractor=dict(
             out_channels=64, roi_layer=dict(sampling_ratio=2)),
@@ -29,8 +27,9 @@ model = dict(
             conv_out_channels=64,
             fc_out_channels=256,
             num_classes=7,
+            reg_class_agnostic=True,
             norm_cfg=norm_cfg)),
     train_cfg=dict(
         rpn_proposal=dict(nms_pre=300, max_per_img=150),
-        rcnn=dict(sampler=dict(num=64))),
+        rcnn=dict(sampler=dict(num=32, pos_fraction=0.5))),
     test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=100)))

@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
 from mmengine.runner import Runner
 from rich.console import Console
 from rich.table import Table
@@ -14,7 +15,8 @@ from rich.table import Table
 from ..data.coco_folder import CocoSplit, find_coco_split
 from ..data.shapes_coco import make_shapes_coco
 from ..errors import RUN_ERRORS, SETUP_ERRORS, one_line_errors
-from ..pictures import Objects, coco_objects, save_curves, save_detections
+from ..pictures import (Objects, coco_objects, quiet_coco, save_curves,
+                        save_detections)
 from .runtime import add_common_arguments, build_runner, load_config
 
 _PICTURED = 6
@@ -34,6 +36,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         '--data',
         metavar='DIR',
         help='a COCO-format folder of your own, instead of ShapesCOCO')
+    parser.add_argument(
+        '--size',
+        type=int,
+        metavar='PIXELS',
+        help='size that images are brought to; time grows with its square')
     parser.add_argument('--seed', type=int, default=0)
     return parser.parse_args(argv)
 
@@ -61,6 +68,15 @@ def use_data(cfg: Config, train: CocoSplit, val: CocoSplit) -> None:
     cfg.model.roi_head.bbox_head.num_classes = len(train.classes)
 
 
+def use_size(cfg: Config, size: int) -> None:
+    """Bring images to a size in pixels, in training and validation."""
+    for loader in (cfg.train_dataloader, cfg.val_dataloader,
+                   cfg.test_dataloader):
+        for transform in loader.dataset.pipeline:
+            if transform.type == 'Resize':
+                transform.scale = (size, size)
+
+
 def read_scalars(runner: Runner) -> List[Dict[str, Any]]:
     """The records that mmengine's local backend wrote in this run."""
     path = Path(runner.log_dir) / 'vis_data' / 'scalars.json'
@@ -68,17 +84,15 @@ def read_scalars(runner: Runner) -> List[Dict[str, Any]]:
 
 
 @torch.no_grad()
-def detect(runner: Runner, count: int) -> List[Tuple[str, Objects, Objects]]:
+def detect(runner: Runner, val: CocoSplit,
+           count: int) -> List[Tuple[str, Objects, Objects]]:
     """File, ground truth and detections of the first validation images."""
     dataset = runner.val_loop.dataloader.dataset
-    coco = runner.val_loop.evaluator.metrics[0]._coco_api
+    coco = quiet_coco(val.ann_file)
     runner.model.eval()
     rows = []
     for index in range(min(count, len(dataset))):
-        sample = runner.model.test_step(
-            dict(
-                inputs=[dataset[index]['inputs']],
-                data_samples=[dataset[index]['data_samples']]))[0]
+        sample, = runner.model.test_step(pseudo_collate([dataset[index]]))
         found = sample.pred_instances.cpu()
         found = found[found.scores > _MIN_SCORE]
         boxes = found.bboxes.numpy()
@@ -89,7 +103,7 @@ def detect(runner: Runner, count: int) -> List[Tuple[str, Objects, Objects]]:
     return rows
 
 
-def report(metrics: Dict[str, float], work_dir: Path, config: str,
+def report(metrics: Dict[str, float], work_dir: Path,
            console: Console) -> None:
     """Print the AP table, what was written, and what to run next."""
     table = Table(title='Validation images, COCO metrics')
@@ -126,6 +140,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             print(f'{name}: {split.num_images} images of '
                   f'{len(split.classes)} classes, {split.ann_file}')
         use_data(cfg, *splits)
+        if args.size:
+            use_size(cfg, args.size)
         runner = build_runner(cfg)
     with one_line_errors(RUN_ERRORS):
         runner.train()
@@ -135,10 +151,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     (work_dir / 'metrics.json').write_text(json.dumps(metrics, indent=2))
     burn_in = cfg.custom_hooks[0].iters if cfg.get('custom_hooks') else None
     save_curves(scalars, work_dir / 'curves.png', burn_in)
+    val = splits[1]
     save_detections(
-        detect(runner, _PICTURED), splits[1].classes,
+        detect(runner, val, _PICTURED), val.classes,
         work_dir / 'detections.png')
-    report(metrics, work_dir, args.config, Console())
+    report(metrics, work_dir, Console())
 
 
 if __name__ == '__main__':

@@ -23,9 +23,11 @@ CLASSES = ('circle', 'square', 'triangle', 'star', 'cross', 'heart',
 VERSION = 1
 
 # An object must show this part of itself, and this many pixels.
-_MIN_VISIBLE = 0.45
+_MIN_VISIBLE = 0.7
 _MIN_PIXELS = 40
 _SUPERSAMPLING = 4
+# Between an object's colour and what is behind it: Euclidean, of 255.
+_MIN_CONTRAST = 90
 
 
 def _polar(angles: np.ndarray, radii) -> np.ndarray:
@@ -129,9 +131,13 @@ def _clutter(rng: np.random.Generator, image: np.ndarray) -> None:
         image += blot * (_colour(rng) - image)
 
 
-def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Fill of one object, shape (size, size, 3)."""
-    colour = _colour(rng)
+def _texture(rng: np.random.Generator, size: int,
+             behind: np.ndarray) -> np.ndarray:
+    """Fill of one object that stands out from a colour, (size, size, 3)."""
+    for _ in range(10):
+        colour = _colour(rng)
+        if np.linalg.norm(colour - behind) > _MIN_CONTRAST:
+            break
     kind = rng.choice(['plain', 'shaded', 'striped'], p=[0.4, 0.35, 0.25])
     if kind == 'plain':
         return np.broadcast_to(colour, (size, size, 3))
@@ -159,7 +165,7 @@ def _photometric(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
 def _place(rng: np.random.Generator, size: int) -> Tuple[int, np.ndarray]:
     category = int(rng.integers(len(CLASSES)))
     # Sizes are even on a log scale: small, medium and large all appear.
-    radius = size * np.exp(rng.uniform(np.log(0.07), np.log(0.28)))
+    radius = size * np.exp(rng.uniform(np.log(0.08), np.log(0.24)))
     centre = rng.uniform(radius * 0.7, size - radius * 0.7, 2)
     angle = rng.uniform(-0.6, 0.6)
     turn = np.array([[np.cos(angle), -np.sin(angle)],
@@ -211,7 +217,7 @@ def make_image(seed: Sequence[int],
     _clutter(rng, image)
     owner = np.full((size, size), -1, np.int32)
     objects: List[Tuple[int, int]] = []
-    for _ in range(rng.integers(3, 10)):
+    for _ in range(rng.integers(4, 11)):
         category, outline = _place(rng, size)
         coverage = _mask(outline, size)
         solid = coverage > 0.5
@@ -222,7 +228,8 @@ def make_image(seed: Sequence[int],
                for i, pixels in enumerate(full)):
             continue
         alpha = coverage[..., None]
-        image = image * (1 - alpha) + _texture(rng, size) * alpha
+        texture = _texture(rng, size, image[solid].mean(0))
+        image = image * (1 - alpha) + texture * alpha
         owner = after
         objects.append((category, full[-1]))
     annotations = [

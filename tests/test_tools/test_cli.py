@@ -1,0 +1,126 @@
+"""What the flags do to a config."""
+import pickle
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.runner import CheckpointLoader
+
+from mmdet_smallbn.cli import test as test_cli
+from mmdet_smallbn.cli import train as train_cli
+from mmdet_smallbn.cli.demo import use_data
+from mmdet_smallbn.cli.runtime import (load_config, load_from_local,
+                                       register_checkpoint_loader)
+from mmdet_smallbn.data.coco_folder import find_coco_split
+from mmdet_smallbn.errors import SetupError
+
+HEAD = 'configs/cbn/faster-rcnn_r50_fpn_4conv1fc_cbn-head_4xb4-1x_coco.py'
+
+
+def _train(*arguments):
+    args = train_cli.parse_args([HEAD, *arguments])
+    cfg = load_config(args)
+    train_cli.apply_train_flags(cfg, args)
+    return cfg
+
+
+def _test(*arguments):
+    args = test_cli.parse_args([HEAD, 'a.pth', *arguments])
+    cfg = load_config(args)
+    test_cli.apply_test_flags(cfg, args)
+    return cfg
+
+
+def test_work_dir():
+    assert _train().work_dir.startswith('work_dirs/faster-rcnn_r50_fpn_4conv')
+    assert _train('--work-dir', 'here').work_dir == 'here'
+
+
+def test_resume():
+    assert not _train().get('resume')
+    assert _train('--resume').resume and _train('--resume').load_from is None
+    assert _train('--resume', 'a.pth').load_from == 'a.pth'
+
+
+def test_amp_and_learning_rate():
+    cfg = _train('--amp', '--auto-scale-lr')
+    assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
+    assert cfg.optim_wrapper.loss_scale == 'dynamic'
+    assert cfg.optim_wrapper.clip_grad.max_norm == 35
+    assert cfg.auto_scale_lr.enable
+    args = train_cli.parse_args([HEAD, '--auto-scale-lr'])
+    with pytest.raises(SetupError, match='base_batch_size'):
+        train_cli.apply_train_flags(Config(dict(optim_wrapper={})), args)
+
+
+def test_cfg_options():
+    cfg = _train('--cfg-options', 'custom_hooks.0.epochs=1',
+                 'model.backbone.depth=18')
+    assert cfg.custom_hooks[0].epochs == 1 and cfg.model.backbone.depth == 18
+
+
+def test_drawing_and_output():
+    cfg = _test('--show-dir', 'drawn', '--show', '--wait-time', '0.5')
+    hook = cfg.default_hooks.visualization
+    assert hook.draw and hook.show and hook.wait_time == 0.5
+    assert hook.test_out_dir == 'drawn' and cfg.load_from == 'a.pth'
+    with pytest.raises(SystemExit):
+        test_cli.parse_args([HEAD, 'a.pth', '--out', 'a.json'])
+
+
+def test_tta_flips():
+    cfg = _test('--tta')
+    assert cfg.model.type == 'DetTTAModel'
+    assert cfg.model.module.type == 'FasterRCNN'
+    last = cfg.test_dataloader.dataset.pipeline[-1]
+    assert [t.prob for t in last.transforms[0]] == [1., 0.]
+
+
+def test_demo_takes_a_users_classes(shapes):
+    cfg = Config.fromfile(
+        'configs/demo/faster-rcnn_r18_fpn_cbn-all_1xb4_shapes-coco.py')
+    train, val = (find_coco_split(shapes, s) for s in ('train', 'val'))
+    two = ('cat', 'dog')
+    use_data(cfg, train._replace(classes=two), val._replace(classes=two))
+    assert cfg.model.roi_head.bbox_head.num_classes == 2
+    for loader in (cfg.train_dataloader, cfg.val_dataloader,
+                   cfg.test_dataloader):
+        assert loader.dataset.metainfo.classes == two
+    assert cfg.train_dataloader.dataset.ann_file == str(train.ann_file)
+    assert cfg.val_evaluator.ann_file == str(val.ann_file)
+    with pytest.raises(ValueError, match='same categories'):
+        use_data(cfg, train, val._replace(classes=two))
+
+
+def test_plain_checkpoints_load_safely(tmp_path, monkeypatch):
+    path = tmp_path / 'weights.pth'
+    torch.save(dict(state_dict=dict(w=torch.ones(2))), path)
+    asked = []
+    real = torch.load
+
+    def load(*args, **kwargs):
+        asked.append(kwargs['weights_only'])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, 'load', load)
+    register_checkpoint_loader()
+    loaded = CheckpointLoader.load_checkpoint(str(path), 'cpu')
+    assert asked == [True]
+    torch.testing.assert_close(loaded['state_dict']['w'], torch.ones(2))
+    # What mmengine adds makes the second way necessary.
+    torch.save(dict(message_hub=Config(dict(a=1))), path)
+    asked.clear()
+    CheckpointLoader.load_checkpoint(str(path), 'cpu')
+    assert asked == [True, False]
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no checkpoint at .*none.pth'):
+        load_from_local(str(tmp_path / 'none.pth'))
+    path = tmp_path / 'text.pth'
+    path.write_text('hello')
+    with pytest.raises(ValueError, match='text.pth is not a checkpoint'):
+        load_from_local(str(path))
+    path.write_bytes(pickle.dumps([1])[:-1])
+    with pytest.raises(ValueError, match='text.pth is not a checkpoint'):
+        load_from_local(str(path))

@@ -1,0 +1,68 @@
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+
+from mmdet_smallbn.version import BOUNDS, check_versions
+
+
+def _pretend(monkeypatch, **versions):
+    real = importlib.metadata.version
+
+    def version(name):
+        if name in versions:
+            if versions[name] is None:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return versions[name]
+        return real(name)
+
+    monkeypatch.setattr('mmdet_smallbn.version.version', version)
+
+
+def test_what_is_installed_passes():
+    check_versions()
+
+
+@pytest.mark.parametrize('name, found', [('mmdet', '2.28.0'),
+                                         ('mmcv', '1.7.1'),
+                                         ('mmengine', '0.7.4'),
+                                         ('torch', '1.13.1+cu117')])
+def test_out_of_bounds_names_bounds_and_found(monkeypatch, name, found):
+    _pretend(monkeypatch, **{name: found})
+    with pytest.raises(ImportError) as error:
+        check_versions()
+    assert f'needs {name}>={BOUNDS[name][1]}' in str(error.value)
+    assert f'found {name} {found}' in str(error.value)
+
+
+def test_without_mmcv_and_mmdet_the_layers_work(monkeypatch):
+    _pretend(
+        monkeypatch, **{
+            name: None
+            for name in ('mmcv', 'onedl-mmcv', 'mmdet', 'onedl-mmdetection')
+        })
+    check_versions()
+    _pretend(monkeypatch, **{'mmengine': None, 'onedl-mmengine': None})
+    with pytest.raises(ImportError, match='mmengine.*not installed'):
+        check_versions()
+
+
+def test_the_forks_count(monkeypatch):
+    _pretend(
+        monkeypatch, **{
+            'mmdet': None,
+            'onedl-mmdetection': '3.5.1',
+            'mmcv': None,
+            'onedl-mmcv': '2.3.6'
+        })
+    check_versions()
+
+
+def test_importing_the_layers_imports_neither_mmcv_nor_mmdet():
+    code = ('import sys, mmdet_smallbn\n'
+            'print(sorted({"mmcv", "mmdet", "cv2.dnn", "matplotlib.pyplot"} '
+            '& set(sys.modules)))')
+    out = subprocess.check_output([sys.executable, '-W', 'ignore', '-c', code],
+                                  text=True)
+    assert 'mmcv' not in out and 'mmdet' not in out
