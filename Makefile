@@ -10,7 +10,9 @@
 PYTHON ?= python3
 TOOLBOX ?= openmmlab
 VENV := $(if $(filter openmmlab,$(TOOLBOX)),.venv,.venv-$(TOOLBOX))
-RUN := $(VENV)/bin/python -W ignore::UserWarning
+# The toolbox's imports warn of what its own next release will change.
+RUN := $(VENV)/bin/python -W ignore::DeprecationWarning -W ignore::FutureWarning \
+	-W ignore:pkg_resources:UserWarning
 SEED ?= 0
 WORK_DIR ?= work_dirs/demo
 
@@ -32,4 +34,4 @@ test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 clean:
-	rm -rf $(VENV) work_dirs data
+	rm -rf $(VENV) $(WORK_DIR) data/shapes_coco

@@ -2,27 +2,28 @@
 import difflib
 import os
 import sys
+import traceback
 from contextlib import contextmanager
-from typing import Iterator, Tuple, Type
+from typing import Iterator, Sequence
 
 
 class SetupError(RuntimeError):
     """The configuration and the model do not fit; raised before training."""
 
 
-# What goes wrong while a model and a run are put together.
-SETUP_ERRORS = (SetupError, AssertionError, AttributeError, ImportError,
-                KeyError, NotImplementedError, OSError, RuntimeError,
-                SyntaxError, TypeError, ValueError)
-# What of it may still come once the loops are running.
-RUN_ERRORS = (SetupError, FileNotFoundError)
+def did_you_mean(unknown: str, known: Sequence[str]) -> str:
+    """Known names near an unknown one, as the end of a message."""
+    near = difflib.get_close_matches(unknown, known, n=2, cutoff=0.5)
+    if near:
+        return f'Did you mean {" or ".join(near)}?'
+    return f'Known are {", ".join(sorted(known))}'
 
 
 def describe(error: BaseException) -> str:
     """One line that says what went wrong.
 
-    The registries wrap an error once a level ("class `FasterRCNN` in ...:
-    class `FPN` in ...: ..."), and data workers send a whole traceback: the
+    Registries wrap an error once a level ("class `FasterRCNN` in a.py: class
+    `FPN` in b.py: ..."), and data workers send a whole traceback: the
     innermost message is the one to read.
     """
     text = str(error.args[0]) if len(error.args) == 1 else str(error)
@@ -30,41 +31,36 @@ def describe(error: BaseException) -> str:
     text = lines[-1 if 'Traceback' in text else 0] if lines else ''
     while text.startswith('class `') and '.py: ' in text:
         text = text.split('.py: ', 1)[1]
-    text = text.strip('"\'') or type(error).__name__
-    return text + _did_you_mean(text)
+    if isinstance(error, (SetupError, ValueError, OSError)):
+        return text or type(error).__name__
+    # What nobody foresaw may as well be a mistake in the code.
+    return f'{type(error).__name__}: {text} (SMALLBN_TRACEBACK=1 shows where)'
 
 
-def _did_you_mean(text: str) -> str:
-    """Registered names near the one that a registry did not find."""
-    from mmengine.registry import HOOKS, MODELS
-    marker = ' is not in the '
-    if marker not in text:
-        return ''
-    unknown = text.split(marker)[0].split()[-1].strip('\'"`')
-    own = [
-        name for registry in (MODELS, HOOKS)
-        for name, cls in registry.module_dict.items()
-        if cls.__module__.startswith('mmdet_smallbn')
-    ]
-    near = difflib.get_close_matches(unknown, own, n=2, cutoff=0.5)
-    if not near:
-        return f". This package's own are {', '.join(sorted(own))}"
-    return f'. Did you mean {" or ".join(near)}?'
+def _comes_from_a_loop(error: BaseException) -> bool:
+    from mmengine.runner import BaseLoop
+    return any(
+        isinstance(frame.f_locals.get('self'), BaseLoop)
+        and frame.f_code.co_name == 'run'
+        for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 @contextmanager
-def one_line_errors(kinds: Tuple[Type[BaseException], ...]) -> Iterator[None]:
-    """End the program with status 1 and one line on errors of these kinds.
+def one_line_errors() -> Iterator[None]:
+    """End the program with status 1 and one line on the user's errors.
 
-    The environment variable ``SMALLBN_TRACEBACK=1`` shows the whole trace.
-
-    Args:
-        kinds (tuple[type]): Exceptions that are the user's to mend.
+    Until a training or test loop runs, everything that goes wrong is taken to
+    be the configuration's doing; after that, only :class:`SetupError` and
+    missing files are. The environment variable ``SMALLBN_TRACEBACK=1`` shows
+    the whole trace.
     """
     try:
         yield
-    except kinds as error:
-        if os.environ.get('SMALLBN_TRACEBACK') == '1':
+    except Exception as error:
+        mendable = (
+            isinstance(error, (SetupError, FileNotFoundError))
+            or not _comes_from_a_loop(error))
+        if os.environ.get('SMALLBN_TRACEBACK') == '1' or not mendable:
             raise
         print(f'error: {describe(error)}', file=sys.stderr)
         sys.exit(1)

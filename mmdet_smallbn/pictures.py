@@ -68,9 +68,9 @@ def draw_objects(ax: Axes, image: np.ndarray, objects: Objects,
             ax.add_patch(
                 Polygon(
                     np.reshape(points, (-1, 2)),
-                    facecolor=(*colour[:3], 0.35),
+                    fill=False,
                     edgecolor='white',
-                    lw=0.6))
+                    lw=1))
         text = classes[label]
         if objects.scores is not None:
             text += f' {objects.scores[index]:.2f}'
@@ -149,36 +149,44 @@ def save_curves(scalars: List[Dict[str, Any]],
         opens_at (int, optional): Iteration at which burn-in ends.
     """
     figure = Figure(figsize=(10, 3.8), layout='tight')
-    loss_ax, ap_ax = figure.subplots(1, 2)
-    losses = [(r['step'], r['loss']) for r in scalars if 'loss' in r]
-    loss_ax.plot(*zip(*losses), color='#1f5fa8', lw=1.6)
+    loss_ax, ap_ax = figure.subplots(1, 2, sharex=True)
+    _plot(loss_ax, scalars, 'loss', 'loss', '#1f5fa8')
     loss_ax.set(title='Training loss', ylim=(0, None))
-    key = 'coco/bbox_mAP'
-    for name, label, colour in ((key, 'AP', '#c0392b'),
-                                (f'{key}_50', 'AP50', '#e59866')):
-        points = [(r['step'], r[name]) for r in scalars if name in r]
-        ap_ax.plot(*zip(*points), 'o-', color=colour, lw=1.6, label=label)
-        ap_ax.annotate(
-            f'{points[-1][1]:.3f}',
-            points[-1],
-            xytext=(0, 6),
-            textcoords='offset points',
-            ha='right',
-            color=colour)
+    _plot(ap_ax, scalars, 'coco/bbox_mAP', 'AP', '#c0392b', 'o')
+    _plot(ap_ax, scalars, 'coco/bbox_mAP_50', 'AP50', '#e59866', 'o')
     ap_ax.set(title='Box AP on validation images', ylim=(0, 1))
     ap_ax.legend(frameon=False, loc='upper left')
     for ax in (loss_ax, ap_ax):
-        ax.set_xlabel('iteration')
-        ax.set_xlim(left=0)
+        ax.set(xlabel='iteration', xlim=(0, None))
         ax.grid(alpha=0.25)
         ax.spines[['top', 'right']].set_visible(False)
         if opens_at:
             ax.axvline(opens_at, color='grey', ls=':', lw=1)
-            ax.text(
-                opens_at,
-                ax.get_ylim()[1],
-                ' window opens',
+            ax.annotate(
+                'window opens', (opens_at, 0.02),
+                xycoords=('data', 'axes fraction'),
+                xytext=(4, 0),
+                textcoords='offset points',
                 color='grey',
-                fontsize=8,
-                va='top')
+                fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def _plot(ax: Axes,
+          scalars: List[Dict[str, Any]],
+          key: str,
+          label: str,
+          colour: str,
+          marker: str = '') -> None:
+    """Plot one scalar over the iterations, with its last value."""
+    points = [(r['step'], r[key]) for r in scalars if key in r]
+    if not points:
+        return
+    ax.plot(*zip(*points), marker=marker, color=colour, lw=1.6, label=label)
+    ax.annotate(
+        f'{points[-1][1]:.3f}',
+        points[-1],
+        xytext=(0, 6),
+        textcoords='offset points',
+        ha='right',
+        color=colour)

@@ -1,11 +1,6 @@
 """Made data that the tests share."""
-import os
-
 import pytest
 import torch
-
-# The modules of a process must not fight over the cores.
-os.environ.setdefault('OMP_NUM_THREADS', '2')
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
-from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
@@ -104,6 +103,10 @@ def test_norms_are_where_the_name_says_and_take_a_step(path):
     for module in model.modules():
         if isinstance(module, SmallBatchNorm) and module.training:
             assert module.num_batches_tracked == 2
+            # Both steps are in the window, with what follows the weight.
+            window, = module._windows
+            assert window.filled == 2
+            assert window._entries.d_square.numel() > 0
 
 
 @pytest.mark.parametrize(
@@ -119,8 +122,3 @@ def test_batch_learning_rate_and_schedule_fit_the_name(path):
     assert cfg.train_cfg.max_epochs == {'1x': 12, '2x': 24}[schedule]
     assert cfg.custom_hooks[0].epochs == 3
     assert cfg.auto_scale_lr.base_batch_size == gpus * images
-
-
-def test_modules_of_mmdet_are_registered():
-    register_all_modules()
-    assert MODELS.get('FasterRCNN') is not None

@@ -78,8 +78,8 @@ def main() -> None:
         default='openmmlab',
         help='which family of mmengine, mmcv and mmdet')
     args = parser.parse_args()
-    if not (3, 10) <= sys.version_info[:2] <= (3, 13):
-        sys.exit('error: torch 2.13 needs Python 3.10 to 3.13, this is '
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+        sys.exit('error: the pinned versions need Python 3.11 to 3.13, this is '
                  f'{sys.version.split()[0]}. Remedy: make setup '
                  'PYTHON=python3.11')
     folder = Path(args.folder).resolve()
@@ -87,7 +87,12 @@ def main() -> None:
     log = folder / 'setup.log'
     if not python.exists():
         print(f'making {folder}', flush=True)
-        venv.create(folder, with_pip=True)
+        try:
+            venv.create(folder, with_pip=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            sys.exit(f'error: no virtual environment in {folder} ({error}). '
+                     f'Remove it, install venv (Debian: python3-venv), and '
+                     'run make setup again')
 
     pip_install(python, ['-e', '.[build,tools,tests]'], log,
                 'torch and build tools')

@@ -14,7 +14,7 @@ optim_wrapper = dict(
 log_processor = dict(by_epoch=False)
 default_hooks = dict(
     checkpoint=dict(by_epoch=False, interval=max_iters),
-    logger=dict(interval=20))
+    logger=dict(interval=20, log_metric_by_epoch=False))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(type='CosineAnnealingLR', by_epoch=False, begin=100, end=max_iters)

@@ -1,6 +1,8 @@
 """The demo: train a small detector with CBN, evaluate it, draw pictures."""
 import argparse
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -14,13 +16,13 @@ from rich.table import Table
 
 from ..data.coco_folder import CocoSplit, find_coco_split
 from ..data.shapes_coco import make_shapes_coco
-from ..errors import RUN_ERRORS, SETUP_ERRORS, one_line_errors
+from ..errors import one_line_errors
 from ..pictures import (Objects, coco_objects, quiet_coco, save_curves,
                         save_detections)
 from .runtime import add_common_arguments, build_runner, load_config
 
 _PICTURED = 6
-_MIN_SCORE = 0.4
+_MIN_SCORE = 0.5
 _ROWS = (('AP', 'bbox_mAP'), ('AP50', 'bbox_mAP_50'), ('AP75', 'bbox_mAP_75'),
          ('AP small', 'bbox_mAP_s'), ('AP medium', 'bbox_mAP_m'),
          ('AP large', 'bbox_mAP_l'))
@@ -110,19 +112,22 @@ def report(metrics: Dict[str, float], work_dir: Path,
     table.add_column('metric')
     table.add_column('value', justify='right')
     for label, key in _ROWS:
-        value = metrics[f'coco/{key}']
         # COCO's -1: there are no objects of this size.
+        value = metrics.get(f'coco/{key}', -1)
         table.add_row(label, f'{value:.3f}' if value >= 0 else '-')
     console.print(table)
     console.print(
         f'In {work_dir}: the checkpoint, metrics.json, curves.png, '
         'detections.png',
         soft_wrap=True)
+    activate = ''
+    if sys.prefix != sys.base_prefix and 'VIRTUAL_ENV' not in os.environ:
+        activate = f'  source {os.path.relpath(sys.prefix)}/bin/activate\n'
     console.print(
         'Your own COCO-format folder, the same small detector:\n'
         '  make demo DATA=path/to/folder\n'
         'Faster R-CNN R50 with CBN on COCO, once data/coco holds it:\n'
-        '  tools/dist_train.sh configs/cbn/'
+        f'{activate}  tools/dist_train.sh configs/cbn/'
         'faster-rcnn_r50_fpn_4conv1fc_cbn-head_4xb4-1x_coco.py 4',
         soft_wrap=True,
         highlight=False)
@@ -131,7 +136,7 @@ def report(metrics: Dict[str, float], work_dir: Path,
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the demo."""
     args = parse_args(argv)
-    with one_line_errors(SETUP_ERRORS):
+    with one_line_errors():
         cfg = load_config(args)
         cfg.randomness = dict(seed=args.seed)
         data = args.data or make_shapes_coco(**cfg.shapes_coco)
@@ -143,11 +148,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         if args.size:
             use_size(cfg, args.size)
         runner = build_runner(cfg)
-    with one_line_errors(RUN_ERRORS):
         runner.train()
     work_dir = Path(cfg.work_dir)
     scalars = read_scalars(runner)
-    metrics = [r for r in scalars if 'coco/bbox_mAP' in r][-1]
+    # A model that finds nothing at all has no metrics.
+    scored = [r for r in scalars if 'coco/bbox_mAP' in r]
+    metrics = scored[-1] if scored else {}
     (work_dir / 'metrics.json').write_text(json.dumps(metrics, indent=2))
     burn_in = cfg.custom_hooks[0].iters if cfg.get('custom_hooks') else None
     save_curves(scalars, work_dir / 'curves.png', burn_in)

@@ -5,7 +5,7 @@ from typing import Optional, Sequence
 
 from ..data.coco_folder import find_coco_split
 from ..data.shapes_coco import make_shapes_coco
-from ..errors import SETUP_ERRORS, one_line_errors
+from ..errors import one_line_errors
 from ..pictures import save_sheet
 
 
@@ -16,13 +16,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('root', help='folder to write to')
     parser.add_argument('--train', type=int, default=1200, help='images')
-    parser.add_argument('--val', type=int, default=200, help='images')
+    parser.add_argument('--val', type=int, default=150, help='images')
     parser.add_argument(
         '--size', type=int, default=192, help='height and width in pixels')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--workers', type=int, help='drawing processes')
     args = parser.parse_args(argv)
-    with one_line_errors(SETUP_ERRORS):
+    with one_line_errors():
         root = make_shapes_coco(args.root, args.train, args.val, args.size,
                                 args.seed, args.workers)
         split = find_coco_split(root, 'train')

@@ -4,13 +4,17 @@ import os
 import pickle
 from pathlib import Path
 from typing import Optional
+from urllib.parse import urlparse
 
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.dist import is_distributed
+from mmengine.dist import barrier, get_local_rank, is_distributed
 from mmengine.logging import print_log
-from mmengine.registry import RUNNERS
+from mmengine.registry import MODELS, RUNNERS, init_default_scope
 from mmengine.runner import CheckpointLoader, Runner
+
+from ..errors import SetupError, did_you_mean
+from ..layers import SmallBatchNorm
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +41,9 @@ def load_config(args: argparse.Namespace) -> Config:
     """Read the config, apply the command line, settle the work folder."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if not Path(args.config).is_file():
-        raise FileNotFoundError(f'no config at {args.config}')
+        raise FileNotFoundError(
+            f'no config at {args.config}: check the path, configs are in '
+            'configs/')
     cfg = Config.fromfile(args.config)
     cfg.launcher = args.launcher
     if args.cfg_options is not None:
@@ -51,8 +57,9 @@ def load_config(args: argparse.Namespace) -> Config:
 
 def build_runner(cfg: Config) -> Runner:
     """Build the runner, on CPUs too where several processes are launched."""
-    if cfg.launcher != 'none' and not torch.cuda.is_available():
+    if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
         _prepare_cpu_processes(cfg)
+    check_norm_types(cfg)
     register_checkpoint_loader()
     if 'runner_type' in cfg:
         return RUNNERS.build(cfg)
@@ -71,16 +78,52 @@ def _prepare_cpu_processes(cfg: Config) -> None:
     cfg.model_wrapper_cfg = wrapper
 
 
+def check_norm_types(cfg: Config) -> None:
+    """Look up the type of every ``norm_cfg`` before a model is built.
+
+    mmcv's own message does not say which name it did not find.
+
+    Raises:
+        SetupError: Naming the place, the type and near names.
+    """
+    import mmcv.cnn  # noqa: F401  registers BN, GN, ...
+    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    known = [
+        name for name, cls in MODELS.module_dict.items()
+        if isinstance(cls, type) and issubclass(cls, SmallBatchNorm)
+    ]
+
+    def walk(node, path):
+        if isinstance(node, dict):
+            for key, value in node.items():
+                walk(value, f'{path}.{key}')
+            kind = node.get('type')
+            if not path.endswith('norm_cfg') or not isinstance(kind, str):
+                return
+            with MODELS.switch_scope_and_registry(None) as registry:
+                found = registry.get(kind)
+            if found is None:
+                raise SetupError(f'{path}.type={kind!r} is not a known norm. '
+                                 f'{did_you_mean(kind, known)}')
+        elif isinstance(node, (list, tuple)):
+            for index, value in enumerate(node):
+                walk(value, f'{path}.{index}')
+
+    walk(cfg.get('model'), 'model')
+
+
 def register_checkpoint_loader() -> None:
     """Let mmengine load its own checkpoints on torch >= 2.6.
 
     Those hold message buffers beside the tensors, which torch's safe loading
     refuses. A local file is tried safely first, and loaded as older versions
-    did if that fails: it is the one that the user named. Whatever comes from
-    an address is left to the toolbox.
+    did if that fails: it is the one that the user named. What comes from an
+    address is loaded safely or not at all.
     """
     CheckpointLoader.register_scheme(
         prefixes='', loader=load_from_local, force=True)
+    CheckpointLoader.register_scheme(
+        prefixes=('http://', 'https://'), loader=load_from_address, force=True)
 
 
 def load_from_local(filename: str, map_location: Optional[str] = None):
@@ -95,18 +138,59 @@ def load_from_local(filename: str, map_location: Optional[str] = None):
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is not a checkpoint.
+        SetupError: If the file is not a checkpoint.
     """
     path = Path(filename).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f'no checkpoint at {filename}')
+        raise FileNotFoundError(
+            f'no checkpoint at {filename}: check the path, training writes '
+            'them to its work folder')
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError:
-        print_log(
-            f'{path.name} holds more than tensors: loading it unpickles what '
-            'it contains. Use files from sources that you trust', 'current')
+        pass
+    except Exception as error:  # whatever a file's bytes may lead to
+        raise _not_a_checkpoint(filename, error) from error
+    print_log(
+        f'{path.name} holds more than tensors: loading it unpickles what it '
+        'contains. Use files from sources that you trust', 'current')
     try:
         return torch.load(path, map_location=map_location, weights_only=False)
+    except Exception as error:
+        raise _not_a_checkpoint(filename, error) from error
+
+
+def _not_a_checkpoint(filename: str, error: Exception) -> SetupError:
+    return SetupError(
+        f'{filename} is not a checkpoint, or a damaged one '
+        f'({type(error).__name__}): copy or download it again')
+
+
+def load_from_address(filename: str,
+                      map_location: Optional[str] = None,
+                      model_dir: Optional[str] = None):
+    """Download a checkpoint once a machine, and load it safely.
+
+    Args:
+        filename (str): The address.
+        map_location (str, optional): As for ``torch.load``.
+        model_dir (str, optional): Folder to keep it in. None: torch's.
+
+    Returns:
+        dict: The checkpoint.
+
+    Raises:
+        SetupError: If it holds more than tensors.
+    """
+    folder = Path(model_dir or Path(torch.hub.get_dir()) / 'checkpoints')
+    path = folder / Path(urlparse(filename).path).name
+    if get_local_rank() == 0 and not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(filename, str(path))
+    barrier()
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f'{filename} is not a checkpoint') from error
+        raise SetupError(
+            f'{filename} holds more than tensors, and is not loaded from an '
+            f'address. If you trust it, name the file: {path}') from error

@@ -5,7 +5,7 @@ from typing import Optional, Sequence
 
 from mmengine.config import Config, ConfigDict
 
-from ..errors import (RUN_ERRORS, SETUP_ERRORS, SetupError, one_line_errors)
+from ..errors import SetupError, one_line_errors
 from .runtime import add_common_arguments, build_runner, load_config
 
 
@@ -81,7 +81,7 @@ def _add_tta(cfg: Config) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Evaluate as the command line says."""
     args = parse_args(argv)
-    with one_line_errors(SETUP_ERRORS):
+    with one_line_errors():
         cfg = load_config(args)
         apply_test_flags(cfg, args)
         runner = build_runner(cfg)
@@ -89,7 +89,6 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             from mmdet.evaluation import DumpDetResults
             runner.test_evaluator.metrics.append(
                 DumpDetResults(out_file_path=args.out))
-    with one_line_errors(RUN_ERRORS):
         runner.test()
 
 

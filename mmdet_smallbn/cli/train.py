@@ -4,7 +4,7 @@ from typing import Optional, Sequence
 
 from mmengine.config import Config
 
-from ..errors import (RUN_ERRORS, SETUP_ERRORS, SetupError, one_line_errors)
+from ..errors import SetupError, one_line_errors
 from .runtime import add_common_arguments, build_runner, load_config
 
 
@@ -52,11 +52,10 @@ def apply_train_flags(cfg: Config, args: argparse.Namespace) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Train as the command line says."""
     args = parse_args(argv)
-    with one_line_errors(SETUP_ERRORS):
+    with one_line_errors():
         cfg = load_config(args)
         apply_train_flags(cfg, args)
         runner = build_runner(cfg)
-    with one_line_errors(RUN_ERRORS):
         runner.train()
 
 

@@ -101,11 +101,17 @@ def affine_moments(x: Tensor, moments: Moments,
         call.input.sum(0, keepdim=True, dtype=dtype), call,
         call.groups) / moments.count
 
-    # 1 / m, taken half before and half after the sum, stays within float16.
+    # 1 / m, half before and half after the sum: neither the terms underflow
+    # in float16 nor, but for the largest maps, the sum overflows.
     scale = moments.count**-0.5
-    centred = (x - moments.mean.to(x.dtype).view(1, -1, 1, 1)) * scale
+    centre = moments.mean.to(x.dtype)
+    centred = (x - centre.view(1, -1, 1, 1)) * scale
     d_square = _weight_gradient(centred, call.input, call,
                                 x.size(1)).to(dtype) * (2 * scale)
+    if centre.dtype != dtype:
+        # What rounding moved the centre by.
+        off = (moments.mean - centre.to(dtype)).view(call.groups, -1, 1)
+        d_square -= (2 * off * d_mean.unsqueeze(1)).flatten(0, 1)
 
     mean, square = _inner_products(d_mean[None], d_square[None], call.weight)
     return AffineMoments(moments.mean, moments.mean - mean[0],

@@ -75,6 +75,8 @@ class BurnInHook(Hook):
         }
         for name, layer in self._told.items():
             layer.layer_name = name
+            # Of an earlier training of the same model object.
+            layer.reset_state()
         self._layers = {
             name: layer
             for name, layer in self._told.items()
@@ -125,11 +127,11 @@ class BurnInHook(Hook):
         if burning:
             parts = sorted({name.split('.')[0] for name in burning})
             message += f'; such layers are in {", ".join(parts)}'
-        elif converted or runner.cfg.get('sync_bn'):
+        elif converted:
             message += (
-                ". Its norms were converted to SyncBatchNorm: remove sync_bn="
-                f'{runner.cfg.get("sync_bn")!r} (or use_syncbn) from the '
-                'config, it replaces every BatchNorm and kin')
+                ', but SyncBatchNorm. If sync_bn='
+                f'{runner.cfg.get("sync_bn")!r} (or use_syncbn) stands in the '
+                'config, remove it: it converts every kind of BatchNorm')
         else:
             message += (". Give it one, such as norm_cfg=dict(type='CBN'), or "
                         'remove the hook')
@@ -148,8 +150,9 @@ class BurnInHook(Hook):
             raise SetupError(
                 f'BurnInHook: {self.unit}={self.length} is no shorter than '
                 f'the training ({total} {self.unit}), and the norms would '
-                'never be used. For a trial run set '
-                f'--cfg-options custom_hooks.0.{self.unit}=0')
+                "never be used. For a trial run set the hook's "
+                f'{self.unit}=0, as by --cfg-options custom_hooks.0.'
+                f'{self.unit}=0')
 
     def _check_modes(self, runner) -> None:
         """Norms that should train but are kept in evaluation mode."""

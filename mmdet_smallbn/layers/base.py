@@ -92,6 +92,8 @@ class SmallBatchNorm(nn.BatchNorm2d):
         if not self.training and self.running_mean is not None:
             return F.batch_norm(x, self.running_mean, self.running_var,
                                 self.weight, self.bias, False, 0., self.eps)
+        if self.training and torch.is_grad_enabled() and not in_backward():
+            self._count_call()
         if x.numel() == 0:
             # Zero RoIs: no state changes, the graph stays connected. Torch
             # has no kernel for it and promotes half precision.
@@ -136,8 +138,8 @@ class SmallBatchNorm(nn.BatchNorm2d):
             updated = torch.lerp(running.to(new.dtype), new, factor)
             running.copy_(torch.where(new.isfinite(), updated, running))
 
-    def _next_call(self) -> int:
-        """Index of this forward among those of the present iteration.
+    def _count_call(self) -> None:
+        """Set the index of this forward among those of the iteration.
 
         Raises:
             RuntimeError: If there are too many to be of one iteration.
@@ -145,7 +147,7 @@ class SmallBatchNorm(nn.BatchNorm2d):
         if self.iteration is None or self.iteration != self._last_iteration:
             self._last_iteration = self.iteration
             self._call = 0
-            return 0
+            return
         self._call += 1
         if self._call == 1 and not self._warned_of_calls:
             self._warned_of_calls = True
@@ -159,11 +161,12 @@ class SmallBatchNorm(nn.BatchNorm2d):
                 f'{self._who()} was called {_MAX_CALLS} times in iteration '
                 f'{self.iteration}. If training was interrupted and the model '
                 'is now used otherwise, set .iteration = None on its norms')
-        return self._call
 
     def _who(self) -> str:
-        name = type(self).__name__
-        return f'{name} {self.layer_name!r}' if self.layer_name else name
+        kind = type(self).__name__
+        if self.layer_name:
+            return f'{kind} {self.layer_name!r}'
+        return f'{kind}({self.num_features})'
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)

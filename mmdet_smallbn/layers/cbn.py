@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional import Moments
 from .base import SmallBatchNorm
-from .conv_call import FROZEN, find_producer, graph_is_recorded
+from .conv_call import (FROZEN, find_producer, graph_is_recorded,
+                        in_backward)
 from .moment_window import MomentWindow
 
 
@@ -56,8 +57,9 @@ class CBN(SmallBatchNorm, _BatchNorm):
     - follows anything but a convolution (a sum, a pooling, a deformable or
       transposed convolution): it normalises with the present batch, as
       BatchNorm, and warns once;
-    - runs under ``no_grad`` or inside activation checkpointing: the same,
-      and nothing enters the window;
+    - runs inside activation checkpointing: the same, with a warning;
+    - runs under ``no_grad`` in training mode: the same, without one. Nothing
+      enters the window;
     - is called several times in an iteration and a hook tells the iterations
       (:class:`mmdet_smallbn.BurnInHook`): each of the calls has a window of
       its own, in their order. Without a hook every call is an iteration.
@@ -107,7 +109,7 @@ class CBN(SmallBatchNorm, _BatchNorm):
         self.window_size = window_size
         self.compensate = compensate
         self._windows: List[MomentWindow] = []
-        self._warned = False
+        self._warned_of_fallback = False
 
     def reset_state(self) -> None:
         """Empty the window."""
@@ -120,10 +122,18 @@ class CBN(SmallBatchNorm, _BatchNorm):
         if self.window_size == 1 or self.burning_in:
             return self.batch_statistics(moments)
         if not graph_is_recorded():
+            if in_backward():
+                self._warn_once('runs inside activation checkpointing', (
+                    'Leave it out of the checkpointed parts if it should use '
+                    'its window'))
             return self.batch_statistics(moments)
         producer = find_producer(x) if self.compensate else FROZEN
         if not producer.known:
-            self._warn_unknown(x)
+            made_by = 'a leaf' if x.grad_fn is None else x.grad_fn.name()
+            self._warn_once(
+                'follows no convolution whose weight it can compensate for '
+                f'(its input was made by {made_by})',
+                "Put it after a convolution, or use type='NaiveCBN'")
             return self.batch_statistics(moments)
         window = self._window_of_call()
         if moments.count == 1 and window.filled == 0:
@@ -131,21 +141,19 @@ class CBN(SmallBatchNorm, _BatchNorm):
         return window.pool(x, moments, producer.call)
 
     def _window_of_call(self) -> MomentWindow:
-        call = self._next_call()
-        if call == len(self._windows):
+        if self._windows and self._windows[0].size != self.window_size:
+            self.reset_state()
+        while len(self._windows) <= self._call:
             self._windows.append(MomentWindow(self.window_size))
-        return self._windows[call]
+        return self._windows[self._call]
 
-    def _warn_unknown(self, x: Tensor) -> None:
-        if self._warned:
+    def _warn_once(self, reason: str, remedy: str) -> None:
+        if self._warned_of_fallback:
             return
-        self._warned = True
-        made_by = x.grad_fn.name() if x.grad_fn is not None else 'a leaf'
+        self._warned_of_fallback = True
         warnings.warn(
-            f'{self._who()} follows no convolution whose weight it can '
-            f'compensate for (its input was made by {made_by}): it '
-            'normalises with the present batch alone, as BatchNorm. Put it '
-            "after a convolution, or use type='NaiveCBN'")
+            f'{self._who()} {reason}: it normalises with the present batch '
+            f'alone, as BatchNorm. {remedy}')
 
     def _apply(self, fn, *args, **kwargs):
         super()._apply(fn, *args, **kwargs)
@@ -175,5 +183,15 @@ class NaiveCBN(CBN, _BatchNorm):
 
 
 def suggested_window_size(images_per_gpu: int) -> int:
-    """The paper's suggestion, min(ceil(16 / images per GPU), 8), Sec. 4.3."""
+    """The paper's suggestion, min(ceil(16 / images per GPU), 8), Sec. 4.3.
+
+    Args:
+        images_per_gpu (int): Images of a batch on one GPU, at least 1.
+
+    Returns:
+        int: Iterations, from 1 to 8.
+    """
+    if images_per_gpu < 1:
+        raise ValueError('images_per_gpu must be at least 1, but got '
+                         f'{images_per_gpu}')
     return min(-(-16 // images_per_gpu), 8)

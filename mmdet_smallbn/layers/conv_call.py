@@ -13,7 +13,7 @@ class Producer(NamedTuple):
     Attributes:
         known (bool): False: nothing that the layer can compensate for.
         call (ConvCall, optional): The convolution, if it is one whose weight
-            trains. None with ``known``: nothing before the tensor moves its
+            or bias trains. None with ``known``: nothing before the tensor moves its
             statistics by a weight of its own, so they stay valid.
     """
     known: bool
@@ -74,14 +74,16 @@ def find_producer(x: Tensor) -> Producer:
         return UNKNOWN
     if node._saved_transposed:
         return UNKNOWN
-    if node.next_functions[1][0] is None:
+    weight_trains, bias_trains = (
+        edge is not None for edge, _ in node.next_functions[1:])
+    if not weight_trains and not bias_trains:
         return FROZEN
     return Producer(
         known=True,
         call=ConvCall(
             input=node._saved_input.detach(),
             weight=node._saved_weight.detach(),
-            bias_trains=node.next_functions[2][0] is not None,
+            bias_trains=bias_trains,
             stride=node._saved_stride,
             padding=node._saved_padding,
             dilation=node._saved_dilation,

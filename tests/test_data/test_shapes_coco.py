@@ -6,8 +6,8 @@ import pytest
 from mmdet.datasets import CocoDataset
 from pycocotools.coco import COCO
 
-from mmdet_smallbn.data.shapes_coco import (CLASSES, make_image,
-                                            make_shapes_coco)
+from mmdet_smallbn.data.shapes import CLASSES, make_image
+from mmdet_smallbn.data.shapes_coco import make_shapes_coco
 from mmdet_smallbn.pictures import save_sheet
 
 
@@ -86,6 +86,15 @@ def test_the_same_data_set_is_kept_and_another_replaces_it(tmp_path):
     content = json.loads(
         (root / 'annotations' / 'instances_train.json').read_text())
     assert len(content['images']) == 1
+
+
+def test_an_interrupted_data_set_is_made_again(tmp_path):
+    root = make_shapes_coco(tmp_path / 'data', 2, 1, 64)
+    marker = root / 'shapes_coco.json'
+    marker.write_text(marker.read_text().replace('true', 'false'))
+    (root / 'train' / '000001.jpg').unlink()
+    make_shapes_coco(root, 2, 1, 64)
+    assert (root / 'train' / '000001.jpg').exists()
 
 
 def test_bad_requests_are_named(tmp_path):

@@ -1,3 +1,4 @@
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -57,6 +58,25 @@ def test_same_weight_gives_back_the_moments_in_half_precision():
     mean, var = moments_at_weight(past, weight)
     torch.testing.assert_close(mean[0], moments.mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(var[0], moments.var, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 0.01),
+                                              (torch.float16, 0.002)])
+def test_half_precision_derivatives_are_close(dtype, tolerance):
+    """With a mean ten times the deviation, which rounds coarsely."""
+    x = (torch.randn(4, 8, 9, 9) + 3).to(dtype)
+    weight = (torch.randn(8, 4, 3, 3) * 0.1 + 0.3).to(dtype)
+    y = F.conv2d(x.float(), weight.float(), padding=1, groups=2).to(dtype)
+
+    def derivatives(kind):
+        return affine_moments(
+            y.to(kind), batch_moments(y.to(kind)),
+            _call(x.to(kind), weight.to(kind), groups=2))
+
+    found, exact = derivatives(dtype), derivatives(torch.float64)
+    for a, b in ((found.d_square, exact.d_square),
+                 (found.d_mean, exact.d_mean)):
+        assert (a - b).norm() < tolerance * b.norm()
 
 
 def test_mean_is_exact_at_any_weight_and_variance_is_clamped():

@@ -173,7 +173,7 @@ def test_converted_norms_are_refused(tmp_path):
     # Without processes mmengine turns SyncBatchNorm back: take its place.
     runner, _ = _runner(tmp_path, [dict(type='BurnInHook', epochs=1)])
     runner.model = model
-    with pytest.raises(SetupError, match='converted to SyncBatchNorm.*sync_bn'):
+    with pytest.raises(SetupError, match='but SyncBatchNorm.*sync_bn'):
         runner.train()
 
 

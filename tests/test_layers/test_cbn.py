@@ -301,6 +301,7 @@ def test_no_grad_passes_do_not_enter_the_window():
 
 
 @pytest.mark.parametrize('use_reentrant', [True, False])
+@pytest.mark.filterwarnings('ignore:.*inside activation checkpointing')
 def test_checkpointed_activations_are_batch_norm_with_right_gradients(
         use_reentrant):
     from torch.utils.checkpoint import checkpoint
@@ -328,6 +329,56 @@ def test_checkpointed_activations_are_batch_norm_with_right_gradients(
         torch.testing.assert_close(a, b)
     for key, value in theirs.state_dict().items():
         torch.testing.assert_close(layer.state_dict()[key], value)
+
+
+def test_checkpointing_is_told_once():
+    from torch.utils.checkpoint import checkpoint
+    conv, layer = nn.Conv2d(4, 8, 1), CBN(8, window_size=2)
+
+    def step():
+        x = torch.randn(2, 4, 3, 3)
+        checkpoint(lambda x: layer(conv(x)), x,
+                   use_reentrant=False).sum().backward()
+
+    with pytest.warns(UserWarning, match=r'CBN\(8\) runs inside activation'):
+        step()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        step()
+
+
+@pytest.mark.filterwarnings('ignore:.*called several times')
+def test_an_empty_call_keeps_its_place_in_the_iteration():
+    conv, layer = nn.Conv2d(4, 8, 1), CBN(8, window_size=4)
+    for iteration, sizes in enumerate([(2, 2), (0, 2), (2, 2)]):
+        layer.iteration = iteration
+        for n in sizes:
+            layer(conv(torch.randn(n, 4, 3, 3)))
+    assert [window.filled for window in layer._windows] == [2, 3]
+
+
+def test_a_new_window_size_takes_effect():
+    conv, layer = nn.Conv2d(4, 8, 1), CBN(8, window_size=2)
+    for _ in range(3):
+        layer(conv(torch.randn(2, 4, 3, 3)))
+    layer.window_size = 5
+    for _ in range(6):
+        layer(conv(torch.randn(2, 4, 3, 3)))
+    assert layer._windows[0].filled == 5
+
+
+def test_a_moving_bias_over_frozen_weights_is_followed():
+    torch.manual_seed(0)
+    conv = _conv(**CONVS['biased'])
+    conv.weight.requires_grad_(False)
+    layer = _layer(conv, window_size=3)
+    reference = _literal(conv, layer)
+    for _ in range(5):
+        x = torch.randn(2, 4, 5, 5).double()
+        expected = reference(_effective(conv), x, layer.weight, layer.bias)
+        assert relative_error(layer(conv(x)), expected) < 1e-9
+        with torch.no_grad():
+            conv.bias.add_(torch.randn_like(conv.bias))
 
 
 def test_calls_of_one_iteration_have_windows_of_their_own():

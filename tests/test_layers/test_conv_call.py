@@ -43,6 +43,8 @@ NOT_FOLLOWED = {
 NOTHING_MOVES = {
     'input': lambda x: x,
     'frozen': lambda x: _frozen(nn.Conv2d(4, 4, 1))(x),
+    'no bias': lambda x: _frozen(nn.Conv2d(4, 4, 1, bias=False))(nn.Conv2d(
+        4, 4, 1)(x)),
     'frozen after trainable': lambda x: _frozen(nn.Conv2d(4, 4, 1))(nn.Conv2d(
         4, 4, 1)(x)),
 }
@@ -77,6 +79,13 @@ def test_bias_moves_only_if_it_trains():
     assert find_producer(conv(_x())).call.bias_trains
     conv.bias.requires_grad_(False)
     assert not find_producer(conv(_x())).call.bias_trains
+
+
+def test_a_bias_alone_may_move():
+    conv = nn.Conv2d(4, 4, 3)
+    conv.weight.requires_grad_(False)
+    call = find_producer(conv(_x())).call
+    assert call.bias_trains and call.input.shape == (2, 4, 6, 6)
 
 
 def test_autocast_shows_the_weight_that_was_used():

@@ -9,7 +9,9 @@ from mmengine.runner import CheckpointLoader
 from mmdet_smallbn.cli import test as test_cli
 from mmdet_smallbn.cli import train as train_cli
 from mmdet_smallbn.cli.demo import use_data
-from mmdet_smallbn.cli.runtime import (load_config, load_from_local,
+from mmdet_smallbn.cli.runtime import (check_norm_types,
+                                       load_from_address, load_config,
+                                       load_from_local,
                                        register_checkpoint_loader)
 from mmdet_smallbn.data.coco_folder import find_coco_split
 from mmdet_smallbn.errors import SetupError
@@ -119,8 +121,31 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
         load_from_local(str(tmp_path / 'none.pth'))
     path = tmp_path / 'text.pth'
     path.write_text('hello')
-    with pytest.raises(ValueError, match='text.pth is not a checkpoint'):
-        load_from_local(str(path))
-    path.write_bytes(pickle.dumps([1])[:-1])
-    with pytest.raises(ValueError, match='text.pth is not a checkpoint'):
-        load_from_local(str(path))
+    torch.save(dict(w=torch.ones(99)), tmp_path / 'whole.pth')
+    whole = (tmp_path / 'whole.pth').read_bytes()
+    for content in (b'hello', b'', b'<html>', pickle.dumps([1])[:-1],
+                    whole[:len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(SetupError, match='text.pth is not a checkpoint'):
+            load_from_local(str(path))
+
+
+def test_addresses_are_loaded_safely_or_not_at_all(tmp_path):
+    source, cache = tmp_path / 'source', tmp_path / 'cache'
+    source.mkdir()
+    torch.save(dict(w=torch.ones(2)), source / 'plain.pth')
+    loaded = load_from_address((source / 'plain.pth').as_uri(), 'cpu', cache)
+    torch.testing.assert_close(loaded['w'], torch.ones(2))
+    torch.save(dict(more=Config(dict(a=1))), source / 'more.pth')
+    with pytest.raises(SetupError, match='not loaded from an address'):
+        load_from_address((source / 'more.pth').as_uri(), 'cpu', cache)
+
+
+def test_norm_types_are_looked_up_wherever_they_stand():
+    check_norm_types(Config.fromfile(HEAD))
+    for kind in ('BN', 'SyncBN', 'GN', 'NaiveCBN'):
+        check_norm_types(Config(dict(model=dict(norm_cfg=dict(type=kind)))))
+    nested = dict(model=dict(heads=[dict(norm_cfg=dict(type='Batch'))]))
+    with pytest.raises(SetupError, match="model.heads.0.norm_cfg.type='Batch'"
+                       '.*Known are .*CBN'):
+        check_norm_types(Config(nested))

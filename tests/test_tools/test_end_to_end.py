@@ -1,6 +1,8 @@
 """The tools, from a data set to a score, in processes of their own."""
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,13 @@ ITERS = 60
 INTERVAL = 30
 
 
-def _run(*command, **environment):
+def _free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return str(s.getsockname()[1])
+
+
+def _run(*command, fails=False, **environment):
     result = subprocess.run(
         command,
         cwd=ROOT,
@@ -26,8 +34,9 @@ def _run(*command, **environment):
             PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}',
             PYTHONWARNINGS='ignore',
             **environment))
-    assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-3000:]
-    return result.stdout + result.stderr
+    out = result.stdout + result.stderr
+    assert (result.returncode != 0) == fails, out[-6000:]
+    return out
 
 
 @pytest.fixture(scope='module')
@@ -57,7 +66,6 @@ def options(one_class):
         'param_scheduler.1.begin': 10,
         'param_scheduler.1.end': ITERS,
         'custom_hooks.0.iters': 20,
-        'default_hooks.checkpoint.by_epoch': False,
         'default_hooks.checkpoint.interval': INTERVAL,
         'default_hooks.logger.interval': 5,
         'randomness.seed': 0,
@@ -135,23 +143,35 @@ def test_resume_continues_the_schedule(trained, options, tmp_path):
     assert (tmp_path / f'iter_{ITERS}.pth').exists()
 
 
-def test_two_processes_on_the_cpu(options, tmp_path):
+def test_two_processes_train_on_the_cpu(options, tmp_path):
     few = ['train_cfg.max_iters=6', 'train_cfg.val_interval=6',
            'custom_hooks.0.iters=2', 'default_hooks.checkpoint.interval=6',
            'default_hooks.logger.interval=2']
-    port = str(29500 + os.getpid() % 2000)
     out = _run('bash', 'tools/dist_train.sh', DEMO, '2', '--work-dir',
-               str(tmp_path / 'train'), *options, *few, PORT=port)
+               str(tmp_path), *options, *few, PORT=_free_port())
     assert 'Distributed training: True' in out and 'GPU number: 2' in out
-    assert 'the window opens' in out
-    checkpoint = tmp_path / 'train' / 'iter_6.pth'
-    out = _run('bash', 'tools/dist_test.sh', DEMO, str(checkpoint), '2',
-               '--work-dir', str(tmp_path / 'test'), *options, PORT=port)
-    tested = json.loads(next((tmp_path / 'test').glob('*/*.json')).read_text())
-    # The same images, split over two processes.
-    trained = _scores(_scalars(tmp_path / 'train'))
+    assert 'at iteration 2, epoch 0: the window opens' in out
+    losses = [r['loss'] for r in _scalars(tmp_path) if 'loss' in r]
+    assert len(losses) == 3 and all(loss > 0 for loss in losses)
+    assert (tmp_path / 'iter_6.pth').exists()
+
+
+def test_two_processes_score_as_one(trained, options, tmp_path):
+    work_dir, _ = trained
+    _run('bash', 'tools/dist_test.sh', DEMO,
+         str(work_dir / f'iter_{ITERS}.pth'), '2', '--work-dir',
+         str(tmp_path), *options, PORT=_free_port())
+    tested = json.loads(next(tmp_path.glob('*/*.json')).read_text())
     assert {k: v for k, v in tested.items() if k.startswith('coco/')
-            } == trained
+            } == _scores(_scalars(work_dir))
+
+
+def test_converted_norms_end_in_one_line(options, tmp_path):
+    out = _run('bash', 'tools/dist_train.sh', DEMO, '2', '--work-dir',
+               str(tmp_path), *options, 'sync_bn=torch', PORT=_free_port(),
+               fails=True)
+    assert re.search(r"error: BurnInHook: .*but SyncBatchNorm. If "
+                     r"sync_bn='torch'.*remove it", out)
 
 
 def test_demo_on_a_folder_of_ones_own(one_class, tmp_path):
@@ -162,7 +182,7 @@ def test_demo_on_a_folder_of_ones_own(one_class, tmp_path):
         'model.roi_head.bbox_head.conv_out_channels=16',
         'default_hooks.logger.interval=2')
     metrics = json.loads((tmp_path / 'metrics.json').read_text())
-    assert -1 <= metrics['coco/bbox_mAP'] <= 1
+    assert -1 <= metrics['coco/bbox_mAP'] <= 1 and metrics['step'] == 8
     import cv2
     for name in ('curves.png', 'detections.png'):
         assert cv2.imread(str(tmp_path / name)).std() > 5

@@ -1,9 +1,11 @@
 """What a user can mend ends in one clear line."""
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from mmengine.runner import BaseLoop
 
 from mmdet_smallbn.errors import SetupError, describe, one_line_errors
 
@@ -20,85 +22,100 @@ def _run(tool, *arguments):
     return result.returncode, result.stderr.strip()
 
 
-@pytest.mark.parametrize('arguments, message', [
-    (['configs/nothing.py'], 'no config at configs/nothing.py'),
-    ([DEMO, '--cfg-options', 'model.neck.norm_cfg.type=CNB'],
-     'CNB.*Did you mean CBN'),
-    ([DEMO, '--cfg-options', 'model.neck.norm_cfg.window_size=0'],
+def _options(root, *changes):
+    """--cfg-options that point the demo config at a data set."""
+    return [
+        '--cfg-options', *(f'{loader}_dataloader.dataset.data_root={root}/'
+                           for loader in ('train', 'val', 'test')),
+        *(f'{kind}_evaluator.ann_file={root}/annotations/instances_val.json'
+          for kind in ('val', 'test')), *changes
+    ]
+
+
+@pytest.mark.parametrize('changes, message', [
+    (['model.neck.norm_cfg.type=CNB'],
+     "model.neck.norm_cfg.type='CNB' is not a known norm. Did you mean CBN"),
+    (['model.neck.norm_cfg.window_size=0'],
      'window_size must be an integer of at least 1, but got 0'),
-    ([DEMO, '--cfg-options', 'model.neck.norm_cfg.windowsize=3'],
-     "unexpected keyword argument 'windowsize'"),
-    ([DEMO, '--cfg-options', 'custom_hooks.0.iters=-5'],
+    (['model.neck.norm_cfg.windowsize=3'],
+     "TypeError: .*unexpected keyword argument 'windowsize'"),
+    (['custom_hooks.0.iters=-5'],
      'iters must be an integer of at least 0, but got -5'),
-    ([
-        DEMO, '--cfg-options',
-        'train_dataloader.dataset.data_root=/nowhere/coco/'
-    ], 'No such file.*/nowhere/coco/'),
-    ([DEMO, '--resume', 'nothing.pth'], 'no checkpoint at nothing.pth'),
+    (['train_dataloader.dataset.data_root=/nowhere/coco/'],
+     'No such file.*/nowhere/coco/'),
+    (['train_dataloader.dataset.type=CocoDatset'], 'CocoDatset'),
+    (['custom_hooks.0.iters=5000'], 'iters=5000 is no shorter'),
+    (['load_from=nothing.pth'], 'no checkpoint at nothing.pth'),
 ], ids=[
-    'config', 'norm', 'window', 'keyword', 'burn-in', 'annotations',
-    'checkpoint'
+    'norm', 'window', 'keyword', 'burn-in', 'annotations', 'data set',
+    'long burn-in', 'checkpoint'
 ])
 @pytest.mark.slow
-def test_one_line(arguments, message, tmp_path, shapes):
-    import re
-    options = ['--work-dir', str(tmp_path)]
-    if 'data_root' not in ' '.join(arguments):
-        options += data_options(shapes, arguments)
-    code, stderr = _run('train', *arguments, *options)
+def test_one_line(changes, message, tmp_path, shapes):
+    code, stderr = _run('train', DEMO, '--work-dir', str(tmp_path),
+                        *_options(shapes, *changes))
     assert code == 1
     last = stderr.splitlines()[-1]
     assert last.startswith('error: ') and re.search(message, last), stderr
     assert 'Traceback' not in stderr
 
 
-def data_options(root, arguments=()):
-    """Point the demo config at a data set, whatever else is overridden."""
-    options = [
-        f'{loader}_dataloader.dataset.data_root={root}/'
-        for loader in ('train', 'val', 'test')
-    ] + [
-        f'{kind}_evaluator.ann_file={root}/annotations/instances_val.json'
-        for kind in ('val', 'test')
-    ]
-    if '--cfg-options' in arguments:
-        # argparse keeps the last occurrence only.
-        arguments += options
-        return []
-    return ['--cfg-options', *options]
+@pytest.mark.slow
+def test_a_missing_config_ends_in_one_line():
+    code, stderr = _run('train', 'configs/nothing.py')
+    assert code == 1
+    assert stderr.splitlines()[-1].startswith(
+        'error: no config at configs/nothing.py: check the path')
 
 
 @pytest.mark.slow
-def test_a_missing_checkpoint_ends_a_test_run(tmp_path, shapes):
-    code, stderr = _run('test', DEMO, 'nothing.pth', '--work-dir',
-                        str(tmp_path), *data_options(shapes))
+def test_a_damaged_checkpoint_ends_a_test_run(tmp_path, shapes):
+    path = tmp_path / 'damaged.pth'
+    path.write_text('hello')
+    code, stderr = _run('test', DEMO, str(path), '--work-dir', str(tmp_path),
+                        *_options(shapes))
     assert code == 1
-    assert stderr.splitlines()[-1] == 'error: no checkpoint at nothing.pth'
+    assert re.search('error: .*damaged.pth is not a checkpoint.*again',
+                     stderr.splitlines()[-1])
 
 
 def test_innermost_message_is_shown():
-    error = KeyError('class `FasterRCNN` in mmdet/models/a.py: class `FPN` in '
-                     'mmdet/models/b.py: "CNB is not in the mmengine::model '
-                     'registry. More advice."')
-    assert describe(error).startswith('CNB is not in the mmengine::model')
-    assert 'Did you mean CBN' in describe(error)
+    error = ValueError('class `FasterRCNN` in mmdet/models/a.py: class `FPN` '
+                       'in mmdet/models/b.py: window_size is 0\nmore')
+    assert describe(error) == 'window_size is 0'
     assert describe(ValueError()) == 'ValueError'
+    assert describe(KeyError('bar')).startswith('KeyError: bar (SMALLBN_TRACE')
     worker = ('Caught FileNotFoundError in DataLoader worker process 0.\n'
               'Original Traceback (most recent call last):\n  File "x"\n'
               "FileNotFoundError: [Errno 2] No such file: 'a.jpg'\n")
-    assert describe(FileNotFoundError(worker)).endswith("'a.jpg")
+    assert describe(FileNotFoundError(worker)).endswith("No such file: 'a.jpg'")
 
 
-def test_only_the_users_errors_are_shortened(monkeypatch, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        with one_line_errors((SetupError, )):
-            raise SetupError('do this')
-    assert exit_.value.code == 1
-    assert capsys.readouterr().err == 'error: do this\n'
-    with pytest.raises(ZeroDivisionError):
-        with one_line_errors((SetupError, )):
-            1 / 0
+class _Loop(BaseLoop):
+
+    def __init__(self, error):
+        self.error = error
+
+    def run(self):
+        raise self.error
+
+
+def test_the_users_errors_are_shortened(monkeypatch, capsys):
+    for error in (SetupError('do this'), ZeroDivisionError('1 / 0')):
+        with pytest.raises(SystemExit) as exit_, one_line_errors():
+            raise error
+        assert exit_.value.code == 1
+        assert capsys.readouterr().err.startswith('error: ')
     monkeypatch.setenv('SMALLBN_TRACEBACK', '1')
-    with pytest.raises(SetupError):
-        with one_line_errors((SetupError, )):
-            raise SetupError('do this')
+    with pytest.raises(SetupError), one_line_errors():
+        raise SetupError('do this')
+
+
+def test_what_a_running_loop_meets_keeps_its_trace(capsys):
+    with pytest.raises(ZeroDivisionError), one_line_errors():
+        _Loop(ZeroDivisionError()).run()
+    with pytest.raises(SystemExit), one_line_errors():
+        _Loop(SetupError('do this')).run()
+    with pytest.raises(SystemExit), one_line_errors():
+        _Loop(FileNotFoundError('no image')).run()
+    assert capsys.readouterr().err == 'error: do this\nerror: no image\n'

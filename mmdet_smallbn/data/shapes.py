@@ -1,0 +1,234 @@
+"""The images of ShapesCOCO.
+
+Coloured shapes of seven kinds and many sizes, on uneven backgrounds, over and
+under each other, among lines and blots that are none of the classes, under
+changing light, contrast, blur and noise. Large enough to need training, small
+enough to learn in minutes on a CPU.
+"""
+from typing import Dict, List, Sequence, Tuple
+
+import cv2
+import numpy as np
+
+CLASSES = ('circle', 'square', 'triangle', 'star', 'cross', 'heart',
+           'crescent')
+# Raised when the same seed draws something else.
+VERSION = 1
+
+# An object must show this part of itself, and this many pixels.
+_MIN_VISIBLE = 0.7
+_MIN_PIXELS = 40
+_SUPERSAMPLING = 4
+# Between an object's colour and what is behind it: Euclidean, of 255.
+_MIN_CONTRAST = 90
+
+
+def _polar(angles: np.ndarray, radii) -> np.ndarray:
+    return np.stack([radii * np.sin(angles), -radii * np.cos(angles)], axis=1)
+
+
+def _outline(name: str) -> np.ndarray:
+    """Outline of a shape in the unit disc, y downwards, shape (P, 2)."""
+    turn = np.linspace(0, 2 * np.pi, 64, endpoint=False)
+    if name == 'circle':
+        return 0.9 * _polar(turn, 1.)
+    if name == 'square':
+        return _polar(np.pi / 4 + np.pi / 2 * np.arange(4), 1.)
+    if name == 'triangle':
+        return _polar(2 * np.pi / 3 * np.arange(3), 1.)
+    if name == 'star':
+        return _polar(np.pi / 5 * np.arange(10), np.tile([1., 0.42], 5))
+    if name == 'cross':
+        a, b = 0.32, 0.95
+        return np.array([(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a),
+                         (a, b), (-a, b), (-a, a), (-b, a), (-b, -a),
+                         (-a, -a)])
+    if name == 'heart':
+        x = np.sin(turn)**3
+        y = (13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) -
+             np.cos(4 * turn)) / 17
+        return 0.95 * np.stack([x, -y], axis=1)
+    if name == 'crescent':
+        # A disc without a disc: the two arcs meet where the circles do.
+        shift, inner = 0.5, 0.78
+        x = (shift**2 + 1 - inner**2) / (2 * shift)
+        y = np.sqrt(1 - x**2)
+        far = np.linspace(np.arctan2(y, x), 2 * np.pi - np.arctan2(y, x), 48)
+        near = np.linspace(
+            np.arctan2(-y, x - shift) % (2 * np.pi), np.arctan2(y, x - shift),
+            32)
+        points = np.concatenate([
+            np.stack([np.cos(far), np.sin(far)], axis=1),
+            np.stack([shift + inner * np.cos(near), inner * np.sin(near)],
+                     axis=1)
+        ])
+        return points + np.array([0.25, 0.])
+    raise ValueError(f'unknown shape {name!r}; one of {CLASSES}')
+
+
+_OUTLINES = {name: _outline(name) for name in CLASSES}
+
+
+def _mask(outline: np.ndarray, size: int) -> np.ndarray:
+    """Coverage of each pixel, float32 in [0, 1], shape (size, size)."""
+    big = np.zeros((size * _SUPERSAMPLING, ) * 2, np.uint8)
+    points = np.round(outline * _SUPERSAMPLING).astype(np.int32)
+    cv2.fillPoly(big, [points], 255)
+    small = cv2.resize(big, (size, size), interpolation=cv2.INTER_AREA)
+    return small.astype(np.float32) / 255
+
+
+def _smooth_noise(rng: np.random.Generator, size: int,
+                  cells: int) -> np.ndarray:
+    """Smooth field in about [-1, 1], shape (size, size, 1)."""
+    grid = rng.uniform(-1, 1, (cells, cells)).astype(np.float32)
+    return cv2.resize(
+        grid, (size, size), interpolation=cv2.INTER_CUBIC)[..., None]
+
+
+def _colour(rng: np.random.Generator) -> np.ndarray:
+    hsv = np.array([[[
+        rng.integers(0, 180),
+        rng.integers(90, 256),
+        rng.integers(110, 256)
+    ]]], np.uint8)
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0, 0].astype(np.float32)
+
+
+def _background(rng: np.random.Generator, size: int) -> np.ndarray:
+    first, second = _colour(rng) * 0.6, _colour(rng) * 0.6
+    grey = np.float32(rng.uniform(60, 190))
+    blend = 0.5 + 0.5 * _smooth_noise(rng, size, int(rng.integers(2, 5)))
+    image = 0.5 * grey + 0.5 * (first * blend + second * (1 - blend))
+    image = image + rng.uniform(4, 16) * _smooth_noise(rng, size, size // 8)
+    return image
+
+
+def _clutter(rng: np.random.Generator, image: np.ndarray) -> None:
+    """Lines and soft blots, in place: nothing that a class looks like."""
+    size = len(image)
+    for _ in range(rng.integers(2, 7)):
+        points = rng.uniform(0, size, (3, 2))
+        t = np.linspace(0, 1, 24)[:, None]
+        curve = ((1 - t)**2 * points[0] + 2 * t * (1 - t) * points[1] +
+                 t**2 * points[2])
+        cv2.polylines(image, [np.round(curve * 8).astype(np.int32)], False,
+                      _colour(rng).tolist(), int(rng.integers(1, 3)),
+                      cv2.LINE_AA, 3)
+    for _ in range(rng.integers(0, 4)):
+        outline = (rng.uniform(0, size, 2) + _polar(
+            np.linspace(0, 2 * np.pi, 12, endpoint=False),
+            rng.uniform(0.05, 0.16) * size * rng.uniform(0.4, 1, 12)))
+        blot = cv2.GaussianBlur(_mask(outline, size), (0, 0), size / 50)
+        blot = (blot * rng.uniform(0.3, 0.7))[..., None]
+        image += blot * (_colour(rng) - image)
+
+
+def _texture(rng: np.random.Generator, size: int,
+             behind: np.ndarray) -> np.ndarray:
+    """Fill of one object that stands out from a colour, (size, size, 3)."""
+    for _ in range(10):
+        colour = _colour(rng)
+        if np.linalg.norm(colour - behind) > _MIN_CONTRAST:
+            break
+    kind = rng.choice(['plain', 'shaded', 'striped'], p=[0.4, 0.35, 0.25])
+    if kind == 'plain':
+        return np.broadcast_to(colour, (size, size, 3))
+    yy, xx = np.mgrid[:size, :size].astype(np.float32) / size
+    angle = rng.uniform(0, 2 * np.pi)
+    across = np.cos(angle) * xx + np.sin(angle) * yy
+    if kind == 'shaded':
+        return colour * (0.75 + 0.5 * across)[..., None].clip(0.4, 1.3)
+    stripe = np.sin(across * rng.uniform(40, 90)) > 0
+    return np.where(stripe[..., None], colour, colour * 0.72)
+
+
+def _photometric(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    """Uneven light, contrast, blur, noise."""
+    size = len(image)
+    image = image * (1 + rng.uniform(0, 0.3) * _smooth_noise(rng, size, 2))
+    image = (image - 128) * rng.uniform(0.7, 1.15) + 128
+    image = image + rng.uniform(-25, 25)
+    if rng.random() < 0.3:
+        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 0.9))
+    image = image + rng.normal(0, rng.uniform(1, 7), image.shape)
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def _place(rng: np.random.Generator, size: int) -> Tuple[int, np.ndarray]:
+    category = int(rng.integers(len(CLASSES)))
+    # Even on a log scale: from a twelfth to a quarter of the image in radius.
+    radius = size * np.exp(rng.uniform(np.log(0.08), np.log(0.24)))
+    centre = rng.uniform(radius * 0.7, size - radius * 0.7, 2)
+    angle = rng.uniform(-0.6, 0.6)
+    turn = np.array([[np.cos(angle), -np.sin(angle)],
+                     [np.sin(angle), np.cos(angle)]])
+    stretch = np.array([1., rng.uniform(0.75, 1.)])[rng.permutation(2)]
+    outline = _OUTLINES[CLASSES[category]] * stretch @ turn.T * radius
+    return category, outline + centre
+
+
+def _annotation(category: int, visible: np.ndarray) -> Dict:
+    """COCO annotation of the visible part of an object, without ids."""
+    ys, xs = np.nonzero(visible)
+    left, top = int(xs.min()), int(ys.min())
+    right, bottom = int(xs.max()) + 1, int(ys.max()) + 1
+    # Contours run through pixel centres: enlarged, they follow the outline.
+    crop = np.kron(visible[top:bottom, left:right],
+                   np.ones((_SUPERSAMPLING, ) * 2)).astype(np.uint8)
+    contours, _ = cv2.findContours(crop, cv2.RETR_EXTERNAL,
+                                   cv2.CHAIN_APPROX_NONE)
+    polygons = []
+    for contour in contours:
+        points = cv2.approxPolyDP(contour, 1., True)[:, 0]
+        if len(points) >= 3:
+            points = (points + 0.5) / _SUPERSAMPLING + (left, top)
+            polygons.append(points.round(3).ravel().tolist())
+    return dict(
+        category_id=category + 1,
+        bbox=[left, top, right - left, bottom - top],
+        area=int(visible.sum()),
+        segmentation=polygons,
+        iscrowd=0)
+
+
+def make_image(seed: Sequence[int],
+               size: int = 192) -> Tuple[np.ndarray, List[Dict]]:
+    """Draw one image.
+
+    Args:
+        seed (Sequence[int]): The image is a function of seed and size alone.
+        size (int): Height and width in pixels.
+
+    Returns:
+        tuple[np.ndarray, list[dict]]: The image in BGR, uint8, shape
+        (size, size, 3), and the COCO annotations of all objects in it, of
+        their visible parts: boxes in pixels as x, y, width, height.
+    """
+    rng = np.random.default_rng(seed)
+    image = _background(rng, size)
+    _clutter(rng, image)
+    owner = np.full((size, size), -1, np.int32)
+    objects: List[Tuple[int, int]] = []
+    for _ in range(rng.integers(4, 11)):
+        category, outline = _place(rng, size)
+        coverage = _mask(outline, size)
+        solid = coverage > 0.5
+        after = np.where(solid, len(objects), owner)
+        full = [pixels for _, pixels in objects] + [int(solid.sum())]
+        # Objects may hide a part of each other, but not most of it.
+        if any((after == i).sum() < max(_MIN_PIXELS, _MIN_VISIBLE * pixels)
+               for i, pixels in enumerate(full)):
+            continue
+        alpha = coverage[..., None]
+        texture = _texture(rng, size, image[solid].mean(0))
+        image = image * (1 - alpha) + texture * alpha
+        owner = after
+        objects.append((category, full[-1]))
+    annotations = [
+        _annotation(category, owner == i)
+        for i, (category, _) in enumerate(objects)
+    ]
+    return _photometric(rng, image), annotations
+
+
