@@ -3,7 +3,7 @@ import argparse
 import os
 import pickle
 from pathlib import Path
-from typing import Optional
+from typing import Any, Iterator, Optional, Tuple
 from urllib.parse import urlparse
 
 import torch
@@ -59,7 +59,7 @@ def build_runner(cfg: Config) -> Runner:
     """Build the runner, on CPUs too where several processes are launched."""
     if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
         _prepare_cpu_processes(cfg)
-    check_norm_types(cfg)
+    check_norms(cfg)
     register_checkpoint_loader()
     if 'runner_type' in cfg:
         return RUNNERS.build(cfg)
@@ -78,13 +78,12 @@ def _prepare_cpu_processes(cfg: Config) -> None:
     cfg.model_wrapper_cfg = wrapper
 
 
-def check_norm_types(cfg: Config) -> None:
+def check_norms(cfg: Config) -> None:
     """Look up the type of every ``norm_cfg`` before a model is built.
 
-    mmcv's own message does not say which name it did not find.
-
     Raises:
-        SetupError: Naming the place, the type and near names.
+        SetupError: If a type is not registered (mmcv's own message does not
+            say which), or if ``sync_bn`` would convert one of ours.
     """
     import mmcv.cnn  # noqa: F401  registers BN, GN, ...
     init_default_scope(cfg.get('default_scope', 'mmdet'))
@@ -92,24 +91,28 @@ def check_norm_types(cfg: Config) -> None:
         name for name, cls in MODELS.module_dict.items()
         if isinstance(cls, type) and issubclass(cls, SmallBatchNorm)
     ]
+    for path, kind in _norm_types(cfg.get('model'), 'model'):
+        with MODELS.switch_scope_and_registry(None) as registry:
+            found = registry.get(kind)
+        if found is None:
+            raise SetupError(f'{path}.type={kind!r} is not a known norm. '
+                             f'{did_you_mean(kind, known)}')
+        if kind in known and cfg.get('sync_bn') and cfg.launcher != 'none':
+            raise SetupError(
+                f'sync_bn={cfg.sync_bn!r} would turn {path}.type={kind!r}, '
+                'and every kind of BatchNorm, into SyncBatchNorm: remove '
+                'sync_bn from the config')
 
-    def walk(node, path):
-        if isinstance(node, dict):
-            for key, value in node.items():
-                walk(value, f'{path}.{key}')
-            kind = node.get('type')
-            if not path.endswith('norm_cfg') or not isinstance(kind, str):
-                return
-            with MODELS.switch_scope_and_registry(None) as registry:
-                found = registry.get(kind)
-            if found is None:
-                raise SetupError(f'{path}.type={kind!r} is not a known norm. '
-                                 f'{did_you_mean(kind, known)}')
-        elif isinstance(node, (list, tuple)):
-            for index, value in enumerate(node):
-                walk(value, f'{path}.{index}')
 
-    walk(cfg.get('model'), 'model')
+def _norm_types(node: Any, path: str) -> Iterator[Tuple[str, str]]:
+    """Path and type of every ``norm_cfg`` in a part of a config."""
+    if isinstance(node, (list, tuple)):
+        node = dict(enumerate(node))
+    if isinstance(node, dict):
+        if path.endswith('norm_cfg') and isinstance(node.get('type'), str):
+            yield path, node['type']
+        for key, value in node.items():
+            yield from _norm_types(value, f'{path}.{key}')
 
 
 def register_checkpoint_loader() -> None:

@@ -9,9 +9,8 @@ from mmengine.runner import CheckpointLoader
 from mmdet_smallbn.cli import test as test_cli
 from mmdet_smallbn.cli import train as train_cli
 from mmdet_smallbn.cli.demo import use_data
-from mmdet_smallbn.cli.runtime import (check_norm_types,
-                                       load_from_address, load_config,
-                                       load_from_local,
+from mmdet_smallbn.cli.runtime import (check_norms, load_config,
+                                       load_from_address, load_from_local,
                                        register_checkpoint_loader)
 from mmdet_smallbn.data.coco_folder import find_coco_split
 from mmdet_smallbn.errors import SetupError
@@ -142,10 +141,23 @@ def test_addresses_are_loaded_safely_or_not_at_all(tmp_path):
 
 
 def test_norm_types_are_looked_up_wherever_they_stand():
-    check_norm_types(Config.fromfile(HEAD))
+    check_norms(Config.fromfile(HEAD))
     for kind in ('BN', 'SyncBN', 'GN', 'NaiveCBN'):
-        check_norm_types(Config(dict(model=dict(norm_cfg=dict(type=kind)))))
+        check_norms(Config(dict(model=dict(norm_cfg=dict(type=kind)))))
     nested = dict(model=dict(heads=[dict(norm_cfg=dict(type='Batch'))]))
     with pytest.raises(SetupError, match="model.heads.0.norm_cfg.type='Batch'"
                        '.*Known are .*CBN'):
-        check_norm_types(Config(nested))
+        check_norms(Config(nested))
+
+
+def test_sync_bn_over_our_norms_is_refused():
+    cfg = Config.fromfile(HEAD)
+    cfg.sync_bn = 'torch'
+    cfg.launcher = 'none'
+    check_norms(cfg)  # mmengine converts in distributed training alone
+    cfg.launcher = 'pytorch'
+    with pytest.raises(SetupError, match="sync_bn='torch'.*'CBN'.*remove"):
+        check_norms(cfg)
+    cfg.model.neck.norm_cfg = cfg.model.roi_head.bbox_head.norm_cfg = dict(
+        type='BN')
+    check_norms(cfg)

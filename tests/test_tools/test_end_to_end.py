@@ -1,7 +1,6 @@
 """The tools, from a data set to a score, in processes of their own."""
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -13,8 +12,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = 'configs/demo/faster-rcnn_r18_fpn_cbn-all_1xb4_shapes-coco.py'
-ITERS = 60
-INTERVAL = 30
+ITERS = 120
+INTERVAL = 60
 
 
 def _free_port():
@@ -67,7 +66,7 @@ def options(one_class):
         'param_scheduler.1.end': ITERS,
         'custom_hooks.0.iters': 20,
         'default_hooks.checkpoint.interval': INTERVAL,
-        'default_hooks.logger.interval': 5,
+        'default_hooks.logger.interval': 10,
         'randomness.seed': 0,
         'val_evaluator.ann_file':
         f'{one_class}/annotations/instances_val.json',
@@ -107,9 +106,10 @@ def test_training_learns_and_evaluates(trained):
     work_dir, out = trained
     assert (work_dir / f'iter_{ITERS}.pth').exists()
     records = _scalars(work_dir)
-    losses = [r['loss'] for r in records if 'loss' in r]
-    assert losses[-1] < 0.8 * losses[0]
-    assert _scores(records)['coco/bbox_mAP_50'] > 0.01
+    # The sum rises while ever more regions are found to be classified.
+    losses = [r['loss_rpn_cls'] for r in records if 'loss_rpn_cls' in r]
+    assert losses[-1] < 0.5 * losses[0]
+    assert _scores(records)['coco/bbox_mAP_50'] > 0.02
     assert 'the window opens' in out
     assert '32 CBN layers: window 4 x 4 images = 16 examples' in out
 
@@ -170,8 +170,7 @@ def test_converted_norms_end_in_one_line(options, tmp_path):
     out = _run('bash', 'tools/dist_train.sh', DEMO, '2', '--work-dir',
                str(tmp_path), *options, 'sync_bn=torch', PORT=_free_port(),
                fails=True)
-    assert re.search(r"error: BurnInHook: .*but SyncBatchNorm. If "
-                     r"sync_bn='torch'.*remove it", out)
+    assert "error: sync_bn='torch' would turn model." in out
 
 
 def test_demo_on_a_folder_of_ones_own(one_class, tmp_path):
