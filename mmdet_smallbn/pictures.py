@@ -4,6 +4,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
+import cv2
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -87,7 +88,6 @@ def draw_objects(ax: Axes, image: np.ndarray, objects: Objects,
 
 
 def _read_rgb(path: Union[str, Path]) -> np.ndarray:
-    import cv2
     image = cv2.imread(str(path))
     if image is None:
         raise FileNotFoundError(f'no image at {path}')

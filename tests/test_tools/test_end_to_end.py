@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -182,7 +183,6 @@ def test_demo_on_a_folder_of_ones_own(one_class, tmp_path):
         'default_hooks.logger.interval=2')
     metrics = json.loads((tmp_path / 'metrics.json').read_text())
     assert -1 <= metrics['coco/bbox_mAP'] <= 1 and metrics['step'] == 8
-    import cv2
     for name in ('curves.png', 'detections.png'):
         assert cv2.imread(str(tmp_path / name)).std() > 5
     assert list(tmp_path.glob('*.pth'))
