@@ -96,16 +96,16 @@ class SmallBatchNorm(nn.BatchNorm2d):
             self._count_call()
         if x.numel() == 0:
             # Zero RoIs: no state changes, the graph stays connected. Torch
-            # has no kernel for it and promotes half precision.
+            # answers with x * weight + bias, promoted in half precision.
             return F.batch_norm(x, None, None, self.weight, self.bias, True,
                                 0., self.eps).to(x.dtype)
         moments = batch_moments(x)
         if not self.training:
             mean, var, share = self.batch_statistics(moments)
         else:
+            mean, var, share = self.statistics(x, moments)
             if not in_backward():
                 self._update_running(moments)
-            mean, var, share = self.statistics(x, moments)
         return normalize(x, mean, var, self.weight, self.bias, self.eps, share)
 
     def batch_statistics(self,

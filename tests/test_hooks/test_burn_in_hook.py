@@ -177,24 +177,34 @@ def test_converted_norms_are_refused(tmp_path):
         runner.train()
 
 
+class Asleep(Toy):
+    """Keeps some of its norms in evaluation, as norm_eval=True does."""
+
+    def __init__(self, *parts):
+        super().__init__()
+        self.parts = parts
+
+    def train(self, mode=True):
+        super().train(mode)
+        for part in self.parts:
+            getattr(self, part)[1].eval()
+        return self
+
+
 def test_norms_kept_in_evaluation_are_told(tmp_path):
-
-    class Asleep(Toy):
-
-        def train(self, mode=True):
-            super().train(mode)
-            self.backbone[1].eval()
-            if self.both:
-                self.head[1].eval()
-            return self
-
-    model = Asleep.__new__(Asleep)
-    Asleep.both = False
-    model.__init__()
-    _runner(tmp_path, [dict(type='BurnInHook', epochs=1)], model)[0].train()
+    hook = dict(type='BurnInHook', epochs=1)
+    _runner(tmp_path, [hook], Asleep('backbone'))[0].train()
     assert re.search("1 of 2 norms stay in evaluation.*'backbone.1'.*"
                      'norm_eval=False', _log(tmp_path))
-    Asleep.both = True
-    runner, _ = _runner(tmp_path, [dict(type='BurnInHook', epochs=1)], model)
+    runner, _ = _runner(tmp_path, [hook], Asleep('backbone', 'head'))
     with pytest.raises(SetupError, match='2 of 2 norms stay in evaluation'):
         runner.train()
+
+
+def test_frozen_norms_are_not_asleep(tmp_path):
+    model = Asleep('backbone')
+    model.backbone.requires_grad_(False)
+    _runner(tmp_path, [dict(type='BurnInHook', epochs=1)], model)[0].train()
+    text = _log(tmp_path)
+    assert 'stay in evaluation' not in text
+    assert '1 CBN layers: window 4' in text

@@ -451,6 +451,7 @@ def test_one_value_is_refused_as_in_torch_unless_the_window_has_more():
     layer = CBN(4, window_size=2)
     with pytest.raises(ValueError, match='one value per channel'):
         layer(conv(torch.randn(1, 4, 1, 1)))
+    assert layer.num_batches_tracked == 0 and (layer.running_mean == 0).all()
     layer(conv(torch.randn(2, 4, 3, 3)))
     assert layer(conv(torch.randn(1, 4, 1, 1))).isfinite().all()
     assert layer.running_var.isfinite().all()
