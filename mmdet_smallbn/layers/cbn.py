@@ -11,14 +11,14 @@ the backward is in closed form.
 import warnings
 from typing import List, Optional, Tuple
 
+import torch
 from mmengine.registry import MODELS
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional import Moments
 from .base import SmallBatchNorm
-from .conv_call import (FROZEN, find_producer, graph_is_recorded,
-                        in_backward)
+from .conv_call import FROZEN, find_producer, graph_is_recorded
 from .moment_window import MomentWindow
 
 
@@ -57,7 +57,8 @@ class CBN(SmallBatchNorm, _BatchNorm):
     - follows anything but a convolution (a sum, a pooling, a deformable or
       transposed convolution): it normalises with the present batch, as
       BatchNorm, and warns once;
-    - runs inside activation checkpointing: the same, with a warning;
+    - runs inside activation checkpointing, or hooks that pack saved tensors:
+      the same, with a warning;
     - runs under ``no_grad`` in training mode: the same, without one. Nothing
       enters the window;
     - is called several times in an iteration and a hook tells the iterations
@@ -122,10 +123,11 @@ class CBN(SmallBatchNorm, _BatchNorm):
         if self.window_size == 1 or self.burning_in:
             return self.batch_statistics(moments)
         if not graph_is_recorded():
-            if in_backward():
-                self._warn_once('runs inside activation checkpointing', (
-                    'Leave it out of the checkpointed parts if it should use '
-                    'its window'))
+            if torch.is_grad_enabled():
+                self._warn_once(
+                    'runs inside activation checkpointing, or other hooks on '
+                    'saved tensors', 'Leave it out of the checkpointed parts '
+                    'if it should use its window')
             return self.batch_statistics(moments)
         producer = find_producer(x) if self.compensate else FROZEN
         if not producer.known:

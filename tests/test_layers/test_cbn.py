@@ -331,14 +331,15 @@ def test_checkpointed_activations_are_batch_norm_with_right_gradients(
         torch.testing.assert_close(layer.state_dict()[key], value)
 
 
-def test_checkpointing_is_told_once():
+@pytest.mark.parametrize('use_reentrant', [True, False])
+def test_checkpointing_is_told_once(use_reentrant):
     from torch.utils.checkpoint import checkpoint
     conv, layer = nn.Conv2d(4, 8, 1), CBN(8, window_size=2)
 
     def step():
-        x = torch.randn(2, 4, 3, 3)
+        x = torch.randn(2, 4, 3, 3, requires_grad=True)
         checkpoint(lambda x: layer(conv(x)), x,
-                   use_reentrant=False).sum().backward()
+                   use_reentrant=use_reentrant).sum().backward()
 
     with pytest.warns(UserWarning, match=r'CBN\(8\) runs inside activation'):
         step()
