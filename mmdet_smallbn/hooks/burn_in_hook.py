@@ -129,9 +129,8 @@ class BurnInHook(Hook):
             message += f'; such layers are in {", ".join(parts)}'
         elif converted:
             message += (
-                ', but SyncBatchNorm. If sync_bn='
-                f'{runner.cfg.get("sync_bn")!r} (or use_syncbn) stands in the '
-                'config, remove it: it converts every kind of BatchNorm')
+                ', but SyncBatchNorm. If sync_bn (or use_syncbn) stands in '
+                'the config, remove it: it converts every kind of BatchNorm')
         else:
             message += (". Give it one, such as norm_cfg=dict(type='CBN'), or "
                         'remove the hook')
