@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from ..functional import Moments, batch_moments, normalize
 from .conv_call import in_backward
 
-
 # No model calls a layer so often: the iteration is not told any more.
 _MAX_CALLS = 64
 
@@ -92,7 +91,8 @@ class SmallBatchNorm(nn.BatchNorm2d):
         if not self.training and self.running_mean is not None:
             return F.batch_norm(x, self.running_mean, self.running_var,
                                 self.weight, self.bias, False, 0., self.eps)
-        if self.training and torch.is_grad_enabled() and not in_backward():
+        recomputed = in_backward()
+        if self.training and torch.is_grad_enabled() and not recomputed:
             self._count_call()
         if x.numel() == 0:
             # Zero RoIs: no state changes, the graph stays connected. Torch
@@ -104,7 +104,7 @@ class SmallBatchNorm(nn.BatchNorm2d):
             mean, var, share = self.batch_statistics(moments)
         else:
             mean, var, share = self.statistics(x, moments)
-            if not in_backward():
+            if not recomputed:
                 self._update_running(moments)
         return normalize(x, mean, var, self.weight, self.bias, self.eps, share)
 
