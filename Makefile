@@ -7,6 +7,7 @@
 # DATA     demo: a COCO-format folder of your own
 # SIZE     demo: pixels that images are brought to (128; time grows with its square)
 # SEED     demo: the seed
+# NORM     demo: cbn, naivecbn, mabn, brn, bgn, ghostbn, or bn and gn to compare with
 PYTHON ?= python3
 TOOLBOX ?= openmmlab
 VENV := $(if $(filter openmmlab,$(TOOLBOX)),.venv,.venv-$(TOOLBOX))
@@ -14,7 +15,8 @@ VENV := $(if $(filter openmmlab,$(TOOLBOX)),.venv,.venv-$(TOOLBOX))
 RUN := $(VENV)/bin/python -W ignore::DeprecationWarning -W ignore::FutureWarning \
 	-W ignore:pkg_resources:UserWarning
 SEED ?= 0
-WORK_DIR ?= work_dirs/demo
+NORM ?= cbn
+WORK_DIR ?= work_dirs/demo$(if $(filter-out cbn,$(NORM)),_$(NORM))
 
 .PHONY: setup demo test clean
 
@@ -26,7 +28,7 @@ $(VENV)/ready: setup.cfg
 	$(MAKE) setup
 
 demo: $(VENV)/ready
-	$(RUN) tools/demo.py configs/demo/faster-rcnn_r18_fpn_cbn-all_1xb4_shapes-coco.py \
+	$(RUN) tools/demo.py configs/demo/faster-rcnn_r18_fpn_$(NORM)-all_1xb4_shapes-coco.py \
 		--work-dir $(WORK_DIR) --seed $(SEED) \
 		$(if $(DATA),--data "$(DATA)") $(if $(SIZE),--size $(SIZE))
 

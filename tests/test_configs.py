@@ -104,7 +104,7 @@ def test_norms_are_where_the_name_says_and_take_a_step(path):
         if isinstance(module, SmallBatchNorm) and module.training:
             assert module.num_batches_tracked == 2
             # Both steps are in the window, with what follows the weight.
-            window, = module._windows
+            window, = module._states
             assert window.filled == 2
             assert window._entries.d_square.numel() > 0
 

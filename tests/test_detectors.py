@@ -71,4 +71,4 @@ def test_every_norm_gathers_its_iterations(name):
     assert any(key.startswith(head) for key in norms)
     for key, norm in norms.items():
         expected = windows if key.startswith(head) else [3]
-        assert [w.filled for w in norm._windows] == expected, key
+        assert [w.filled for w in norm._states] == expected, key

@@ -2,7 +2,7 @@ _base_ = [
     'mmdet::_base_/models/faster-rcnn_r50_fpn.py',
     '../_base_/shapes_coco.py', '../_base_/demo_schedule.py'
 ]
-norm_cfg = dict(type='CBN', window_size=4)
+norm_cfg = dict(type='CBN')  # window_size=4
 model = dict(
     backbone=dict(
         depth=18,

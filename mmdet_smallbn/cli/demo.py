@@ -155,8 +155,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     scored = [r for r in scalars if 'coco/bbox_mAP' in r]
     metrics = scored[-1] if scored else {}
     (work_dir / 'metrics.json').write_text(json.dumps(metrics, indent=2))
-    burn_in = cfg.custom_hooks[0].iters if cfg.get('custom_hooks') else None
-    save_curves(scalars, work_dir / 'curves.png', burn_in)
+    burn_in = [h.iters for h in cfg.custom_hooks if h.type == 'BurnInHook']
+    save_curves(scalars, work_dir / 'curves.png', *burn_in)
     val = splits[1]
     save_detections(
         detect(runner, val, _PICTURED), val.classes,

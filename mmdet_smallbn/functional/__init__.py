@@ -1,11 +1,16 @@
 """The mathematics: tensors in, tensors out. Imports torch alone."""
 from .compensate import (AffineMoments, ConvCall, affine_moments,
-                         moments_at_weight)
-from .moments import (Moments, batch_moments, pool_moments,
+                         moments_at_weight, variance_about)
+from .moments import (Moments, average_groups, batch_moments, example_moments,
+                      mix_moments, pool_groups, pool_moments,
                       statistics_dtype)
-from .normalize import normalize
+from .normalize import (GradientStatistics, normalize,
+                        normalize_with_examples, renormalization)
+from .sync import Processes
 
 __all__ = [
-    'AffineMoments', 'ConvCall', 'Moments', 'affine_moments', 'batch_moments',
-    'moments_at_weight', 'normalize', 'pool_moments', 'statistics_dtype'
+    'AffineMoments', 'ConvCall', 'GradientStatistics', 'Moments', 'Processes',
+    'affine_moments', 'average_groups', 'batch_moments', 'example_moments',
+    'mix_moments', 'moments_at_weight', 'normalize', 'normalize_with_examples',
+    'pool_groups', 'pool_moments', 'renormalization', 'statistics_dtype', 'variance_about'
 ]

@@ -30,8 +30,8 @@ class ConvCall(NamedTuple):
 class AffineMoments(NamedTuple):
     r"""Moments as first-order functions of the convolution's weight.
 
-    At the weight :math:`\theta`, with the batch's own mean :math:`c` held
-    fixed as the centre,
+    At the weight :math:`\theta`, with the mean of the batch (of all of it,
+    where several processes share it) held fixed as the centre :math:`c`,
 
     .. math::
         \mu(\theta) = \text{offset}_\mu + \langle\partial\mu, \theta\rangle,
@@ -69,8 +69,10 @@ def _weight_gradient(grad: Tensor, input: Tensor, call: ConvCall,
 
 
 @torch.no_grad()
-def affine_moments(x: Tensor, moments: Moments,
-                   call: ConvCall) -> AffineMoments:
+def affine_moments(x: Tensor,
+                   moments: Moments,
+                   call: ConvCall,
+                   centre: Optional[Tensor] = None) -> AffineMoments:
     r"""Derivatives of the moments of ``x`` by the weight that made it.
 
     CBN (arXiv:2002.05712) Eq. (7), (8) and Appendix B. Only channel j's own
@@ -88,11 +90,14 @@ def affine_moments(x: Tensor, moments: Moments,
         x (Tensor): Output of the convolution, shape (N, C, H, W).
         moments (Moments): Moments of ``x``.
         call (ConvCall): The call that made ``x``.
+        centre (Tensor, optional): Shape (C,). None: the mean of ``x``.
 
     Returns:
         AffineMoments: The moments as functions of the weight.
     """
     dtype = moments.mean.dtype
+    if centre is None:
+        centre = moments.mean
     # The mean patch is linear in the input: examples are summed before the
     # convolution, which then sees a batch of one.
     ones = torch.ones((), dtype=dtype, device=x.device)
@@ -104,18 +109,19 @@ def affine_moments(x: Tensor, moments: Moments,
     # 1 / m, half before and half after the sum: neither the terms underflow
     # in float16 nor, but for the largest maps, the sum overflows.
     scale = moments.count**-0.5
-    centre = moments.mean.to(x.dtype)
-    centred = (x - centre.view(1, -1, 1, 1)) * scale
+    rounded = centre.to(x.dtype)
+    centred = (x - rounded.view(1, -1, 1, 1)) * scale
     d_square = _weight_gradient(centred, call.input, call,
                                 x.size(1)).to(dtype) * (2 * scale)
-    if centre.dtype != dtype:
+    if rounded.dtype != dtype:
         # What rounding moved the centre by.
-        off = (moments.mean - centre.to(dtype)).view(call.groups, -1, 1)
+        off = (centre - rounded.to(dtype)).view(call.groups, -1, 1)
         d_square -= (2 * off * d_mean.unsqueeze(1)).flatten(0, 1)
 
     mean, square = _inner_products(d_mean[None], d_square[None], call.weight)
-    return AffineMoments(moments.mean, moments.mean - mean[0],
-                         moments.var - square[0], d_mean, d_square)
+    own_square = moments.var + (moments.mean - centre).square()
+    return AffineMoments(centre, moments.mean - mean[0],
+                         own_square - square[0], d_mean, d_square)
 
 
 def _inner_products(d_mean: Tensor, d_square: Tensor,
@@ -135,28 +141,38 @@ def _inner_products(d_mean: Tensor, d_square: Tensor,
 @torch.no_grad()
 def moments_at_weight(past: AffineMoments,
                       weight: Tensor,
-                      bias_shift: Optional[Tensor] = None
+                      bias: Optional[Tensor] = None
                       ) -> Tuple[Tensor, Tensor]:
-    r"""Yesterday's moments at today's weight, CBN Eq. (7), (8) and (10).
-
-    The mean square of Eq. (8), taken about the fixed centre, becomes a
-    variance: :math:`\nu - \mu^2 = s - (\mu - c)^2`. The
-    :math:`\max[\nu, \mu^2]` of Eq. (10) is its clamping at zero.
+    r"""Yesterday's moments at today's weight, CBN Eq. (7) and (8).
 
     Args:
         past (AffineMoments): k of them, stacked along a new first dimension.
         weight (Tensor): Today's weight, shape (C, C_in / groups, kh, kw).
-        bias_shift (Tensor, optional): By how much the convolution's bias has
-            moved since, shape (k, C). None: it has not.
+        bias (Tensor, optional): Today's offset of the mean, shape (C,), if
+            the convolution's bias trains: the offset is the bias. None: it
+            has not moved.
 
     Returns:
-        tuple[Tensor, Tensor]: Means and biased variances, shape (k, C).
+        tuple[Tensor, Tensor]: Means, and mean squares about the centres, both
+        of shape (k, C).
     """
     mean, square = _inner_products(past.d_mean, past.d_square, weight)
-    mean = past.mean_offset + mean
-    # The bias moves the mean one to one, and the second moment about the
+    # The bias moves the mean one to one, and the mean square about the
     # batch's own mean not at all, to first order.
-    if bias_shift is not None:
-        mean = mean + bias_shift
-    var = past.square_offset + square - (mean - past.centre).square()
-    return mean, var.clamp_(min=0)
+    mean = mean + (past.mean_offset if bias is None else bias)
+    return mean, past.square_offset + square
+
+
+def variance_about(centre: Tensor, mean: Tensor, square: Tensor) -> Tensor:
+    r"""Biased variance from the mean square about a centre, CBN Eq. (10).
+
+    :math:`\nu - \mu^2 = s - (\mu - c)^2`, and :math:`\max[\nu, \mu^2]` is its
+    clamping at zero.
+
+    Args:
+        centre, mean, square (Tensor): Of the same shape.
+
+    Returns:
+        Tensor: Same shape.
+    """
+    return (square - (mean - centre).square()).clamp_(min=0)

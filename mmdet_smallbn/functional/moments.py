@@ -1,5 +1,6 @@
 """Per-channel moments of a feature map, and how several are pooled."""
-from typing import NamedTuple, Optional, Tuple
+import math
+from typing import Callable, NamedTuple, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -13,19 +14,38 @@ class Moments(NamedTuple):
     mean is large against the deviation, and the variance does not.
 
     Attributes:
-        mean (Tensor): Shape (C,).
-        var (Tensor): Biased variance, shape (C,).
-        count (int): Values behind each entry, N * H * W.
+        mean (Tensor): Shape (C,), or (N, C) of each example by itself.
+        var (Tensor): Biased variance, same shape.
+        count (int | Tensor): Values behind each entry, N * H * W or H * W. A
+            scalar tensor where several processes share the batch.
     """
     mean: Tensor
     var: Tensor
-    count: int
+    count: Union[int, Tensor]
 
-    def unbiased_var(self) -> Optional[Tensor]:
-        """Variance with Bessel's correction, shape (C,); None of one value."""
-        if self.count == 1:
-            return None
+    def over_examples(self) -> 'Moments':
+        """From those of each example, (N, C), to those of the batch, (C,)."""
+        n, c = self.mean.shape
+        if n == 0:
+            return _no_moments(self.mean, (c, ))
+        weights = self.mean.new_ones((n, 1))
+        return Moments(*pool_moments(self.mean, self.var, weights),
+                       n * self.count)
+
+    def mean_square(self) -> Tensor:
+        """Mean of the squares, same shape."""
+        return self.var + self.mean.square()
+
+    def unbiased_var(self) -> Tensor:
+        """Variance with Bessel's correction; NaN of one value."""
+        if isinstance(self.count, int) and self.count == 1:
+            return torch.full_like(self.var, math.nan)
         return self.var * (self.count / (self.count - 1))
+
+
+def _no_moments(like: Tensor, shape: Tuple[int, ...]) -> Moments:
+    zeros = like.new_zeros(shape, dtype=statistics_dtype(like))
+    return Moments(zeros, zeros, 0)
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -42,11 +62,14 @@ def batch_moments(x: Tensor) -> Moments:
     closed-form backward accounts for it.
 
     Args:
-        x (Tensor): Shape (N, C, H, W), not empty.
+        x (Tensor): Shape (N, C, H, W). Of an empty one the moments are 0,
+            with a count of 0.
 
     Returns:
         Moments: Mean and variance of shape (C,), and the count N * H * W.
     """
+    if x.numel() == 0:
+        return _no_moments(x, (x.size(1), ))
     with torch.no_grad():
         running = (None, None)
         dtype = statistics_dtype(x)
@@ -58,33 +81,115 @@ def batch_moments(x: Tensor) -> Moments:
     return Moments(mean, var, x.numel() // x.size(1))
 
 
+def example_moments(x: Tensor) -> Moments:
+    """Mean and biased variance of each channel of each example, over (H, W).
+
+    As :func:`batch_moments`, but every example by itself.
+
+    Args:
+        x (Tensor): Shape (N, C, H, W). Of an empty one the moments are 0,
+            with a count of 0.
+
+    Returns:
+        Moments: Mean and variance of shape (N, C), and the count H * W.
+    """
+    n, c, h, w = x.shape
+    if x.numel() == 0:
+        return _no_moments(x, (n, c))
+    moments = batch_moments(x.detach().reshape(1, n * c, h, w))
+    return Moments(
+        moments.mean.view(n, c), moments.var.view(n, c), h * w)
+
+
 def pool_moments(means: Tensor, variances: Tensor,
-                 valid: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-    r"""Mean and variance of the equal-weight mixture of several batches.
+                 weights: Tensor) -> Tuple[Tensor, Tensor]:
+    r"""Mean and variance of a weighted mixture of batches.
 
     .. math::
-        \bar\mu = \frac1k\sum_\tau \mu_\tau, \qquad
-        \bar\sigma^2 = \frac1k\sum_\tau
+        \bar\mu = \sum_\tau w_\tau \mu_\tau, \qquad
+        \bar\sigma^2 = \sum_\tau w_\tau
             \left[\sigma_\tau^2 + (\mu_\tau - \bar\mu)^2\right],
 
     which equals :math:`\bar\nu - \bar\mu^2` with
-    :math:`\nu_\tau = \sigma_\tau^2 + \mu_\tau^2` (CBN, arXiv:2002.05712,
-    Eq. 9-11), without its cancellation. Every batch has the same weight,
-    whatever its size, as in the paper.
+    :math:`\nu_\tau = \sigma_\tau^2 + \mu_\tau^2` (as CBN, arXiv:2002.05712,
+    Eq. 9-11, writes it), without its cancellation.
 
     Args:
-        means (Tensor): Shape (k, C).
-        variances (Tensor): Biased variances, shape (k, C).
-        valid (Tensor): Boolean mask of shape (k, C): which entries count. At
-            least one of each channel.
+        means (Tensor): Shape (k, ...).
+        variances (Tensor): Biased variances, same shape.
+        weights (Tensor): Weights, not negative, of a shape that broadcasts to
+            it; brought to a sum of 1 here. What has the weight 0 may be NaN.
 
     Returns:
-        tuple[Tensor, Tensor, Tensor]: The pooled mean, the pooled biased
-        variance and the weight 1 / k of one entry, each of shape (C,).
+        tuple[Tensor, Tensor]: The pooled mean and biased variance, without
+        the first dimension. NaN where all weights are 0.
     """
     zero = means.new_zeros(())
-    share = valid.sum(0).to(means.dtype).reciprocal()
-    mean = torch.where(valid, means, zero).sum(0) * share
+    weights = weights / weights.sum(0)
+    used = weights > 0
+    mean = torch.where(used, weights * means, zero).sum(0)
     scatter = variances + (means - mean).square()
-    var = torch.where(valid, scatter, zero).sum(0) * share
-    return mean, var, share
+    return mean, torch.where(used, weights * scatter, zero).sum(0)
+
+
+def mix_moments(mean: Tensor, var: Tensor, new_mean: Tensor, new_var: Tensor,
+                weight) -> Tuple[Tensor, Tensor]:
+    """Two batches' moments mixed: :func:`pool_moments` of two.
+
+    Args:
+        mean, var (Tensor): Mean and biased variance of the first.
+        new_mean, new_var (Tensor): Of the second.
+        weight (float | Tensor): Weight of the second, from 0 to 1.
+
+    Returns:
+        tuple[Tensor, Tensor]: Mean and biased variance of the mixture.
+    """
+    between = (new_mean - mean).square() * (weight * (1 - weight))
+    return (torch.lerp(mean, new_mean, weight),
+            torch.lerp(var, new_var, weight) + between)
+
+
+def average_groups(values: Tensor, num_groups: int,
+                   examples_per_group: int) -> Tensor:
+    """Average over groups of examples and channels, given back to each.
+
+    The examples are taken in their order. The last group of them may be
+    smaller, and a batch smaller than a group is one group.
+
+    Args:
+        values (Tensor): Shape (N, C).
+        num_groups (int): Groups of neighbouring channels; divides C.
+        examples_per_group (int): Examples in a group.
+
+    Returns:
+        Tensor: Shape (N, C), constant in each group.
+    """
+    n, c = values.shape
+    by_group = values.view(n, num_groups, c // num_groups).mean(2)
+    whole = n // examples_per_group * examples_per_group
+    blocks = by_group[:whole].view(n // examples_per_group,
+                                   examples_per_group, num_groups)
+    average = blocks.mean(1, keepdim=True).expand_as(blocks).reshape(
+        whole, num_groups)
+    if whole < n:
+        rest = by_group[whole:]
+        average = torch.cat(
+            [average, rest.mean(0, keepdim=True).expand_as(rest)])
+    return average.repeat_interleave(c // num_groups, 1)
+
+
+def pool_groups(moments: Moments,
+                average: Callable[[Tensor], Tensor]) -> Tuple[Tensor, Tensor]:
+    """Mean and variance of groups of examples and channels.
+
+    Args:
+        moments (Moments): Of each example, shape (N, C), over equally many
+            values.
+        average (callable): From values of shape (N, C) to their averages over
+            the groups, given back to each; as :func:`average_groups`.
+
+    Returns:
+        tuple[Tensor, Tensor]: Mean and biased variance, shape (N, C).
+    """
+    mean = average(moments.mean)
+    return mean, average(moments.var + (moments.mean - mean).square())

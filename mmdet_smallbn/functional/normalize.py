@@ -1,11 +1,20 @@
 """Normalisation with given statistics, and its backward in closed form."""
-from typing import Optional
+from typing import Callable, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+from .moments import (average_groups, example_moments, mix_moments,
+                      pool_groups)
+
+# From this batch's means of g and of g * x_hat, where g is the gradient by
+# the normalised x_hat, to the values that the backward uses in their place.
+# None for the first: it is zero, the mean is not subtracted.
+GradientStatistics = Callable[[Tensor, Tensor], Tuple[Optional[Tensor],
+                                                      Tensor]]
 
 
 def _per_channel(v: Tensor) -> Tensor:
@@ -15,36 +24,78 @@ def _per_channel(v: Tensor) -> Tensor:
 class _Normalize(Function):
 
     @staticmethod
-    def forward(ctx, x, mean, var, weight, bias, eps, share):
+    def forward(ctx, x, mean, var, weight, bias, eps, share, gradient):
         # Half-precision parameters beside float32 statistics are refused by
         # the fused kernel: they go in as float32, the output stays x.dtype.
         weight_, bias_ = (p if p is None else p.to(mean.dtype)
                           for p in (weight, bias))
         ctx.save_for_backward(x, mean, torch.rsqrt(var + eps), weight_, share)
         ctx.eps = eps
+        ctx.gradient = gradient
+        if x.numel() == 0:
+            return torch.empty_like(x)
         return F.batch_norm(x, mean, var, weight_, bias_, False, 0., eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, mean, inv_std, weight, share = ctx.saved_tensors
-        # BatchNorm's fused backward at the pooled statistics sends the whole
-        # gradient of mean and variance to this batch. It owns `share` of it:
-        # dx = share * dx_batch_norm + (1 - share) * weight * inv_std * grad.
-        scale = weight
-        if share is not None:
-            scale = share if weight is None else share * weight
         need = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
-        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, scale, None, None, mean, inv_std, True, ctx.eps, need)
-        if share is not None and need[0]:
-            rest = (1 - share) * inv_std
-            if weight is not None:
-                rest = rest * weight
-            dx.addcmul_(grad, _per_channel(rest))
+        if x.numel() == 0:  # the fused kernel divides by the count
+            dx, dweight, dbias = grad, torch.zeros_like(mean), (
+                torch.zeros_like(mean))
+            if ctx.gradient is not None:  # other processes may wait for it
+                ctx.gradient(dweight, dbias)
+        elif ctx.gradient is None:
+            dx, dweight, dbias = _backward_of_share(grad, x, mean, inv_std,
+                                                    weight, share, ctx.eps,
+                                                    need)
+        else:
+            dx, dweight, dbias = _backward_with(ctx.gradient, grad, x, mean,
+                                                inv_std, weight, ctx.eps)
         return (dx if need[0] else None, None, None,
                 dweight if need[1] else None, dbias if need[2] else None,
-                None, None)
+                None, None, None)
+
+
+def _backward_of_share(grad, x, mean, inv_std, weight, share, eps, need):
+    # BatchNorm's fused backward at the pooled statistics sends the whole
+    # gradient of mean and variance to this batch. It owns `share` of it:
+    # dx = share * dx_batch_norm + (1 - share) * weight * inv_std * grad.
+    scale = weight
+    if share is not None:
+        scale = share if weight is None else share * weight
+    dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+        grad, x, scale, None, None, mean, inv_std, True, eps, need)
+    if share is not None and need[0]:
+        rest = (1 - share) * inv_std
+        if weight is not None:
+            rest = rest * weight
+        dx.addcmul_(grad, _per_channel(rest))
+    return dx, dweight, dbias
+
+
+def _backward_with(gradient, grad, x, mean, inv_std, weight, eps):
+    # dx = inv_std * (g - mean_g - x_hat * mean_gx), g = weight * grad.
+    _, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+        grad, x, weight, None, None, mean, inv_std, True, eps,
+        [False, True, True])
+    scale = inv_std
+    per_value = x.size(1) / x.numel()
+    mean_g, mean_gx = dbias * per_value, dweight * per_value
+    if weight is not None:
+        scale = scale * weight
+        mean_g, mean_gx = mean_g * weight, mean_gx * weight
+    mean_g, mean_gx = gradient(mean_g, mean_gx)
+    slope = -inv_std.square() * mean_gx
+    if mean_g is None:
+        dx = x * _per_channel(slope)
+    else:
+        offset = -inv_std * mean_g - slope * mean
+        dx = torch.addcmul(_per_channel(offset), x, _per_channel(slope))
+    # Beside float32 statistics half precision has become float32.
+    return (dx.addcmul_(grad, _per_channel(scale)).to(x.dtype), dweight,
+            dbias)
 
 
 def normalize(x: Tensor,
@@ -53,35 +104,161 @@ def normalize(x: Tensor,
               weight: Optional[Tensor] = None,
               bias: Optional[Tensor] = None,
               eps: float = 1e-5,
-              share: Optional[Tensor] = None) -> Tensor:
-    r"""Normalise with given statistics, of which this batch is a part.
+              share: Optional[Tensor] = None,
+              gradient: Optional[GradientStatistics] = None) -> Tensor:
+    r"""Normalise with given statistics, in both passes.
 
     .. math::
         \hat x = \frac{x - \bar\mu}{\sqrt{\bar\sigma^2 + \epsilon}}, \qquad
         y = \gamma \hat x + \beta.
 
-    The statistics are those of a pool of batches in which ``x`` has the weight
-    ``share``, 1 / k for one of k iterations (CBN, arXiv:2002.05712, Eq. 12).
-    Gradients flow through this batch's part of them, the others are
-    constants. With m values a channel:
+    Batch normalisation has two statistics in the forward pass and two in the
+    backward one (MABN, arXiv:2001.06838, Sec. 3.1). With
+    :math:`g = \gamma\,\partial L / \partial y` and the means over the batch
+    :math:`\bar g` of :math:`g` and :math:`\bar\Psi` of :math:`g\hat x`:
 
     .. math::
-        \frac{\partial L}{\partial x} = \frac{\gamma}{\bar\sigma}
-        \left[dy - \frac{\sum dy}{km}
-        - \hat x\,\frac{\sum dy\,\hat x}{km}\right].
+        \frac{\partial L}{\partial x} = \frac{1}{\bar\sigma}
+            \left[g - \bar g - \hat x\,\bar\Psi\right], \qquad
+        \frac{\partial L}{\partial \gamma} = \sum \frac{\partial L}
+            {\partial y}\,\hat x, \qquad
+        \frac{\partial L}{\partial \beta} = \sum \frac{\partial L}
+            {\partial y}.
+
+    What stands for :math:`\bar g` and :math:`\bar\Psi` is
+
+    - by default this batch's means: the forward statistics are its own;
+    - with ``share``, that part of them: the forward statistics are those of a
+      pool in which this batch has the weight ``share``, 1 / k for one of k
+      iterations, and the others are constants (CBN, arXiv:2002.05712,
+      Eq. 12);
+    - with ``gradient``, what it makes of them: a moving average, a sum over
+      groups or processes.
 
     Args:
         x (Tensor): Shape (N, C, H, W).
-        mean (Tensor): Pooled mean, shape (C,).
-        var (Tensor): Pooled biased variance, shape (C,).
+        mean (Tensor): Mean, shape (C,), or (N, C) for statistics of each
+            example.
+        var (Tensor): Biased variance, same shape.
         weight (Tensor, optional): Scale, shape (C,).
         bias (Tensor, optional): Shift, shape (C,).
         eps (float): Added to the variance, inside the root.
         share (Tensor, optional): Weight of this batch in the pool, shape
-            (C,). None: the statistics are this batch's alone, and the result
-            is that of batch normalisation.
+            (C,).
+        gradient (callable, optional): From the batch's means of g and of
+            g * x_hat, in the shape of ``mean``, to the values to use. Called
+            once a backward pass.
 
     Returns:
         Tensor: Same shape and dtype as ``x``.
     """
-    return _Normalize.apply(x, mean, var, weight, bias, eps, share)
+    if mean.dim() == 1:
+        return _Normalize.apply(x, mean, var, weight, bias, eps, share,
+                                gradient)
+    return _normalize_examples(x, mean, var, weight, bias, eps, gradient)
+
+
+def _normalize_examples(x, mean, var, weight, bias, eps, gradient):
+    """Each channel of each example is a channel to the fused kernels."""
+    n, c, h, w = x.shape
+    shape = mean.shape
+
+    def of_examples(mean_g: Tensor, mean_gx: Tensor):
+        pooled = gradient(mean_g.view(shape), mean_gx.view(shape))
+        return tuple(v if v is None else v.flatten() for v in pooled)
+
+    channels_last = (
+        x.is_contiguous(memory_format=torch.channels_last)
+        and not x.is_contiguous())
+    weight, bias = (p if p is None else p.repeat(n) for p in (weight, bias))
+    out = _Normalize.apply(
+        x.reshape(1, n * c, h, w), mean.flatten(), var.flatten(), weight, bias,
+        eps, None, of_examples).view(n, c, h, w)
+    if channels_last:
+        out = out.contiguous(memory_format=torch.channels_last)
+    return out
+
+
+def renormalization(mean: Tensor, var: Tensor, target_mean: Tensor,
+                    target_var: Tensor, eps: float, r_max: float,
+                    d_max: float) -> Tuple[Tensor, Tensor]:
+    r"""Factor and shift from one normalisation to another, clipped.
+
+    Batch Renormalization (arXiv:1702.03275), Algorithm 1; MABN
+    (arXiv:2001.06838), Eq. (14) and (19):
+
+    .. math::
+        r = \text{clip}\left(\frac{\sigma}{\hat\sigma},
+            \frac{1}{r_{max}}, r_{max}\right), \qquad
+        d = \text{clip}\left(\frac{\mu - \hat\mu}{\hat\sigma},
+            -d_{max}, d_{max}\right),
+
+    with :math:`\sigma = \sqrt{\text{var} + \epsilon}`, so that without
+    clipping :math:`r\hat x + d` is :math:`x` normalised by the targets.
+
+    Args:
+        mean, var (Tensor): What x is normalised with, shape (C,).
+        target_mean, target_var (Tensor): Where the result should be, shape
+            (C,).
+        eps (float): Added to both variances, inside the root.
+        r_max (float): At least 1.
+        d_max (float): At least 0.
+
+    Returns:
+        tuple[Tensor, Tensor]: r and d, shape (C,), constants to autograd.
+    """
+    with torch.no_grad():
+        inv_target = torch.rsqrt(target_var.to(var.dtype) + eps)
+        r = (torch.sqrt(var + eps) * inv_target).clamp(1 / r_max, r_max)
+        d = ((mean - target_mean) * inv_target).clamp(-d_max, d_max)
+    return r, d
+
+
+def normalize_with_examples(x: Tensor,
+                            mean: Tensor,
+                            var: Tensor,
+                            weight: Optional[Tensor],
+                            bias: Optional[Tensor],
+                            eps: float,
+                            example_weight: float,
+                            num_groups: Optional[int] = None) -> Tensor:
+    r"""Inference example weighting (arXiv:1906.03548, Eq. 3).
+
+    Each example is normalised with a mixture of given moments and its own:
+
+    .. math::
+        \mu = (1 - \alpha)\,m_x + \alpha\,E[x], \qquad
+        \sigma^2 = (1 - \alpha)\,m_{x^2} + \alpha\,E[x^2] - \mu^2,
+
+    where the second moments are kept as variances. Gradients flow through the
+    example's own part.
+
+    Args:
+        x (Tensor): Shape (N, C, H, W).
+        mean (Tensor): The given mean :math:`m_x`, shape (C,); constant in each
+            group.
+        var (Tensor): The given variance :math:`m_{x^2} - m_x^2`, shape (C,).
+        weight (Tensor, optional): Scale, shape (C,).
+        bias (Tensor, optional): Shift, shape (C,).
+        eps (float): Added to the variance, inside the root.
+        example_weight (float): :math:`\alpha`, from 0 to 1.
+        num_groups (int, optional): Groups of neighbouring channels that an
+            example's own moments are over. None: each channel by itself.
+
+    Returns:
+        Tensor: Same shape and dtype as ``x``.
+    """
+    n, c = x.shape[:2]
+
+    def average(values: Tensor, repeats: int = 1) -> Tensor:
+        return average_groups(values, repeats * (num_groups or c), 1)
+
+    own = pool_groups(example_moments(x), average)
+    given = (v.to(own[0].dtype).expand(n, c) for v in (mean, var))
+    mean, var = mix_moments(*given, *own, example_weight)
+
+    def gradient(mean_g: Tensor, mean_gx: Tensor):
+        both = average(torch.cat([mean_g, mean_gx], 1), 2) * example_weight
+        return both.chunk(2, 1)
+
+    return normalize(x, mean, var, weight, bias, eps, gradient=gradient)

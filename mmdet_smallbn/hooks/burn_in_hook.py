@@ -1,6 +1,7 @@
 """Burn-in: from the runner's iteration to the layers' state."""
 from typing import Dict, Optional, Sequence, Union
 
+from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
@@ -8,17 +9,23 @@ from mmengine.runner import EpochBasedTrainLoop
 from torch import nn
 
 from ..errors import SetupError
-from ..layers import SmallBatchNorm, suggested_window_size
+from ..layers import CBN, SmallBatchNorm, suggested_window_size
 
 
 @HOOKS.register_module()
 class BurnInHook(Hook):
     """Keep norms to the present batch while the weights still change fast.
 
-    For CBN: window 1 for the first epochs (CBN, arXiv:2002.05712, Sec. 3.3: 3
-    of 12 on COCO); after them the window opens and fills. The hook also tells
-    the layers which iteration it is, so that a layer called twice in one
-    does not take it for two.
+    - CBN: window 1 (arXiv:2002.05712, Sec. 3.3: for 3 of 12 epochs on COCO);
+      then the window opens and fills.
+    - MABN: the batch's statistics in both passes, no renormalisation
+      (arXiv:2001.06838, App. B.3: for 10,000 iterations, in the heads). The
+      averages fill meanwhile.
+    - BRN: r = 1 and d = 0, which is batch normalisation.
+
+    A model may mix them, and norms without a burn-in. The hook also tells all
+    of them which iteration it is, so that a layer called twice in one does
+    not take it for two.
 
     The phase is a function of the runner's epoch or iteration: a resumed run
     is where it was, and ``load_from`` starts burn-in afresh. Without any hook
@@ -178,24 +185,27 @@ class BurnInHook(Hook):
             return
         kinds: Dict[tuple, int] = {}
         for layer in self._layers.values():
-            if layer.training:
-                kind = (type(layer).__name__, layer.window_size)
+            if layer.training and layer.averaged_iterations > 1:
+                batch = images * (get_world_size() if layer.sync else 1)
+                kind = (type(layer), layer.averaged_iterations, batch)
                 kinds[kind] = kinds.get(kind, 0) + 1
-        suggested = suggested_window_size(images)
-        for (name, window), count in kinds.items():
+        for (kind, iterations, batch), count in kinds.items():
             message = (
-                f'{count} {name} layers: window {window} x {images} images = '
-                f'{window * images} examples behind the statistics')
-            if window != suggested:
+                f'{count} {kind.__name__} layers: {iterations} iterations x '
+                f'{batch} images = {iterations * batch} examples behind the '
+                'statistics')
+            suggested = suggested_window_size(batch)
+            if issubclass(kind, CBN) and iterations != suggested:
                 message += (f'; the CBN paper suggests window_size={suggested}'
-                            f' (min(ceil(16 / {images}), 8))')
+                            f' (min(ceil(16 / {batch}), 8))')
             runner.logger.info(message)
 
     def _log_phase(self, runner, burning: bool) -> None:
         where = f'iteration {runner.iter}, epoch {runner.epoch}'
         if burning:
-            phase = f'burn-in of {self.length} {self.unit}: window 1'
+            phase = (f'burn-in of {self.length} {self.unit}, the present '
+                     'batch alone')
         else:
-            phase = 'the window opens, burn-in is over'
+            phase = 'burn-in is over, past iterations count'
         runner.logger.info(
             f'{len(self._layers)} norms at {where}: {phase}')

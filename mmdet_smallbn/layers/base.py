@@ -1,16 +1,77 @@
 """What every small-batch norm shares."""
 import warnings
-from typing import Optional, Tuple
+from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import Moments, batch_moments, normalize
-from .conv_call import in_backward
+from ..functional import (GradientStatistics, Moments, Processes,
+                          batch_moments, normalize, normalize_with_examples)
+from .conv_call import graph_is_recorded, in_backward
 
 # No model calls a layer so often: the iteration is not told any more.
 _MAX_CALLS = 64
+
+
+def check_positive_int(name: str, value: Any) -> None:
+    """Refuse what is not an integer of at least 1, by name."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(
+            f'{name} must be an integer of at least 1, but got {value!r}')
+
+
+def check_at_least(name: str, value: Any, least: float) -> None:
+    """Refuse what is not a number of at least ``least``, by name."""
+    if not isinstance(value, (int, float)) or isinstance(
+            value, bool) or not value >= least:
+        raise ValueError(
+            f'{name} must be a number of at least {least}, but got {value!r}')
+
+
+def check_example_weight(value: Any) -> None:
+    """Refuse what is not a number from 0 to 1."""
+    if not isinstance(value, (int, float)) or isinstance(
+            value, bool) or not 0 <= value <= 1:
+        raise ValueError('the weight of an example must be a number from 0 to '
+                         f'1, but got {value!r}')
+
+
+class Batch(NamedTuple):
+    """What a layer sees of the present iteration.
+
+    Attributes:
+        x (Tensor): The input, shape (N, C, H, W).
+        own (Moments): Its moments as the layer measures them: of shape (C,),
+            or (N, C) of each example.
+        moments (Moments): Moments of shape (C,) of the batch, all processes'
+            parts of it under ``sync``.
+        processes (Processes, optional): Who has the other parts.
+    """
+    x: Tensor
+    own: Moments
+    moments: Moments
+    processes: Optional[Processes] = None
+
+
+class Statistics(NamedTuple):
+    """What a training forward normalises with.
+
+    Attributes:
+        mean, var (Tensor): Shape (C,), or (N, C) for each example.
+        share (Tensor, optional): This batch's part in them, shape (C,).
+        gradient (callable, optional): What the backward pass makes of the
+            batch's own gradient statistics; see
+            :func:`mmdet_smallbn.functional.normalize`.
+        r, d (Tensor, optional): Factor and shift of the normalised values
+            before the affine parameters, shape (C,), constants to autograd.
+    """
+    mean: Tensor
+    var: Tensor
+    share: Optional[Tensor] = None
+    gradient: Optional[GradientStatistics] = None
+    r: Optional[Tensor] = None
+    d: Optional[Tensor] = None
 
 
 class SmallBatchNorm(nn.BatchNorm2d):
@@ -31,9 +92,23 @@ class SmallBatchNorm(nn.BatchNorm2d):
     ``state_dict()`` hold BatchNorm's three buffers and nothing else, because
     the toolboxes average, cast and copy buffers as they please.
 
+    Args:
+        num_features (int): Channels C.
+        eps (float): Added to variances, inside the root.
+        momentum (float, optional): Weight of the present batch in the running
+            statistics. None: cumulative average.
+        affine (bool): Whether there are scale and shift to learn.
+        track_running_stats (bool): Whether to keep running statistics.
+        sync (bool): Whether the batch is that of all processes, as in
+            SyncBatchNorm. One process more or less changes nothing else.
+
     Attributes:
         burns_in (bool): Whether the kind of layer has a burn-in.
-        window_size (int): Iterations behind the statistics.
+        averaged_iterations (int): Iterations behind the statistics.
+        num_groups (int, optional): Groups of channels that share statistics.
+            None: every channel has its own.
+        example_weight (float): Weight of an example's own statistics in
+            evaluation; see :func:`mmdet_smallbn.set_example_weight`.
         iteration (int, optional): The training loop's iteration, told by
             :class:`mmdet_smallbn.BurnInHook`. None: unknown, and every
             training forward is an iteration of its own.
@@ -43,7 +118,8 @@ class SmallBatchNorm(nn.BatchNorm2d):
     """
 
     burns_in = False
-    window_size = 1
+    example_weight = 0.
+    num_groups: Optional[int] = None
 
     def __init__(self,
                  num_features: int,
@@ -51,35 +127,108 @@ class SmallBatchNorm(nn.BatchNorm2d):
                  momentum: Optional[float] = 0.1,
                  affine: bool = True,
                  track_running_stats: bool = True,
+                 sync: bool = False,
                  device=None,
                  dtype=None) -> None:
-        super().__init__(num_features, eps, momentum, affine,
-                         track_running_stats, device, dtype)
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device=device,
+            dtype=dtype)
+        self.sync = sync
         self.iteration: Optional[int] = None
         self.burning_in = False
         self.layer_name: Optional[str] = None
         self._last_iteration: Optional[int] = None
         self._call = 0
+        self._states: List[Any] = []
         self._warned_of_calls = False
+        self._warned_of_fallback = False
 
-    def statistics(
-            self, x: Tensor, moments: Moments
-    ) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+    @property
+    def averaged_iterations(self) -> int:
+        return 1
+
+    # What subclasses fill in.
+
+    def uses_past(self) -> bool:
+        """Whether :meth:`statistics` looks beyond the present batch now."""
+        return False
+
+    def statistics(self, batch: Batch) -> Statistics:
         """What a training forward normalises with; the hole to fill.
 
-        Args:
-            x (Tensor): The input, shape (N, C, H, W), not empty.
-            moments (Moments): Its moments.
-
-        Returns:
-            tuple[Tensor, Tensor, Tensor | None]: Mean, biased variance and
-            the share of this batch in them, as
-            :func:`mmdet_smallbn.functional.normalize` takes them.
+        Called where :meth:`uses_past`, and the forward is one of a training
+        step, not of a recomputation or under ``no_grad``.
         """
         raise NotImplementedError
 
+    def batch_statistics(self, batch: Batch) -> Statistics:
+        """The present batch alone: batch normalisation.
+
+        Raises:
+            ValueError: If there is one value a channel, as in torch.
+        """
+        self.check_count(batch.moments.count)
+        return Statistics(batch.moments.mean, batch.moments.var)
+
+    def measure(self, x: Tensor) -> Moments:
+        """Moments of the input, shape (C,), or (N, C) of each example."""
+        return batch_moments(x)
+
+    def running_statistics(self, moments: Moments,
+                           factor: float) -> Tuple[Tensor, Tensor]:
+        """What ``running_mean`` and ``running_var`` become."""
+        dtype = moments.mean.dtype
+        return (torch.lerp(self.running_mean.to(dtype), moments.mean, factor),
+                torch.lerp(
+                    self.running_var.to(dtype), moments.unbiased_var(),
+                    factor))
+
+    def folded_statistics(self) -> Tuple[Tensor, Tensor]:
+        """Mean and variance of the affine map that evaluation is.
+
+        That is at ``example_weight=0``, which folds into a convolution.
+        """
+        return self.running_mean, self.running_var
+
+    def new_state(self) -> Any:
+        """Empty state for one of the layer's calls in an iteration."""
+        raise NotImplementedError
+
+    # What they use.
+
     def reset_state(self) -> None:
         """Forget what was gathered over past iterations."""
+        self._states = []
+
+    def state_of_call(self) -> Any:
+        """The state of this forward's place among those of the iteration."""
+        while len(self._states) <= self._call:
+            self._states.append(self.new_state())
+        return self._states[self._call]
+
+    def check_count(self, count) -> None:
+        """Refuse one value a channel, of which there is no variance."""
+        if isinstance(count, int) and count == 1:
+            raise ValueError(
+                f'{self._who()} got one value per channel, which has no '
+                'variance. Give it more images, a larger feature map, or put '
+                'no norm there')
+
+    def warn_once(self, reason: str, remedy: str) -> None:
+        """Say that the layer falls back to batch normalisation, and why."""
+        if self._warned_of_fallback:
+            return
+        self._warned_of_fallback = True
+        warnings.warn(
+            f'{self._who()} {reason}: it normalises with the present batch '
+            f'alone, as BatchNorm. {remedy}')
+
+    # The forward pass.
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` of shape (N, C, H, W); same shape and dtype."""
@@ -89,38 +238,65 @@ class SmallBatchNorm(nn.BatchNorm2d):
                 f'{self._who()} was built for {self.num_features} channels, '
                 f'but got an input of shape {tuple(x.shape)}')
         if not self.training and self.running_mean is not None:
-            return F.batch_norm(x, self.running_mean, self.running_var,
-                                self.weight, self.bias, False, 0., self.eps)
+            return self.evaluate(x)
         recomputed = in_backward()
         if self.training and torch.is_grad_enabled() and not recomputed:
             self._count_call()
-        if x.numel() == 0:
-            # Zero RoIs: no state changes, the graph stays connected. Torch
-            # answers with x * weight + bias, promoted in half precision.
-            return F.batch_norm(x, None, None, self.weight, self.bias, True,
-                                0., self.eps).to(x.dtype)
-        moments = batch_moments(x)
-        if not self.training:
-            mean, var, share = self.batch_statistics(moments)
-        else:
-            mean, var, share = self.statistics(x, moments)
-            if not recomputed:
-                self._update_running(moments)
-        return normalize(x, mean, var, self.weight, self.bias, self.eps, share)
+        processes = Processes.current() if self.sync and self.training else (
+            None)
+        own = self.measure(x)
+        moments = own if own.mean.dim() == 1 else own.over_examples()
+        if processes is None and x.numel() == 0:
+            # Zero RoIs: no state changes, the graph stays connected.
+            return normalize(x, moments.mean, moments.var, self.weight,
+                             self.bias, self.eps)
+        if processes is not None:
+            moments = processes.join(moments)
+        batch = Batch(x, own, moments, processes)
+        statistics = self._statistics_in_use(batch)
+        if self.training and not recomputed:
+            self._update_running(moments)
+        return self._normalize(batch, statistics)
 
-    def batch_statistics(self,
-                         moments: Moments) -> Tuple[Tensor, Tensor, None]:
-        """The present batch alone: batch normalisation.
+    def evaluate(self, x: Tensor) -> Tensor:
+        """The forward pass in evaluation.
 
-        Raises:
-            ValueError: If there is one value a channel, as in torch.
+        An affine map of each channel, unless examples have a weight in it.
         """
-        if moments.count == 1:
-            raise ValueError(
-                f'{self._who()} got one value per channel, which has no '
-                'variance. Give it more images, a larger feature map, or put '
-                'no norm there')
-        return moments.mean, moments.var, None
+        mean, var = self.folded_statistics()
+        if self.example_weight:
+            return normalize_with_examples(x, mean, var, self.weight,
+                                           self.bias, self.eps,
+                                           self.example_weight,
+                                           self.num_groups)
+        return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.,
+                            self.eps)
+
+    def _statistics_in_use(self, batch: Batch) -> Statistics:
+        if not self.training or not self.uses_past():
+            return self.batch_statistics(batch)
+        if graph_is_recorded():
+            return self.statistics(batch)
+        if torch.is_grad_enabled():
+            self.warn_once(
+                'runs inside activation checkpointing, or other hooks on '
+                'saved tensors', 'Leave it out of the checkpointed parts '
+                'if it should use past iterations')
+        return self.batch_statistics(batch)
+
+    def _normalize(self, batch: Batch, statistics: Statistics) -> Tensor:
+        mean, var, share, gradient, r, d = statistics
+        weight, bias = self.weight, self.bias
+        if r is not None:
+            if d is not None:
+                bias = _affine(d, weight, bias)
+            weight = r if weight is None else weight * r
+        if batch.processes is not None and mean.dim() == 1:
+            gradient = batch.processes.gradient_statistics(
+                batch.own.count / batch.moments.count, share, gradient)
+            share = None
+        return normalize(batch.x, mean, var, weight, bias, self.eps, share,
+                         gradient)
 
     @torch.no_grad()
     def _update_running(self, moments: Moments) -> None:
@@ -131,12 +307,9 @@ class SmallBatchNorm(nn.BatchNorm2d):
         if factor is None:  # cumulative average, as in nn.BatchNorm2d
             factor = self.num_batches_tracked.to(
                 moments.mean.dtype).reciprocal()
-        for running, new in ((self.running_mean, moments.mean),
-                             (self.running_var, moments.unbiased_var())):
-            if new is None:
-                continue
-            updated = torch.lerp(running.to(new.dtype), new, factor)
-            running.copy_(torch.where(new.isfinite(), updated, running))
+        new = self.running_statistics(moments, factor)
+        for running, value in zip((self.running_mean, self.running_var), new):
+            running.copy_(torch.where(value.isfinite(), value, running))
 
     def _count_call(self) -> None:
         """Set the index of this forward among those of the iteration.
@@ -168,7 +341,26 @@ class SmallBatchNorm(nn.BatchNorm2d):
             return f'{kind} {self.layer_name!r}'
         return f'{kind}({self.num_features})'
 
+    # State that is not in buffers.
+
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         # The weights jumped: the past has nothing to say about them.
         self.reset_state()
+
+    def _apply(self, fn, *args, **kwargs):
+        super()._apply(fn, *args, **kwargs)
+        anchor = self.weight if self.weight is not None else self.running_mean
+        if anchor is not None:
+            for state in self._states:
+                state.to(anchor.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (', sync=True' if self.sync else '')
+
+
+def _affine(x: Tensor, weight: Optional[Tensor],
+            bias: Optional[Tensor]) -> Tensor:
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias

@@ -8,17 +8,14 @@ are clamped by max[nu, mu^2] (Eq. 10) where the code drops them, eps is inside
 the root and the variance is biased (Eq. 12). No past weights are kept, and
 the backward is in closed form.
 """
-import warnings
-from typing import List, Optional, Tuple
+from typing import Optional
 
-import torch
 from mmengine.registry import MODELS
-from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..functional import Moments
-from .base import SmallBatchNorm
-from .conv_call import FROZEN, find_producer, graph_is_recorded
+from .base import (Batch, SmallBatchNorm, Statistics,
+                   check_positive_int)
+from .conv_call import FROZEN, find_producer
 from .moment_window import MomentWindow
 
 
@@ -79,6 +76,10 @@ class CBN(SmallBatchNorm, _BatchNorm):
             :func:`suggested_window_size` of the images per GPU.
         compensate (bool): False: use the past's statistics as they are, the
             paper's "Naive CBN".
+        sync (bool): Whether an iteration's batch is that of all processes, as
+            in SyncBatchNorm; the past's moments are brought to today's weight
+            in each process and summed. An iteration that is empty in all of
+            them takes a place in the window.
 
     Shape:
         - Input: (N, C, H, W). N may differ from call to call, and be 0.
@@ -99,71 +100,44 @@ class CBN(SmallBatchNorm, _BatchNorm):
                  track_running_stats: bool = True,
                  window_size: int = 4,
                  compensate: bool = True,
+                 sync: bool = False,
                  device=None,
                  dtype=None) -> None:
-        if (not isinstance(window_size, int) or isinstance(window_size, bool)
-                or window_size < 1):
-            raise ValueError('window_size must be an integer of at least 1, '
-                             f'but got {window_size!r}')
+        check_positive_int('window_size', window_size)
         super().__init__(num_features, eps, momentum, affine,
-                         track_running_stats, device, dtype)
+                         track_running_stats, sync, device, dtype)
         self.window_size = window_size
         self.compensate = compensate
-        self._windows: List[MomentWindow] = []
-        self._warned_of_fallback = False
 
-    def reset_state(self) -> None:
-        """Empty the window."""
-        self._windows = []
+    @property
+    def averaged_iterations(self) -> int:
+        return self.window_size
 
-    def statistics(
-            self, x: Tensor, moments: Moments
-    ) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+    def uses_past(self) -> bool:
+        return self.window_size > 1 and not self.burning_in
+
+    def new_state(self) -> MomentWindow:
+        return MomentWindow(self.window_size)
+
+    def statistics(self, batch: Batch) -> Statistics:
         """Eq. (9)-(11): the moments of the window at today's weight."""
-        if self.window_size == 1 or self.burning_in:
-            return self.batch_statistics(moments)
-        if not graph_is_recorded():
-            if torch.is_grad_enabled():
-                self._warn_once(
-                    'runs inside activation checkpointing, or other hooks on '
-                    'saved tensors', 'Leave it out of the checkpointed parts '
-                    'if it should use its window')
-            return self.batch_statistics(moments)
-        producer = find_producer(x) if self.compensate else FROZEN
+        producer = find_producer(batch.x) if self.compensate else FROZEN
         if not producer.known:
-            made_by = 'a leaf' if x.grad_fn is None else x.grad_fn.name()
-            self._warn_once(
+            made_by = ('a leaf' if batch.x.grad_fn is None else
+                       batch.x.grad_fn.name())
+            self.warn_once(
                 'follows no convolution whose weight it can compensate for '
                 f'(its input was made by {made_by})',
                 "Put it after a convolution, or use type='NaiveCBN'")
-            return self.batch_statistics(moments)
-        window = self._window_of_call()
-        if moments.count == 1 and window.filled == 0:
-            return self.batch_statistics(moments)  # raises
-        return window.pool(x, moments, producer.call)
-
-    def _window_of_call(self) -> MomentWindow:
-        if self._windows and self._windows[0].size != self.window_size:
+            return self.batch_statistics(batch)
+        window = self.state_of_call()
+        if window.size != self.window_size:
             self.reset_state()
-        while len(self._windows) <= self._call:
-            self._windows.append(MomentWindow(self.window_size))
-        return self._windows[self._call]
-
-    def _warn_once(self, reason: str, remedy: str) -> None:
-        if self._warned_of_fallback:
-            return
-        self._warned_of_fallback = True
-        warnings.warn(
-            f'{self._who()} {reason}: it normalises with the present batch '
-            f'alone, as BatchNorm. {remedy}')
-
-    def _apply(self, fn, *args, **kwargs):
-        super()._apply(fn, *args, **kwargs)
-        anchor = self.weight if self.weight is not None else self.running_mean
-        if anchor is not None:
-            for window in self._windows:
-                window.to(anchor.device)
-        return self
+            window = self.state_of_call()
+        if window.filled == 0:
+            self.check_count(batch.moments.count)
+        return Statistics(*window.pool(batch.x, batch.moments, producer.call,
+                                       batch.own, batch.processes))
 
     def extra_repr(self) -> str:
         return (f'{super().extra_repr()}, window_size={self.window_size}, '

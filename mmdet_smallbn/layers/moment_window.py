@@ -4,8 +4,9 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..functional import (AffineMoments, ConvCall, Moments, affine_moments,
-                          moments_at_weight, pool_moments)
+from ..functional import (AffineMoments, ConvCall, Moments, Processes,
+                          affine_moments, moments_at_weight, pool_moments,
+                          variance_about)
 
 
 class MomentWindow:
@@ -22,67 +23,95 @@ class MomentWindow:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._entries: Optional[AffineMoments] = None
-        self._valid: Optional[Tensor] = None
-        self._cursor = 0
         self.filled = 0
+        self._entries: Optional[AffineMoments] = None
+        # This process's part of each entry's batch.
+        self._parts: Optional[Tensor] = None
+        self._cursor = -1
 
-    def pool(self, x: Tensor, moments: Moments,
-             call: Optional[ConvCall]) -> Tuple[Tensor, Tensor, Tensor]:
+    def pool(
+        self,
+        x: Tensor,
+        moments: Moments,
+        call: Optional[ConvCall],
+        own: Optional[Moments] = None,
+        processes: Optional[Processes] = None,
+    ) -> Tuple[Tensor, Tensor, Tensor]:
         """Enter the present iteration, and pool it with the past ones.
 
-        A channel whose moments or derivatives are not finite makes this
-        iteration's statistics what batch normalisation's would be (the loss
-        shows it) and is left out in the following ones.
+        Every iteration has the same weight, whatever its batch size, as in
+        the paper. A channel whose moments or derivatives are not finite makes
+        this iteration's statistics what batch normalisation's would be (the
+        loss shows it) and is left out in the following ones.
 
         Args:
             x (Tensor): The layer's input, shape (N, C, H, W).
-            moments (Moments): Its moments.
+            moments (Moments): Its moments, of the whole batch where several
+                processes share it.
             call (ConvCall, optional): The convolution that made it. None:
                 past entries are used as they are.
+            own (Moments, optional): Moments of ``x`` alone, if it is a part.
+            processes (Processes, optional): Who has the other parts.
 
         Returns:
             tuple[Tensor, Tensor, Tensor]: Pooled mean, pooled biased variance
             and the weight of the present iteration, each of shape (C,).
         """
-        present = self._describe(x, moments, call)
-        finite = torch.isfinite(present.mean_offset + present.square_offset)
+        own = moments if own is None else own
+        present = self._describe(x, own, moments.mean, call)
         if not self._fits(present):
             self._allocate(present)
         self._cursor = (self._cursor + 1) % self.size
+        self.filled = min(self.filled + 1, self.size)
         for ring, value in zip(self._entries, present):
             ring[self._cursor].copy_(value)
-        self._valid[self._cursor].fill_(True)
-        self.filled = min(self.filled + 1, self.size)
 
-        means, variances = self._at_present(call)
-        means[self._cursor] = moments.mean
-        variances[self._cursor] = moments.var
-        pooled = pool_moments(means, variances, self._valid)
-        self._valid[self._cursor].copy_(finite)
-        return pooled
+        entries = AffineMoments(*(ring[:self.filled]
+                                  for ring in self._entries))
+        if processes is not None:
+            self._parts[self._cursor] = own.count / moments.count
+        mean, square = self._at_present(entries, call, processes)
+        var = variance_about(entries.centre, mean, square)
+        valid = torch.isfinite(mean + var)
+        mean[self._cursor] = moments.mean
+        var[self._cursor] = moments.var
+        valid[self._cursor] = True
+        weights = valid.to(mean.dtype)
+        return (*pool_moments(mean, var, weights), weights.sum(0).reciprocal())
 
     @staticmethod
-    def _describe(x: Tensor, moments: Moments,
+    def _describe(x: Tensor, own: Moments, centre: Tensor,
                   call: Optional[ConvCall]) -> AffineMoments:
-        if call is not None:
-            return affine_moments(x, moments, call)
-        # Without a weight to follow: constants, with derivatives of length 0.
-        none = moments.mean.new_zeros((1, 0))
-        return AffineMoments(moments.mean, moments.mean, moments.var, none,
-                             none.expand(moments.mean.numel(), 0))
+        channels = own.mean.numel()
+        if call is None or x.numel() == 0:
+            # No weight to follow: constants, with derivatives of length 0.
+            # Of an empty part of a batch: zeros.
+            groups, length = 1, 0
+            if call is not None:
+                groups, length = call.groups, call.weight[0].numel()
+            square = own.var + (own.mean - centre).square()
+            return AffineMoments(centre, own.mean, square,
+                                 centre.new_zeros((groups, length)),
+                                 centre.new_zeros((channels, length)))
+        return affine_moments(x, own, call, centre)
 
-    def _at_present(self,
-                    call: Optional[ConvCall]) -> Tuple[Tensor, Tensor]:
+    def _at_present(
+            self, entries: AffineMoments, call: Optional[ConvCall],
+            processes: Optional[Processes]) -> Tuple[Tensor, Tensor]:
+        """The whole batches' means and mean squares at today's weight."""
+        parts = self._parts[:self.filled]
         if call is None:
-            return (self._entries.mean_offset.clone(),
-                    self._entries.square_offset.clone())
-        shift = None
-        if call.bias_trains:
-            # The offset of the mean is the bias.
-            offset = self._entries.mean_offset
-            shift = offset[self._cursor] - offset
-        return moments_at_weight(self._entries, call.weight, shift)
+            mean, square = entries.mean_offset.clone(), entries.square_offset
+        else:
+            bias = None
+            if call.bias_trains:
+                bias = entries.mean_offset[self._cursor]
+                if processes is not None:  # an empty part does not know it
+                    bias = processes.sum(bias * parts[self._cursor])
+            mean, square = moments_at_weight(entries, call.weight, bias)
+        if processes is None:
+            return mean, square
+        return processes.sum(torch.cat([mean, square], 1) * parts).chunk(2, 1)
 
     def _fits(self, present: AffineMoments) -> bool:
         if self._entries is None:
@@ -95,8 +124,8 @@ class MomentWindow:
     def _allocate(self, present: AffineMoments) -> None:
         self._entries = AffineMoments(*(v.new_zeros((self.size, *v.shape))
                                         for v in present))
-        self._valid = present.centre.new_zeros(
-            (self.size, present.centre.numel()), dtype=torch.bool)
+        self._parts = present.centre.new_ones((self.size, 1))
+        self._cursor = -1
         self.filled = 0
 
     def to(self, device: torch.device) -> None:
@@ -104,4 +133,4 @@ class MomentWindow:
         if self._entries is not None:
             self._entries = AffineMoments(*(v.to(device)
                                             for v in self._entries))
-            self._valid = self._valid.to(device)
+            self._parts = self._parts.to(device)

@@ -31,11 +31,11 @@ def test_pooled_statistics_pass_their_share_of_the_gradient(affine):
     x, weight, bias = _inputs()
     other = torch.randn(2, 4, 3, 3).double()
     parts = [batch_moments(x), batch_moments(other)]
-    statistics = pool_moments(
+    mean, var = pool_moments(
         torch.stack([p.mean for p in parts]),
-        torch.stack([p.var for p in parts]), torch.ones(
-            2, 4, dtype=torch.bool))
-    mean, var, share = statistics
+        torch.stack([p.var for p in parts]),
+        torch.ones(2, 1).double())
+    share = torch.full((4, ), 0.5).double()
     leaves = (x, weight, bias) if affine else (x, )
     out = normalize(x, mean, var, *(leaves[1:] or (None, None)), 1e-5, share)
 

@@ -85,9 +85,9 @@ def test_by_epoch(tmp_path):
     assert [s[1] for s in phases.seen] == [True] * 4 + [False] * 2
     assert [s[3] for s in phases.seen] == list(range(6))
     text = _log(tmp_path)
-    assert 'burn-in of 2 epochs: window 1' in text
-    assert '2 norms at iteration 4, epoch 2: the window opens' in text
-    assert text.count('the window opens') == 1
+    assert 'burn-in of 2 epochs, the present batch alone' in text
+    assert '2 norms at iteration 4, epoch 2: burn-in is over' in text
+    assert text.count('burn-in is over') == 1
     # Whoever uses the model next is not in the last iteration any more.
     assert runner.model.head[1].iteration is None
     assert runner.model.head[1].layer_name == 'head.1'
@@ -130,14 +130,14 @@ def test_resume_continues_where_it_was(tmp_path, by_epoch):
 
 def test_examples_and_suggestion_are_logged(tmp_path):
     _runner(tmp_path, [dict(type='BurnInHook', epochs=0)])[0].train()
-    assert '2 CBN layers: window 4 x 4 images = 16 examples' in _log(tmp_path)
+    assert '2 CBN layers: 4 iterations x 4 images = 16 examples' in _log(tmp_path)
     assert 'suggests' not in _log(tmp_path)
 
 
 def test_another_window_logs_the_papers(tmp_path):
     model = Toy(lambda c: CBN(c, window_size=2))
     _runner(tmp_path, [dict(type='BurnInHook', epochs=0)], model)[0].train()
-    assert re.search(r'window 2 x 4 images = 8 .*window_size=4 .*ceil\(16 / 4',
+    assert re.search(r'2 iterations x 4 images = 8 .*window_size=4 .*ceil\(16 / 4',
                      _log(tmp_path))
 
 
@@ -207,4 +207,4 @@ def test_frozen_norms_are_not_asleep(tmp_path):
     _runner(tmp_path, [dict(type='BurnInHook', epochs=1)], model)[0].train()
     text = _log(tmp_path)
     assert 'stay in evaluation' not in text
-    assert '1 CBN layers: window 4' in text
+    assert '1 CBN layers: 4 iterations' in text

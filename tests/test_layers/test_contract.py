@@ -1,6 +1,8 @@
 """Promises that every registered norm keeps."""
 import copy
 import inspect
+import math
+import pickle
 import warnings
 
 import pytest
@@ -16,9 +18,24 @@ NORMS = sorted(name for name, cls in MODELS.module_dict.items()
                if inspect.isclass(cls) and issubclass(cls, SmallBatchNorm))
 
 
+# What a norm of 6 channels needs besides its type.
+SETTINGS = {'BGN': dict(num_groups=3)}
+# Evaluation is stock BatchNorm's, on a stock state dict. The others divide by
+# the mean square, or average over groups of channels.
+STOCK_EVALUATION = {'CBN', 'NaiveCBN', 'BRN', 'GhostBN'}
+# Normalise one value a channel without any past; the others refuse.
+TAKE_ONE_VALUE = {'BRN', 'MABN', 'BGN'}
+
+
+def _cfg(name, **kwargs):
+    return dict(type=name, **SETTINGS.get(name, {}), **kwargs)
+
+
 @pytest.fixture(params=NORMS)
 def norm(request):
-    return build_norm_layer(dict(type=request.param), 6)[1]
+    layer = build_norm_layer(_cfg(request.param), 6)[1]
+    layer.registered_as = request.param
+    return layer
 
 
 def _trained(norm, dtype=torch.float32, steps=3):
@@ -31,7 +48,9 @@ def _trained(norm, dtype=torch.float32, steps=3):
 
 
 def test_the_norms_are_registered():
-    assert {'CBN', 'NaiveCBN'} <= set(NORMS)
+    assert set(NORMS) == {
+        'BGN', 'BRN', 'CBN', 'GhostBN', 'MABN', 'NaiveCBN'
+    }
 
 
 @pytest.mark.parametrize('scope', ['mmengine', 'mmdet', 'mmcv'])
@@ -39,7 +58,7 @@ def test_the_norms_are_registered():
 def test_built_in_every_scope_under_batch_norms_name(name, scope):
     with DefaultScope.overwrite_default_scope(scope):
         key, layer = build_norm_layer(
-            dict(type=name, requires_grad=False), 6, postfix=1)
+            _cfg(name, requires_grad=False), 6, postfix=1)
     assert key == 'bn1'  # so that pretrained weights load
     assert isinstance(layer, nn.BatchNorm2d) and is_norm(layer)
     assert _BatchNorm in type(layer).__bases__  # ConstantInit looks there
@@ -62,18 +81,156 @@ def test_state_dict_is_batch_norms_before_and_after_training(norm):
         _trained(norm)
 
 
-def test_evaluation_is_stock_batch_norm(norm):
+def _stock_state():
     stock = nn.BatchNorm2d(6)
+    nn.init.uniform_(stock.weight, 0.5, 1.5)
+    nn.init.normal_(stock.bias)
     _trained(stock, steps=5)
+    return stock.eval()
+
+
+@pytest.mark.filterwarnings('ignore:.*was given the statistics')
+def test_a_stock_state_dict_loads(norm):
+    stock = _stock_state()
     norm.load_state_dict(stock.state_dict())
     norm.eval()
-    stock.eval()
     x = torch.randn(2, 6, 4, 4)
+    if norm.registered_as in STOCK_EVALUATION:
+        torch.testing.assert_close(norm(x), stock(x), rtol=0, atol=0)
+    assert norm(x).isfinite().all()
+    torch.testing.assert_close(norm.weight, stock.weight)
+
+
+@pytest.mark.filterwarnings('ignore:.*was given the statistics')
+def test_evaluation_is_a_fixed_affine_map(norm):
+    norm.load_state_dict(_stock_state().state_dict())
+    norm.eval()
+    norm.example_weight = 0.
     before = copy.deepcopy(norm.state_dict())
-    torch.testing.assert_close(norm(x), stock(x), rtol=0, atol=0)
-    torch.testing.assert_close(norm(x), norm(x), rtol=0, atol=0)
+    x, other = torch.randn(2, 2, 6, 4, 4)
+    out = norm(x)
+    torch.testing.assert_close(norm(x), out, rtol=0, atol=0)
+    # No example sees the rest of its batch.
+    torch.testing.assert_close(norm(x[1:]), out[1:], rtol=0, atol=0)
+    torch.testing.assert_close(
+        norm(0.3 * x + 0.7 * other), 0.3 * out + 0.7 * norm(other))
+    mean, var = (v.view(1, 6, 1, 1) for v in norm.folded_statistics())
+    affine = (x - mean) / (var + norm.eps).sqrt()
+    affine = affine * norm.weight.view(1, 6, 1, 1) + (
+        norm.bias.view(1, 6, 1, 1))
+    torch.testing.assert_close(out, affine)
     for key, value in norm.state_dict().items():
         torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('weight', [0.25, 1.])
+def test_evaluation_with_examples_is_deterministic(norm, weight):
+    _trained(norm)
+    norm.eval()
+    norm.example_weight = weight
+    before = copy.deepcopy(norm.state_dict())
+    x = torch.randn(3, 6, 4, 4)
+    out = norm(x)
+    torch.testing.assert_close(norm(x), out, rtol=0, atol=0)
+    torch.testing.assert_close(norm(x[1:]), out[1:])
+    norm.example_weight = 0.
+    assert not torch.allclose(norm(x), out)
+    for key, value in norm.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+
+
+def test_one_value_a_channel(norm):
+    conv = nn.Conv2d(3, 6, 1)
+    x = torch.randn(1, 3, 1, 1)
+    before = copy.deepcopy(norm.state_dict())
+    if norm.registered_as in TAKE_ONE_VALUE:
+        norm(conv(x)).square().sum().backward()
+        assert all(p.grad.isfinite().all() for p in conv.parameters())
+    else:
+        with pytest.raises(ValueError, match='one value per channel'):
+            norm(conv(x))
+        for key, value in norm.state_dict().items():
+            torch.testing.assert_close(value, before[key])
+    for value in norm.state_dict().values():
+        assert value.isfinite().all()
+
+
+@pytest.mark.parametrize('clone', [
+    copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))
+], ids=['deepcopy', 'pickle'])
+def test_copies_carry_the_state_and_do_not_share_it(norm, clone):
+    conv = _trained(norm)
+    other = clone(norm)
+    x = torch.randn(2, 3, 5, 5)
+    other(conv(torch.randn(2, 3, 5, 5))).square().sum().backward()
+    third = clone(norm)
+    results = []
+    for layer in (norm, third):
+        conv.weight.grad = None
+        out = layer(conv(x))
+        out.square().sum().backward()
+        results.append((out, conv.weight.grad.clone()))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_any_batch_and_image_size(norm):
+    conv = nn.Conv2d(3, 6, 3, padding=1)
+    for n, h, w in ((1, 7, 5), (4, 3, 9), (2, 16, 1), (1, 2, 2), (3, 5, 5)):
+        out = norm(conv(torch.randn(n, 3, h, w)))
+        out.square().sum().backward()
+        assert out.shape == (n, 6, h, w) and out.isfinite().all()
+    assert norm.num_batches_tracked == 5
+
+
+@pytest.mark.filterwarnings('ignore:.*called several times')
+def test_several_calls_an_iteration(norm):
+    conv = nn.Conv2d(3, 6, 3, padding=1)
+    for iteration in range(3):
+        norm.iteration = iteration
+        levels = [norm(conv(torch.randn(2, 3, s, s))) for s in (8, 4, 2)]
+        sum(level.square().mean() for level in levels).backward()
+        assert all(level.isfinite().all() for level in levels)
+    assert len(norm._states) in (0, 3)
+
+
+def test_a_nan_shows_and_does_not_stay(norm):
+    conv = _trained(norm, torch.float64)
+    bad = torch.randn(2, 3, 5, 5).double()
+    bad[1, 0, 2, 2] = math.nan
+    out = norm(conv(bad))
+    assert out.isnan().any()
+    out.square().sum().backward()
+    for value in norm.state_dict().values():
+        assert value.isfinite().all()
+    conv.weight.grad = None
+    out = norm(conv(torch.randn(2, 3, 5, 5).double()))
+    out.square().sum().backward()
+    assert out.isfinite().all() and conv.weight.grad.isfinite().all()
+
+
+def test_no_grad_passes_leave_the_past_alone(norm):
+    conv = _trained(norm)
+    untouched = copy.deepcopy(norm)
+    with torch.no_grad():
+        norm(conv(torch.randn(2, 3, 5, 5)))
+    # As in BatchNorm, the running statistics do move.
+    assert norm.num_batches_tracked == untouched.num_batches_tracked + 1
+    norm.load_state_dict(untouched.state_dict())
+    norm._states = copy.deepcopy(untouched._states)
+    states = pickle.dumps(norm._states)
+    with torch.no_grad():
+        norm(conv(torch.randn(2, 3, 5, 5)))
+    assert pickle.dumps(norm._states) == states
+
+
+def test_memory_does_not_grow(norm):
+    conv = nn.Conv2d(3, 6, 3)
+    sizes = []
+    for _ in range(100):
+        norm(conv(torch.randn(2, 3, 6, 6))).square().sum().backward()
+        sizes.append(len(pickle.dumps(norm)))
+    assert max(sizes[40:]) <= sizes[40] + 64  # counters take more digits
 
 
 def test_an_empty_batch_touches_nothing_and_keeps_the_graph(norm):
@@ -172,7 +329,7 @@ def test_wrong_inputs_are_named(norm):
 
 def test_in_mmcvs_conv_module(norm):
     block = ConvModule(
-        3, 6, 3, norm_cfg=dict(type=type(norm).__name__), bias=False)
+        3, 6, 3, norm_cfg=_cfg(norm.registered_as), bias=False)
     block.init_weights()
     for _ in range(3):
         out = block(torch.randn(2, 3, 6, 6))

@@ -1,0 +1,4 @@
+_base_ = './faster-rcnn_r18_fpn_cbn-all_1xb4_shapes-coco.py'
+norm_cfg = dict(type='NaiveCBN')
+part = dict(norm_cfg=norm_cfg)
+model = dict(backbone=part, neck=part, roi_head=dict(bbox_head=part))

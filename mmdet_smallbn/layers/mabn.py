@@ -1,0 +1,287 @@
+"""Moving Average Batch Normalization.
+
+Paper: Towards Stabilizing Batch Statistics in Backward Propagation of Batch
+Normalization, Yan et al., ICLR 2020, arXiv:2001.06838. Released code:
+megvii-model/MABN.
+
+Where this differs from the released code: the moving average of the mean
+square takes each batch's own (the code feeds it the average over the buffer);
+nothing depends on a number of iterations inside the layer, burn-in belongs to
+a hook; a value that is not finite enters no average. Where it differs from
+the paper's Eq. (19): it is the mean square that is averaged exponentially,
+not its root, as in the code, so that evaluation is batch normalisation.
+"""
+import warnings
+from typing import Optional, Tuple
+
+import torch
+from mmengine.registry import MODELS
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..functional import Moments, renormalization
+from .base import (Batch, SmallBatchNorm, Statistics, check_at_least,
+                   check_positive_int)
+from .moving_average import ExponentialMovingAverage, SimpleMovingAverage
+
+_KINDS = ('batch', 'sma', 'ema')
+
+
+class _MovingStatistics:
+    """Averages of one of the layer's calls in an iteration."""
+
+    def __init__(self, buffer_size: int, backward) -> None:
+        self.forward = SimpleMovingAverage(buffer_size)
+        self.backward = backward
+
+    def to(self, device: torch.device) -> None:
+        self.forward.to(device)
+        if self.backward is not None:
+            self.backward.to(device)
+
+
+class _GradientStatistics:
+    """What the backward passes through one forward normalise with.
+
+    Args:
+        average (optional): Where the gradient's statistics are averaged.
+        in_use (bool): Whether the average is used, or only fed.
+        centered (bool): Whether the gradient's mean is subtracted.
+    """
+
+    def __init__(self, average, in_use: bool, centered: bool) -> None:
+        self._average = average
+        self._in_use = in_use
+        self._centered = centered
+        self._place: Optional[int] = None
+
+    def __call__(self, mean_g: Tensor,
+                 mean_gx: Tensor) -> Tuple[Optional[Tensor], Tensor]:
+        values = torch.stack([mean_g, mean_gx] if self._centered else
+                             [mean_gx])
+        if self._average is not None:
+            # A second backward through the same forward takes the place of
+            # the first.
+            self._place = self._average.push(values, self._place)
+            if self._in_use:
+                values = self._average.mean()
+        return (values[0] if self._centered else None), values[-1]
+
+
+@MODELS.register_module()
+class MABN(SmallBatchNorm, _BatchNorm):
+    r"""Moving Average Batch Normalization (arXiv:2001.06838).
+
+    Batch normalisation has statistics in both passes, and those of a small
+    batch's gradient are the noisier ones. MABN averages both over the last
+    iterations, and needs fewer: features are divided by the root of their
+    mean square :math:`\chi^2`, their mean is not subtracted. The convolution
+    before the layer makes up for that with centred weights: use it with
+    ``conv_cfg=dict(type='CenConv')``.
+
+    Forward, Eq. (19), with the average :math:`\bar\chi^2` of the mean squares
+    of the last ``buffer_size`` iterations and their moving average
+    :math:`\hat\chi^2`, read before this iteration's update:
+
+    .. math::
+        z = \frac{x}{\sqrt{\bar\chi^2 + \epsilon}}, \qquad
+        r = \text{clip}\left(\sqrt{\frac{\bar\chi^2 + \epsilon}
+            {\hat\chi^2 + \epsilon}}, \frac1\lambda, \lambda\right), \qquad
+        y = \gamma r z + \beta.
+
+    Backward, Eq. (20), with :math:`g = \gamma r\,\partial L/\partial y`,
+    :math:`\Psi = \text{mean}(g z)` and the average :math:`\bar\Psi` of the
+    last ``buffer_size`` backward passes':
+
+    .. math::
+        \frac{\partial L}{\partial x} = \frac{g - z \bar\Psi}
+            {\sqrt{\bar\chi^2 + \epsilon}}, \qquad
+        \frac{\partial L}{\partial \gamma} = \sum
+            \frac{\partial L}{\partial y}\, r z, \qquad
+        \frac{\partial L}{\partial \beta} = \sum
+            \frac{\partial L}{\partial y}.
+
+    Both averages include the present value and are over those at hand while
+    fewer. In burn-in :math:`\bar\chi^2 = \chi^2`, :math:`\bar\Psi = \Psi` and
+    :math:`r = 1`, while the averages fill.
+
+    Evaluation is batch normalisation: ``running_mean`` stays 0 and
+    ``running_var`` holds :math:`\hat\chi^2`. A BatchNorm's state dict loads:
+    its mean square is ``running_var + running_mean ** 2``.
+
+    The rows of the paper's Tables 2 and 4 are settings of
+    ``forward_statistics``, ``backward_statistics`` and ``centered``, and of
+    whether the convolutions are CenConv. The features are normalised with
+    statistics of the kind that the backward pass averages its own over, and
+    renormalised (r, and d where centred) to the kind that the forward pass
+    asks for. So MABN is ``'ema'`` over ``'sma'``, Batch Renormalization is
+    ``'ema'`` over ``'batch'`` with ``centered=True``, and there is nothing to
+    renormalise where the two are the same.
+
+    Inside activation checkpointing the layer normalises with the present
+    batch, in both passes, and warns; under ``no_grad`` in training mode
+    without a warning. In neither case do the averages move.
+
+    A call has averages of its own among those of an iteration, if a hook
+    tells the iterations (:class:`mmdet_smallbn.BurnInHook`). The backward
+    average is of backward passes: a forward without one leaves no trace in
+    it, and of several through one forward the last counts.
+
+    Loading a state dict empties the averages; a checkpoint does not hold
+    those of the last ``buffer_size`` iterations.
+
+    Args:
+        num_features (int): Channels C.
+        eps (float): Added to mean squares, inside the root.
+        momentum (float, optional): Weight of the present batch in the moving
+            average; 1 - 0.98 of the paper.
+        affine (bool): Whether there are scale and shift to learn.
+        track_running_stats (bool): Whether to keep running statistics.
+        buffer_size (int): Iterations in the averages, m. The paper takes 16,
+            and 32 with norms in the heads, at 2 images.
+        clip (float): Largest r, :math:`\lambda`; at least 1. Of the released
+            code. With ``centered`` also the largest d.
+        forward_statistics (str): ``'ema'``, ``'sma'`` or ``'batch'``.
+        backward_statistics (str): ``'sma'``, ``'ema'`` or ``'batch'``. The
+            moving average of the gradient's statistics includes the present
+            one, Eq. (7), and starts at 0.
+        centered (bool): True: subtract means, of features and gradients, as
+            batch normalisation does.
+        sync (bool): Whether the batch is that of all processes.
+
+    Shape:
+        - Input: (N, C, H, W). N may differ from call to call, and be 0.
+        - Output: the same shape and dtype.
+
+    Raises:
+        ValueError: If an argument is out of range, or if ``centered`` and a
+            channel has one value that nothing else is averaged with.
+    """
+
+    burns_in = True
+
+    def __init__(self,
+                 num_features: int,
+                 eps: float = 1e-5,
+                 momentum: Optional[float] = 0.02,
+                 affine: bool = True,
+                 track_running_stats: bool = True,
+                 buffer_size: int = 16,
+                 clip: float = 5.0,
+                 forward_statistics: str = 'ema',
+                 backward_statistics: str = 'sma',
+                 centered: bool = False,
+                 sync: bool = False,
+                 device=None,
+                 dtype=None) -> None:
+        check_positive_int('buffer_size', buffer_size)
+        check_at_least('clip', clip, 1)
+        for name, kind in (('forward_statistics', forward_statistics),
+                           ('backward_statistics', backward_statistics)):
+            if kind not in _KINDS:
+                raise ValueError(f'{name} must be one of {", ".join(_KINDS)}, '
+                                 f'but got {kind!r}')
+        if 'ema' in (forward_statistics, backward_statistics) and (
+                not track_running_stats or momentum is None):
+            raise ValueError(
+                "statistics of the kind 'ema' need track_running_stats=True "
+                f'and a momentum, but got {track_running_stats} and '
+                f'{momentum}')
+        super().__init__(num_features, eps, momentum, affine,
+                         track_running_stats, sync, device, dtype)
+        self.buffer_size = buffer_size
+        self.clip = clip
+        self.forward_statistics = forward_statistics
+        self.backward_statistics = backward_statistics
+        self.centered = centered
+
+    @property
+    def averaged_iterations(self) -> int:
+        kinds = (self.forward_statistics, self.backward_statistics)
+        return self.buffer_size if 'sma' in kinds else 1
+
+    def uses_past(self) -> bool:
+        return True
+
+    def new_state(self) -> _MovingStatistics:
+        backward = None
+        if self.backward_statistics == 'sma':
+            backward = SimpleMovingAverage(self.buffer_size)
+        elif self.backward_statistics == 'ema':
+            backward = ExponentialMovingAverage(self.momentum)
+        return _MovingStatistics(self.buffer_size, backward)
+
+    def statistics(self, batch: Batch) -> Statistics:
+        """Eq. (19), and Eq. (20) for the backward pass."""
+        state = self.state_of_call()
+        present = self._present(batch)
+        if 'sma' in (self.forward_statistics, self.backward_statistics):
+            state.forward.push(present)
+        inner, r, d = present, None, None
+        if not self.burning_in:
+            inner = self._of_kind(self.backward_statistics, present, state)
+            if self.forward_statistics != self.backward_statistics:
+                target = self._of_kind(self.forward_statistics, present,
+                                       state)
+                r, d = renormalization(*inner, *target, self.eps, self.clip,
+                                       self.clip)
+        if self.centered and inner is present:
+            self.check_count(batch.moments.count)
+        return Statistics(
+            inner[0],
+            inner[1],
+            gradient=_GradientStatistics(state.backward, not self.burning_in,
+                                         self.centered),
+            r=r,
+            d=d if self.centered else None)
+
+    def batch_statistics(self, batch: Batch) -> Statistics:
+        if self.centered:
+            return super().batch_statistics(batch)
+        return Statistics(
+            *self._present(batch),
+            gradient=_GradientStatistics(None, False, False))
+
+    def _present(self, batch: Batch) -> Tensor:
+        """Mean and variance, or 0 and mean square, shape (2, C)."""
+        if self.centered:
+            return torch.stack(batch.moments[:2])
+        square = batch.moments.mean_square()
+        return torch.stack([torch.zeros_like(square), square])
+
+    def _of_kind(self, kind: str, present: Tensor,
+                 state: _MovingStatistics) -> Tensor:
+        if kind == 'batch':
+            return present
+        if kind == 'sma':
+            return state.forward.mean()
+        return torch.stack([self.running_mean,
+                            self.running_var]).to(present.dtype)
+
+    def running_statistics(self, moments: Moments,
+                           factor: float) -> Tuple[Tensor, Tensor]:
+        if self.centered:
+            return super().running_statistics(moments, factor)
+        square = moments.mean_square()
+        return self.running_mean, torch.lerp(
+            self.running_var.to(square.dtype), square, factor)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.centered or self.running_mean is None or not (
+                self.running_mean.any()):
+            return
+        with torch.no_grad():
+            self.running_var.add_(self.running_mean.square())
+            self.running_mean.zero_()
+        warnings.warn(
+            f'{self._who()} was given the statistics of a BatchNorm. It '
+            'divides by the root of the mean square, now var + mean ** 2, and '
+            'does not subtract the mean: train it before use')
+
+    def extra_repr(self) -> str:
+        return (f'{super().extra_repr()}, buffer_size={self.buffer_size}, '
+                f'clip={self.clip}, '
+                f'forward_statistics={self.forward_statistics!r}, '
+                f'backward_statistics={self.backward_statistics!r}, '
+                f'centered={self.centered}')

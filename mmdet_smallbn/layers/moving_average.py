@@ -1,0 +1,105 @@
+"""Averages of a statistic over a layer's last iterations or backwards."""
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+
+class SimpleMovingAverage:
+    """Mean of the last ``size`` values, of those at hand while fewer.
+
+    Values that are not finite count for nothing. Holds one detached tensor,
+    made when the first value comes in and emptied when the shape or dtype
+    changes.
+
+    Args:
+        size (int): Values, the present one included.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.pushes = 0
+        self._ring: Optional[Tensor] = None
+
+    @torch.no_grad()
+    def push(self, value: Tensor, place: Optional[int] = None) -> int:
+        """Enter a value.
+
+        Args:
+            value (Tensor): Of one shape in all calls.
+            place (int, optional): What an earlier push gave: the value
+                replaces that one's, unless it is among the last no more.
+
+        Returns:
+            int: The place of the value.
+        """
+        ring = self._ring
+        if ring is None or ring.shape[1:] != value.shape or (
+                ring.dtype != value.dtype or ring.device != value.device):
+            self._ring = value.new_zeros((self.size, *value.shape))
+            self.pushes = 0
+            place = None
+        if place is None or place < self.pushes - self.size:
+            place = self.pushes
+            self.pushes += 1
+        # NaN marks what the average leaves out.
+        self._ring[place % self.size].copy_(
+            torch.where(value.isfinite(), value, torch.nan))
+        return place
+
+    def mean(self) -> Tensor:
+        """The average, in the shape of a value; NaN if nothing is in it."""
+        return self._ring[:self.pushes].nanmean(0)
+
+    def to(self, device: torch.device) -> None:
+        """Move to a device. The dtype stays: statistics are not halved."""
+        if self._ring is not None:
+            self._ring = self._ring.to(device)
+
+
+class ExponentialMovingAverage:
+    """(1 - momentum) * average + momentum * value, from 0.
+
+    The present value is in the average. Values that are not finite leave it
+    where it is.
+
+    Args:
+        momentum (float): Weight of the present value.
+    """
+
+    def __init__(self, momentum: float) -> None:
+        self.momentum = momentum
+        self.pushes = 0
+        self._average: Optional[Tensor] = None
+        self._before: Optional[Tensor] = None
+
+    @torch.no_grad()
+    def push(self, value: Tensor, place: Optional[int] = None) -> int:
+        """Enter a value; as :meth:`SimpleMovingAverage.push`.
+
+        Only the last value can be replaced.
+        """
+        average = self._average
+        if average is None or average.shape != value.shape or (
+                average.dtype != value.dtype
+                or average.device != value.device):
+            self._average = torch.zeros_like(value)
+            self.pushes = 0
+            place = None
+        if place is None or place != self.pushes - 1:
+            place = self.pushes
+            self.pushes += 1
+            self._before = self._average
+        moved = torch.lerp(self._before, value, self.momentum)
+        self._average = torch.where(value.isfinite(), moved, self._before)
+        return place
+
+    def mean(self) -> Tensor:
+        """The average, in the shape of a value."""
+        return self._average
+
+    def to(self, device: torch.device) -> None:
+        """Move to a device. The dtype stays: statistics are not halved."""
+        if self._average is not None:
+            self._average = self._average.to(device)
+            self._before = self._before.to(device)
