@@ -8,8 +8,10 @@ from .version import __version__, check_versions
 check_versions()
 
 from .hooks import BurnInHook  # noqa: E402
-from .layers import CBN, NaiveCBN, suggested_window_size  # noqa: E402
+from .layers import (BRN, CBN, MABN, BatchGroupNorm,  # noqa: E402
+                     CenConv2d, GhostBN, NaiveCBN, suggested_window_size)
 
 __all__ = [
-    'BurnInHook', 'CBN', 'NaiveCBN', '__version__', 'suggested_window_size'
+    'BRN', 'BatchGroupNorm', 'BurnInHook', 'CBN', 'CenConv2d', 'GhostBN',
+    'MABN', 'NaiveCBN', '__version__', 'suggested_window_size'
 ]

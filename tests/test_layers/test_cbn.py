@@ -300,37 +300,6 @@ def test_no_grad_passes_do_not_enter_the_window():
 
 
 @pytest.mark.parametrize('use_reentrant', [True, False])
-@pytest.mark.filterwarnings('ignore:.*inside activation checkpointing')
-def test_checkpointed_activations_are_batch_norm_with_right_gradients(
-        use_reentrant):
-    from torch.utils.checkpoint import checkpoint
-    torch.manual_seed(0)
-    conv = _conv(**CONVS['3x3'])
-    layer, theirs = CBN(8, window_size=4).double(), nn.BatchNorm2d(8).double()
-    _step(conv, layer)
-    theirs.load_state_dict(layer.state_dict())
-    x = torch.randn(2, 4, 6, 6).double().requires_grad_()
-    grads = []
-    for norm in (layer, theirs):
-
-        def block(x):
-            return norm(conv(x)).relu()
-
-        out = (
-            checkpoint(block, x, use_reentrant=use_reentrant)
-            if norm is layer else block(x))
-        leaves = [x, conv.weight, norm.weight]
-        for leaf in leaves:
-            leaf.grad = None
-        out.square().sum().backward()
-        grads.append([leaf.grad.clone() for leaf in leaves])
-    for a, b in zip(*grads):
-        torch.testing.assert_close(a, b)
-    for key, value in theirs.state_dict().items():
-        torch.testing.assert_close(layer.state_dict()[key], value)
-
-
-@pytest.mark.parametrize('use_reentrant', [True, False])
 def test_checkpointing_is_told_once(use_reentrant):
     from torch.utils.checkpoint import checkpoint
     conv, layer = nn.Conv2d(4, 8, 1), CBN(8, window_size=2)

@@ -11,6 +11,7 @@ from mmcv.cnn import ConvModule, build_norm_layer, is_norm
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from mmdet_smallbn.layers import SmallBatchNorm
 
@@ -222,6 +223,35 @@ def test_no_grad_passes_leave_the_past_alone(norm):
     with torch.no_grad():
         norm(conv(torch.randn(2, 3, 5, 5)))
     assert pickle.dumps(norm._states) == states
+
+
+@pytest.mark.parametrize('use_reentrant', [True, False])
+@pytest.mark.filterwarnings('ignore:.*inside activation checkpointing')
+def test_in_activation_checkpointing_the_present_batch_counts_once(
+        norm, use_reentrant):
+    """As in burn-in: outputs, gradients, running statistics."""
+    conv = _trained(norm, torch.float64)
+    plain = copy.deepcopy(norm)
+    plain.burning_in = True
+    x = torch.randn(2, 3, 5, 5).double().requires_grad_()
+    results = []
+    for layer in (norm, plain):
+
+        def block(x):
+            return layer(conv(x)).relu()
+
+        out = (
+            checkpoint(block, x, use_reentrant=use_reentrant)
+            if layer is norm else block(x))
+        leaves = [x, *conv.parameters(), *layer.parameters()]
+        for leaf in leaves:
+            leaf.grad = None
+        out.square().sum().backward()
+        results.append([out, *(leaf.grad.clone() for leaf in leaves)])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(norm.state_dict()[key], value)
 
 
 def test_memory_does_not_grow(norm):
