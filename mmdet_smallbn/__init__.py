@@ -7,11 +7,13 @@ from .version import __version__, check_versions
 
 check_versions()
 
-from .hooks import BurnInHook  # noqa: E402
+from .hooks import BurnInHook, ExampleWeightHook  # noqa: E402
 from .layers import (BRN, CBN, MABN, BatchGroupNorm,  # noqa: E402
-                     CenConv2d, GhostBN, NaiveCBN, suggested_window_size)
+                     CenConv2d, GhostBN, NaiveCBN, calibrate_group_norms,
+                     set_example_weight, suggested_window_size)
 
 __all__ = [
-    'BRN', 'BatchGroupNorm', 'BurnInHook', 'CBN', 'CenConv2d', 'GhostBN',
-    'MABN', 'NaiveCBN', '__version__', 'suggested_window_size'
+    'BRN', 'BatchGroupNorm', 'BurnInHook', 'CBN', 'CenConv2d',
+    'ExampleWeightHook', 'GhostBN', 'MABN', 'NaiveCBN', '__version__',
+    'calibrate_group_norms', 'set_example_weight', 'suggested_window_size'
 ]

@@ -139,14 +139,14 @@ def save_detections(rows: Sequence[Tuple[Union[str, Path], Objects, Objects]],
 
 def save_curves(scalars: List[Dict[str, Any]],
                 path: Union[str, Path],
-                opens_at: Optional[int] = None) -> None:
+                burn_in: Optional[int] = None) -> None:
     """Save loss and box AP over the iterations of a run.
 
     Args:
         scalars (list[dict]): Records of mmengine's local backend, of an
             iteration-based run.
         path (str | Path): Picture to write.
-        opens_at (int, optional): Iteration at which burn-in ends.
+        burn_in (int, optional): Iteration at which burn-in ends.
     """
     figure = Figure(figsize=(10, 3.8), layout='tight')
     loss_ax, ap_ax = figure.subplots(1, 2, sharex=True)
@@ -160,15 +160,48 @@ def save_curves(scalars: List[Dict[str, Any]],
         ax.set(xlabel='iteration', xlim=(0, None))
         ax.grid(alpha=0.25)
         ax.spines[['top', 'right']].set_visible(False)
-        if opens_at:
-            ax.axvline(opens_at, color='grey', ls=':', lw=1)
+        if burn_in:
+            ax.axvline(burn_in, color='grey', ls=':', lw=1)
             ax.annotate(
-                'window opens', (opens_at, 0.02),
+                'burn-in ends', (burn_in, 0.02),
                 xycoords=('data', 'axes fraction'),
                 xytext=(4, 0),
                 textcoords='offset points',
                 color='grey',
                 fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def save_sweep(metrics: Dict[float, float], name: str,
+               path: Union[str, Path]) -> None:
+    """Save a metric over the weight of the examples, with its best.
+
+    Args:
+        metrics (dict[float, float]): Metric of each weight.
+        name (str): Name of the metric.
+        path (str | Path): Picture to write.
+    """
+    weights = sorted(metrics)
+    values = [metrics[weight] for weight in weights]
+    figure = Figure(figsize=(6, 3.8), layout='tight')
+    ax = figure.subplots()
+    ax.plot(weights, values, marker='o', ms=4, color='#c0392b', lw=1.6)
+    best = max(weights, key=lambda weight: metrics[weight])
+    ax.annotate(
+        f'{metrics[best]:.3f} at {best:g}', (best, metrics[best]),
+        xytext=(0, 7),
+        textcoords='offset points',
+        ha='left' if best < 0.5 * max(weights) else 'right',
+        color='#c0392b')
+    if 0. in metrics:
+        ax.axhline(metrics[0.], color='grey', ls=':', lw=1)
+    ax.set(
+        title='Inference example weighting',
+        xlabel='weight of the example',
+        ylabel=name)
+    ax.margins(y=0.15)
+    ax.grid(alpha=0.25)
+    ax.spines[['top', 'right']].set_visible(False)
     figure.savefig(path, dpi=110)
 
 

@@ -4,13 +4,14 @@ from .compensate import (AffineMoments, ConvCall, affine_moments,
 from .moments import (Moments, average_groups, batch_moments, example_moments,
                       mix_moments, pool_groups, pool_moments,
                       statistics_dtype)
-from .normalize import (GradientStatistics, normalize,
-                        normalize_with_examples, renormalization)
+from .normalize import (GradientStatistics, fold_groups, normalize,
+                        normalize_for_inference, renormalization)
 from .sync import Processes
 
 __all__ = [
     'AffineMoments', 'ConvCall', 'GradientStatistics', 'Moments', 'Processes',
     'affine_moments', 'average_groups', 'batch_moments', 'example_moments',
-    'mix_moments', 'moments_at_weight', 'normalize', 'normalize_with_examples',
-    'pool_groups', 'pool_moments', 'renormalization', 'statistics_dtype', 'variance_about'
+    'fold_groups', 'mix_moments', 'moments_at_weight', 'normalize',
+    'normalize_for_inference', 'pool_groups', 'pool_moments',
+    'renormalization', 'statistics_dtype', 'variance_about'
 ]

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .moments import (average_groups, example_moments, mix_moments,
+from .moments import (Moments, average_groups, example_moments, mix_moments,
                       pool_groups)
 
 # From this batch's means of g and of g * x_hat, where g is the gradient by
@@ -214,40 +214,65 @@ def renormalization(mean: Tensor, var: Tensor, target_mean: Tensor,
     return r, d
 
 
-def normalize_with_examples(x: Tensor,
+def fold_groups(mean: Tensor, var: Tensor,
+                num_groups: Optional[int]) -> Tuple[Tensor, Tensor]:
+    """Moments of groups of channels, given back to each channel.
+
+    Args:
+        mean (Tensor): Shape (C,).
+        var (Tensor): Biased variance, shape (C,).
+        num_groups (int, optional): Groups of neighbouring channels. None:
+            each channel by itself.
+
+    Returns:
+        tuple[Tensor, Tensor]: Shape (C,), constant in each group.
+    """
+    if num_groups is None:
+        return mean, var
+    mean, var = pool_groups(
+        Moments(mean[None], var[None], 1),
+        lambda values: average_groups(values, num_groups, 1))
+    return mean[0], var[0]
+
+
+def normalize_for_inference(x: Tensor,
                             mean: Tensor,
                             var: Tensor,
-                            weight: Optional[Tensor],
-                            bias: Optional[Tensor],
-                            eps: float,
-                            example_weight: float,
+                            weight: Optional[Tensor] = None,
+                            bias: Optional[Tensor] = None,
+                            eps: float = 1e-5,
+                            example_weight: float = 0.,
                             num_groups: Optional[int] = None) -> Tensor:
-    r"""Inference example weighting (arXiv:1906.03548, Eq. 3).
+    r"""Normalise with moving averages, and each example's own moments.
 
-    Each example is normalised with a mixture of given moments and its own:
+    Inference example weighting (arXiv:1906.03548, Eq. 3):
 
     .. math::
         \mu = (1 - \alpha)\,m_x + \alpha\,E[x], \qquad
         \sigma^2 = (1 - \alpha)\,m_{x^2} + \alpha\,E[x^2] - \mu^2,
 
-    where the second moments are kept as variances. Gradients flow through the
-    example's own part.
+    where the second moments are kept as variances. With
+    :math:`\alpha = 0` this is batch normalisation's evaluation, an affine map
+    of each channel; with groups and :math:`\alpha = 1`, group normalisation.
+    Gradients flow through the example's own part.
 
     Args:
         x (Tensor): Shape (N, C, H, W).
-        mean (Tensor): The given mean :math:`m_x`, shape (C,); constant in each
-            group.
-        var (Tensor): The given variance :math:`m_{x^2} - m_x^2`, shape (C,).
+        mean (Tensor): Moving average :math:`m_x` of the mean, shape (C,).
+        var (Tensor): :math:`m_{x^2} - m_x^2`, shape (C,).
         weight (Tensor, optional): Scale, shape (C,).
         bias (Tensor, optional): Shift, shape (C,).
         eps (float): Added to the variance, inside the root.
         example_weight (float): :math:`\alpha`, from 0 to 1.
-        num_groups (int, optional): Groups of neighbouring channels that an
-            example's own moments are over. None: each channel by itself.
+        num_groups (int, optional): Groups of neighbouring channels that all
+            moments are over. None: each channel by itself.
 
     Returns:
         Tensor: Same shape and dtype as ``x``.
     """
+    mean, var = fold_groups(mean, var, num_groups)
+    if not example_weight:
+        return F.batch_norm(x, mean, var, weight, bias, False, 0., eps)
     n, c = x.shape[:2]
 
     def average(values: Tensor, repeats: int = 1) -> Tensor:

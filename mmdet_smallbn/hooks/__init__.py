@@ -1,4 +1,6 @@
 """Hooks: what the training loop tells the layers."""
 from .burn_in_hook import BurnInHook
+from .example_weight_hook import ExampleWeightHook
+from .model import bare_model
 
-__all__ = ['BurnInHook']
+__all__ = ['BurnInHook', 'ExampleWeightHook', 'bare_model']

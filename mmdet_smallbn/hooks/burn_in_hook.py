@@ -3,13 +3,13 @@ from typing import Dict, Optional, Sequence, Union
 
 from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop
 from torch import nn
 
 from ..errors import SetupError
 from ..layers import CBN, SmallBatchNorm, suggested_window_size
+from .model import bare_model
 
 
 @HOOKS.register_module()
@@ -72,9 +72,7 @@ class BurnInHook(Hook):
 
     def before_train(self, runner) -> None:
         """Find the layers, and check that the burn-in makes sense."""
-        model = runner.model
-        if is_model_wrapper(model):
-            model = model.module
+        model = bare_model(runner)
         self._told = {
             name: layer
             for name, layer in model.named_modules()

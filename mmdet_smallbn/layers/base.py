@@ -3,11 +3,10 @@ import warnings
 from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import (GradientStatistics, Moments, Processes,
-                          batch_moments, normalize, normalize_with_examples)
+                          batch_moments, normalize, normalize_for_inference)
 from .conv_call import graph_is_recorded, in_backward
 
 # No model calls a layer so often: the iteration is not told any more.
@@ -118,7 +117,6 @@ class SmallBatchNorm(nn.BatchNorm2d):
     """
 
     burns_in = False
-    example_weight = 0.
     num_groups: Optional[int] = None
 
     def __init__(self,
@@ -139,6 +137,7 @@ class SmallBatchNorm(nn.BatchNorm2d):
             device=device,
             dtype=dtype)
         self.sync = sync
+        self.example_weight = 0.
         self.iteration: Optional[int] = None
         self.burning_in = False
         self.layer_name: Optional[str] = None
@@ -187,13 +186,6 @@ class SmallBatchNorm(nn.BatchNorm2d):
                 torch.lerp(
                     self.running_var.to(dtype), moments.unbiased_var(),
                     factor))
-
-    def folded_statistics(self) -> Tuple[Tensor, Tensor]:
-        """Mean and variance of the affine map that evaluation is.
-
-        That is at ``example_weight=0``, which folds into a convolution.
-        """
-        return self.running_mean, self.running_var
 
     def new_state(self) -> Any:
         """Empty state for one of the layer's calls in an iteration."""
@@ -263,14 +255,9 @@ class SmallBatchNorm(nn.BatchNorm2d):
 
         An affine map of each channel, unless examples have a weight in it.
         """
-        mean, var = self.folded_statistics()
-        if self.example_weight:
-            return normalize_with_examples(x, mean, var, self.weight,
-                                           self.bias, self.eps,
-                                           self.example_weight,
-                                           self.num_groups)
-        return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.,
-                            self.eps)
+        return normalize_for_inference(x, self.running_mean, self.running_var,
+                                       self.weight, self.bias, self.eps,
+                                       self.example_weight, self.num_groups)
 
     def _statistics_in_use(self, batch: Batch) -> Statistics:
         if not self.training or not self.uses_past():

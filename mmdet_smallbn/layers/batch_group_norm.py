@@ -129,13 +129,6 @@ class BatchGroupNorm(SmallBatchNorm, _BatchNorm):
             self.running_mean.to(dtype), self.running_var.to(dtype),
             moments.mean, moments.var, factor)
 
-    def folded_statistics(self) -> Tuple[Tensor, Tensor]:
-        """Averaged over the groups of channels, shape (C,)."""
-        mean, var = pool_groups(
-            Moments(self.running_mean[None], self.running_var[None], 1),
-            lambda values: average_groups(values, self.num_groups, 1))
-        return mean[0], var[0]
-
     def extra_repr(self) -> str:
         return (f'{super().extra_repr()}, num_groups={self.num_groups}, '
                 f'examples_per_group={self.examples_per_group}, '

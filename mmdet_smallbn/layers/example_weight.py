@@ -1,0 +1,213 @@
+"""Inference example weighting, on any model that is trained.
+
+Paper: Four Things Everyone Should Know to Improve Batch Normalization,
+Summers and Dinneen, ICLR 2020, arXiv:1906.03548, Sec. 3.1, Eq. (3).
+"""
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..functional import (example_moments, mix_moments,
+                          normalize_for_inference)
+from .base import SmallBatchNorm, check_example_weight
+
+
+class _WeighsExamples:
+    """What a stock norm becomes while its examples have a weight.
+
+    The module stays, with its parameters, buffers and hooks; only its class
+    changes, so that going back leaves no trace.
+    """
+    stock_class: type
+    example_weight: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or x.dim() != 4:
+            return super().forward(x)
+        return normalize_for_inference(x, self.running_mean, self.running_var,
+                                       self.weight, self.bias, self.eps,
+                                       self.example_weight,
+                                       getattr(self, 'num_groups', None))
+
+    def extra_repr(self) -> str:
+        return f'{super().extra_repr()}, example_weight={self.example_weight}'
+
+    def __reduce_ex__(self, protocol):
+        # Classes that are made at run time are not found by their names.
+        return _new, (self.stock_class, ), self.__dict__
+
+
+@lru_cache(maxsize=None)
+def _weighing(stock_class: type) -> type:
+    return type(f'ExampleWeighted{stock_class.__name__}',
+                (_WeighsExamples, stock_class), dict(stock_class=stock_class))
+
+
+def _new(stock_class: type) -> nn.Module:
+    cls = _weighing(stock_class)
+    return cls.__new__(cls)
+
+
+def _stock(module: nn.Module) -> type:
+    return getattr(module, 'stock_class', type(module))
+
+
+def _norms(model: nn.Module) -> Dict[str, nn.Module]:
+    """The norms of feature maps that have a BatchNorm's or GN's form."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if (isinstance(module, (_BatchNorm, nn.GroupNorm)) and not isinstance(
+            module, (nn.BatchNorm1d, nn.BatchNorm3d)))
+    }
+
+
+def _set(module: nn.Module, weight: Optional[float]) -> None:
+    if isinstance(module, SmallBatchNorm):
+        # What it was built with is kept beside.
+        built = module.__dict__.setdefault('_built_example_weight',
+                                           module.example_weight)
+        module.example_weight = built if weight is None else weight
+        return
+    as_trained = 1. if isinstance(module, nn.GroupNorm) else 0.
+    if weight is None or weight == as_trained:
+        module.__class__ = _stock(module)
+        module.__dict__.pop('example_weight', None)
+    else:
+        module.__class__ = _weighing(_stock(module))
+        module.example_weight = float(weight)
+
+
+def set_example_weight(
+        model: nn.Module,
+        weight: Optional[float],
+        exclude: Union[str, Sequence[str]] = ()) -> List[str]:
+    r"""Let each example take part in its own normalisation at inference.
+
+    In training an example is among those that it is normalised with, at
+    inference it is not. With a weight :math:`\alpha` the moving averages and
+    the example's own moments are mixed (arXiv:1906.03548, Eq. 3):
+
+    .. math::
+        \mu = (1 - \alpha)\,m_x + \alpha\,E[x], \qquad
+        \sigma^2 = (1 - \alpha)\,m_{x^2} + \alpha\,E[x^2] - \mu^2.
+
+    It works on any trained model: stock BatchNorm and SyncBatchNorm, this
+    package's norms, and GroupNorm after :func:`calibrate_group_norms`. The
+    best weight is found on validation data (``tools/
+    sweep_example_weight.py``), and is mostly small. A weight above 0 costs a
+    pass over the features, and does not fold into a convolution.
+
+    Each call says all there is: norms that it excludes go back to what they
+    were built with. Parameters and buffers are not touched.
+
+    Example:
+        >>> set_example_weight(model, 0.05, exclude='backbone')
+        >>> set_example_weight(model, None)  # as trained, bit for bit
+
+    Args:
+        model (nn.Module): The model, or a part of it.
+        weight (float, optional): :math:`\alpha`, from 0 to 1. BatchNorm has
+            0, GroupNorm 1, BGN what it was built with: None gives each its
+            own back. 0 takes GroupNorm and BGN to an affine map.
+        exclude (str | Sequence[str]): Prefixes of modules to leave as
+            trained, such as ``'backbone'`` for its frozen norms.
+
+    Returns:
+        list[str]: Names of the norms that have the weight now.
+
+    Raises:
+        ValueError: If the weight is out of range, a prefix is none of a norm,
+            no norm is left, or a norm has no moving averages.
+    """
+    if weight is not None:
+        check_example_weight(weight)
+    exclude = (exclude, ) if isinstance(exclude, str) else tuple(exclude)
+    norms = _norms(model)
+
+    def under(name: str, prefix: str) -> bool:
+        return name == prefix or name.startswith(f'{prefix}.')
+
+    for prefix in exclude:
+        if not any(under(name, prefix) for name in norms):
+            parts = sorted({name.split('.')[0] for name in norms})
+            raise ValueError(
+                f'exclude={prefix!r} is no part of the model with norms; such '
+                f'are in {", ".join(parts) or "no part"}')
+    chosen = [
+        name for name in norms
+        if not any(under(name, prefix) for prefix in exclude)
+    ]
+    if weight is not None:
+        if not chosen:
+            raise ValueError('no norm of the model can weigh examples: it has '
+                             f'{len(norms)} norms, and {len(norms)} of them '
+                             'are excluded')
+        for name in chosen:
+            if getattr(norms[name], 'running_mean', None) is None:
+                raise ValueError(_without_averages(name, norms[name]))
+    for name, module in norms.items():
+        _set(module, weight if name in chosen else None)
+    return chosen
+
+
+def _without_averages(name: str, module: nn.Module) -> str:
+    kind = _stock(module).__name__
+    message = f'{kind} {name!r} has no moving averages. '
+    if isinstance(module, nn.GroupNorm):
+        message += ('Gather them with calibrate_group_norms(model), as '
+                    'tools/sweep_example_weight.py does, or exclude it')
+    else:
+        message += 'It was built with track_running_stats=False: exclude it'
+    return message
+
+
+@contextmanager
+def calibrate_group_norms(model: nn.Module) -> Iterator[None]:
+    """Gather the moving averages that GroupNorm does not keep in training.
+
+    Within the context every example that goes through a GroupNorm enters its
+    averages, with equal weight. They stay on the module, outside its state
+    dict, for :func:`set_example_weight`; a later calibration begins anew.
+
+    Example:
+        >>> with calibrate_group_norms(model), torch.no_grad():
+        ...     for batch in train_dataloader:
+        ...         model.val_step(batch)
+
+    Args:
+        model (nn.Module): The model, with its norms as trained.
+    """
+    gathered: Dict[nn.Module, Tuple[Tensor, Tensor, int]] = {}
+
+    @torch.no_grad()
+    def gather(module: nn.Module, inputs: Tuple[Tensor, ...], _) -> None:
+        x, = inputs
+        if x.dim() != 4 or x.numel() == 0:
+            return
+        new = example_moments(x).over_examples()
+        if module not in gathered:
+            gathered[module] = (new.mean, new.var, len(x))
+            return
+        mean, var, count = gathered[module]
+        total = count + len(x)
+        gathered[module] = (*mix_moments(mean, var, new.mean, new.var,
+                                         len(x) / total), total)
+
+    handles = [
+        module.register_forward_hook(gather)
+        for module in _norms(model).values()
+        if isinstance(module, nn.GroupNorm)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    for module, (mean, var, _) in gathered.items():
+        module.register_buffer('running_mean', mean, persistent=False)
+        module.register_buffer('running_var', var, persistent=False)
