@@ -7,13 +7,14 @@ from .version import __version__, check_versions
 
 check_versions()
 
-from .hooks import BurnInHook, ExampleWeightHook  # noqa: E402
+from .hooks import (BurnInHook, ExampleWeightHook,  # noqa: E402
+                    StatisticsHook)
 from .layers import (BRN, CBN, MABN, BatchGroupNorm,  # noqa: E402
                      CenConv2d, GhostBN, NaiveCBN, calibrate_group_norms,
                      set_example_weight, suggested_window_size)
 
 __all__ = [
     'BRN', 'BatchGroupNorm', 'BurnInHook', 'CBN', 'CenConv2d',
-    'ExampleWeightHook', 'GhostBN', 'MABN', 'NaiveCBN', '__version__',
-    'calibrate_group_norms', 'set_example_weight', 'suggested_window_size'
+    'ExampleWeightHook', 'GhostBN', 'MABN', 'NaiveCBN', 'StatisticsHook',
+    '__version__', 'calibrate_group_norms', 'set_example_weight', 'suggested_window_size'
 ]

@@ -205,6 +205,46 @@ def save_sweep(metrics: Dict[float, float], name: str,
     figure.savefig(path, dpi=110)
 
 
+# Statistics of a layer: title, and the moving average beside them.
+_STATISTICS = (('mean', '$\\mu$', 'ema_mean'), ('var', '$\\sigma^2$', 'ema_var'),
+               ('mean_square', '$\\chi^2$', 'sma_mean_square'),
+               ('gradient', '$g$', None), ('psi', '$\\Psi$', 'sma_psi'))
+
+
+def save_statistics(rows: Sequence[Dict[str, Any]], layers: Sequence[str],
+                    path: Union[str, Path]) -> None:
+    """Save the recorded statistics of norms, a line of panels for each.
+
+    Args:
+        rows (Sequence[dict]): Records of
+            :class:`mmdet_smallbn.StatisticsHook`.
+        layers (Sequence[str]): Names of the layers to draw.
+        path (str | Path): Picture to write.
+    """
+    figure = Figure(
+        figsize=(3.3 * len(_STATISTICS), 2.6 * len(layers)), layout='tight')
+    axes = figure.subplots(len(layers), len(_STATISTICS), squeeze=False)
+    for line, layer in zip(axes, layers):
+        own = [row for row in rows if row['layer'] == layer]
+        for ax, (key, title, moving) in zip(line, _STATISTICS):
+            for kind, name, label, colour in (
+                ('batch', key, 'batch', '#8fb8de'),
+                ('regular', key, 'large batch', '#e07b2e'),
+                ('moving', moving, str(moving)[:3].upper(), '#1d3557')):
+                points = [(row['iter'], row[kind][name]) for row in own
+                          if name in row.get(kind, {})]
+                if points:
+                    ax.plot(*zip(*points), color=colour, lw=1.2, label=label)
+            ax.set_title(f'{layer}  {title}', fontsize=9)
+            ax.set(xlabel='iteration', ylabel='L2 norm')
+            ax.set_ylim(bottom=0)
+            ax.grid(alpha=0.25)
+            ax.spines[['top', 'right']].set_visible(False)
+            if ax.lines:
+                ax.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def _plot(ax: Axes,
           scalars: List[Dict[str, Any]],
           key: str,

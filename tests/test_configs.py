@@ -1,18 +1,22 @@
 """Every config loads, builds, and has the intended norms, and takes a step."""
+import inspect
+import re
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from mmcv.cnn import ConvModule
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import init_default_scope
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-import mmdet_smallbn
-from mmdet_smallbn.layers import SmallBatchNorm
+from mmdet_smallbn.layers import CBN, MABN, CenConv2d, SmallBatchNorm
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(p for p in (ROOT / 'configs').rglob('*.py')
@@ -41,17 +45,25 @@ def _small(cfg):
 
 
 def _kind(path):
-    """('CBN', 'head') of '..._cbn-head_...'."""
-    for part in path.stem.split('_'):
-        name, _, place = part.rpartition('-')
-        if place in PLACES:
-            norm = {n.lower(): n for n in mmdet_smallbn.layers.__all__}[name]
-            return norm, place
-    raise AssertionError(f'{path.name} does not say which norm is where')
+    """(CBN, 'head') of '..._cbn-head_...'."""
+    name, place = re.search(r'_([a-z]+)-(head|all)(-[a-z]+)?_',
+                            path.stem).groups()[:2]
+    known = {
+        key.lower(): cls
+        for key, cls in ROOT_MODELS.module_dict.items() if inspect.isclass(cls)
+    }
+    return known[name], place
+
+
+def _hook(cfg, kind):
+    """The hook of this type in a config; None if there is none."""
+    hooks = [h for h in cfg.get('custom_hooks', []) if h.type == kind]
+    assert len(hooks) <= 1
+    return hooks[0] if hooks else None
 
 
 def test_there_are_configs():
-    assert len(CONFIGS) >= 3
+    assert len(CONFIGS) >= 12
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
@@ -70,7 +82,7 @@ def test_norms_are_where_the_name_says_and_take_a_step(path):
     model.train()
     frozen = 0
     for name, module in model.named_modules():
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if not isinstance(module, (_BatchNorm, nn.GroupNorm)):
             continue
         if name.split('.')[0] not in PLACES[place]:
             # A backbone's own BatchNorm, fixed.
@@ -80,11 +92,23 @@ def test_norms_are_where_the_name_says_and_take_a_step(path):
             assert not module.training
             frozen += 1
         else:
-            assert type(module).__name__ == norm, name
+            assert type(module) is norm, name
             assert module.training, name
-            assert module.window_size == cfg.norm_cfg.window_size
+            for key, value in cfg.norm_cfg.items():
+                assert key == 'type' or getattr(module, key) == value
     assert (frozen > 0) == (place == 'all'
                             and cfg.model.backbone.frozen_stages > 0)
+    # Centred weights where MABN needs them, and only there.
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and (
+                name.startswith('backbone')
+                or isinstance(model.get_submodule(name.rpartition('.')[0]),
+                              ConvModule)):
+            centred = norm is MABN and name.split('.')[0] in PLACES[place]
+            assert isinstance(module, CenConv2d) == centred or (
+                name.startswith('rpn_head')), name
+    assert (_hook(cfg, 'BurnInHook') is not None) == getattr(
+        norm, 'burns_in', False)
 
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     inputs = demo_mm_inputs(
@@ -103,10 +127,14 @@ def test_norms_are_where_the_name_says_and_take_a_step(path):
     for module in model.modules():
         if isinstance(module, SmallBatchNorm) and module.training:
             assert module.num_batches_tracked == 2
+        if isinstance(module, CBN) and module.training:
             # Both steps are in the window, with what follows the weight.
             window, = module._states
             assert window.filled == 2
-            assert window._entries.d_square.numel() > 0
+            assert (window._entries.d_square.numel() > 0) == module.compensate
+        if isinstance(module, MABN) and module.training:
+            state, = module._states
+            assert state.forward.pushes == state.backward.pushes == 2
 
 
 @pytest.mark.parametrize(
@@ -120,5 +148,25 @@ def test_batch_learning_rate_and_schedule_fit_the_name(path):
     assert cfg.optim_wrapper.optimizer.lr == pytest.approx(
         0.02 * gpus * images / 16)
     assert cfg.train_cfg.max_epochs == {'1x': 12, '2x': 24}[schedule]
-    assert cfg.custom_hooks[0].epochs == 3
+    if issubclass(_kind(path)[0], CBN):
+        assert _hook(cfg, 'BurnInHook').epochs == 3
     assert cfg.auto_scale_lr.base_batch_size == gpus * images
+
+
+@pytest.mark.parametrize('decay', [True, False])
+def test_weight_decay_on_scale_and_shift_is_the_optimizers(decay):
+    name = 'bgn-head' if decay else 'bgn-head-nodecay'
+    path, = (ROOT / 'configs' / 'bgn').glob(f'*_{name}_*')
+    cfg = _load(path)
+    model = _small(cfg)
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    decays = {
+        id(p): group['weight_decay']
+        for group in wrapper.optimizer.param_groups for p in group['params']
+    }
+    norms = [m for m in model.modules() if isinstance(m, SmallBatchNorm)]
+    assert len(norms) == 12  # 4 + 4 in the neck, 4 in the head
+    for norm in norms:
+        for p in norm.parameters():
+            assert decays[id(p)] == (1e-4 if decay else 0)
+    assert decays[id(model.rpn_head.rpn_conv.weight)] == 1e-4

@@ -2,5 +2,6 @@
 from .burn_in_hook import BurnInHook
 from .example_weight_hook import ExampleWeightHook
 from .model import bare_model
+from .statistics_hook import StatisticsHook
 
-__all__ = ['BurnInHook', 'ExampleWeightHook', 'bare_model']
+__all__ = ['BurnInHook', 'ExampleWeightHook', 'StatisticsHook', 'bare_model']

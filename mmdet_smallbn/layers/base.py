@@ -1,6 +1,6 @@
 """What every small-batch norm shares."""
 import warnings
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -186,6 +186,10 @@ class SmallBatchNorm(nn.BatchNorm2d):
                 torch.lerp(
                     self.running_var.to(dtype), moments.unbiased_var(),
                     factor))
+
+    def moving_averages(self) -> Dict[str, Tensor]:
+        """Averages over past iterations in use, by name, for records."""
+        return {}
 
     def new_state(self) -> Any:
         """Empty state for one of the layer's calls in an iteration."""

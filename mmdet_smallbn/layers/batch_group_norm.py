@@ -167,3 +167,7 @@ class GhostBN(BatchGroupNorm, _BatchNorm):
         super().__init__(num_features, eps, momentum, affine,
                          track_running_stats, num_features, ghost_size,
                          example_weight, sync, device, dtype)
+
+    @property
+    def ghost_size(self) -> int:
+        return self.examples_per_group

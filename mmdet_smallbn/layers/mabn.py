@@ -12,7 +12,7 @@ the paper's Eq. (19): it is the mean square that is averaged exponentially,
 not its root, as in the code, so that evaluation is batch normalisation.
 """
 import warnings
-from typing import Optional, Tuple
+from typing import Dict, Optional, Tuple
 
 import torch
 from mmengine.registry import MODELS
@@ -210,6 +210,19 @@ class MABN(SmallBatchNorm, _BatchNorm):
         elif self.backward_statistics == 'ema':
             backward = ExponentialMovingAverage(self.momentum)
         return _MovingStatistics(self.buffer_size, backward)
+
+    def moving_averages(self) -> Dict[str, Tensor]:
+        """Of the layer's first call: ``sma_var``, or ``sma_mean_square``, of
+        the features, and ``psi`` of the gradient by its kind."""
+        averages = {}
+        for state in self._states[:1]:
+            if state.forward.pushes:
+                key = 'sma_var' if self.centered else 'sma_mean_square'
+                averages[key] = state.forward.mean()[1]
+            if state.backward is not None and state.backward.pushes:
+                averages[f'{self.backward_statistics}_psi'] = (
+                    state.backward.mean()[-1])
+        return averages
 
     def statistics(self, batch: Batch) -> Statistics:
         """Eq. (19), and Eq. (20) for the backward pass."""

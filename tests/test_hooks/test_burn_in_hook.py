@@ -1,40 +1,13 @@
-import logging
 import re
 
 import pytest
-import torch
 from mmengine.hooks import Hook
-from mmengine.model import BaseModel
-from mmengine.runner import Runner
 from torch import nn
-from torch.utils.data import Dataset
 
 from mmdet_smallbn import CBN, BurnInHook
 from mmdet_smallbn.cli.runtime import register_checkpoint_loader
 from mmdet_smallbn.errors import SetupError
-
-
-class Toy(BaseModel):
-    """Two blocks, so that a prefix can tell them apart."""
-
-    def __init__(self, norm=CBN):
-        super().__init__()
-        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4))
-        self.head = nn.Sequential(nn.Conv2d(4, 4, 3), norm(4))
-
-    def forward(self, inputs, mode='tensor'):
-        out = self.head(self.backbone(torch.stack(inputs)))
-        return dict(loss=out.square().mean()) if mode == 'loss' else out
-
-
-class Images(Dataset):
-
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, index):
-        return dict(inputs=torch.full((3, 8, 8), index / 8.) +
-                    torch.linspace(0, 1, 8))
+from tests.toy import Toy, read_log, toy_runner
 
 
 class Phases(Hook):
@@ -50,33 +23,9 @@ class Phases(Hook):
                           model.head[1].burning_in, model.head[1].iteration))
 
 
-def _runner(tmp_path, hooks, model=None, by_epoch=True, **kwargs):
+def _runner(tmp_path, hooks, model=None, **kwargs):
     phases = Phases()
-    train_cfg = (
-        dict(by_epoch=True, max_epochs=3)
-        if by_epoch else dict(by_epoch=False, max_iters=6))
-    runner = Runner(
-        model=model or Toy(),
-        work_dir=str(tmp_path),
-        experiment_name=f'{tmp_path.name}_{len(list(tmp_path.iterdir()))}',
-        train_dataloader=dict(
-            dataset=Images(),
-            batch_size=4,
-            sampler=dict(type='DefaultSampler', shuffle=False)),
-        train_cfg=train_cfg,
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
-        default_hooks=dict(
-            checkpoint=dict(
-                type='CheckpointHook', interval=1, by_epoch=by_epoch)),
-        custom_hooks=[*hooks, phases],
-        **kwargs)
-    return runner, phases
-
-
-def _log(tmp_path):
-    for handler in logging.getLogger().handlers:
-        handler.flush()
-    return ''.join(p.read_text() for p in sorted(tmp_path.rglob('*.log')))
+    return toy_runner(tmp_path, [*hooks, phases], model, **kwargs), phases
 
 
 def test_by_epoch(tmp_path):
@@ -84,7 +33,7 @@ def test_by_epoch(tmp_path):
     runner.train()  # 2 iterations an epoch
     assert [s[1] for s in phases.seen] == [True] * 4 + [False] * 2
     assert [s[3] for s in phases.seen] == list(range(6))
-    text = _log(tmp_path)
+    text = read_log(tmp_path)
     assert 'burn-in of 2 epochs, the present batch alone' in text
     assert '2 norms at iteration 4, epoch 2: burn-in is over' in text
     assert text.count('burn-in is over') == 1
@@ -130,15 +79,15 @@ def test_resume_continues_where_it_was(tmp_path, by_epoch):
 
 def test_examples_and_suggestion_are_logged(tmp_path):
     _runner(tmp_path, [dict(type='BurnInHook', epochs=0)])[0].train()
-    assert '2 CBN layers: 4 iterations x 4 images = 16 examples' in _log(tmp_path)
-    assert 'suggests' not in _log(tmp_path)
+    assert '2 CBN layers: 4 iterations x 4 images = 16 examples' in read_log(tmp_path)
+    assert 'suggests' not in read_log(tmp_path)
 
 
 def test_another_window_logs_the_papers(tmp_path):
     model = Toy(lambda c: CBN(c, window_size=2))
     _runner(tmp_path, [dict(type='BurnInHook', epochs=0)], model)[0].train()
     assert re.search(r'2 iterations x 4 images = 8 .*window_size=4 .*ceil\(16 / 4',
-                     _log(tmp_path))
+                     read_log(tmp_path))
 
 
 @pytest.mark.parametrize('settings, message', [
@@ -195,7 +144,7 @@ def test_norms_kept_in_evaluation_are_told(tmp_path):
     hook = dict(type='BurnInHook', epochs=1)
     _runner(tmp_path, [hook], Asleep('backbone'))[0].train()
     assert re.search("1 of 2 norms stay in evaluation.*'backbone.1'.*"
-                     'norm_eval=False', _log(tmp_path))
+                     'norm_eval=False', read_log(tmp_path))
     runner, _ = _runner(tmp_path, [hook], Asleep('backbone', 'head'))
     with pytest.raises(SetupError, match='2 of 2 norms stay in evaluation'):
         runner.train()
@@ -205,6 +154,6 @@ def test_frozen_norms_are_not_asleep(tmp_path):
     model = Asleep('backbone')
     model.backbone.requires_grad_(False)
     _runner(tmp_path, [dict(type='BurnInHook', epochs=1)], model)[0].train()
-    text = _log(tmp_path)
+    text = read_log(tmp_path)
     assert 'stay in evaluation' not in text
     assert '1 CBN layers: 4 iterations' in text

@@ -1,0 +1,148 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from mmdet_smallbn import MABN, StatisticsHook
+from mmdet_smallbn.cli import plot_statistics
+from mmdet_smallbn.errors import SetupError
+from tests.toy import Images, Toy, toy_runner
+
+
+def _run(tmp_path, model, accumulate=1, lr=0., **settings):
+    runner = toy_runner(
+        tmp_path, [dict(type='StatisticsHook', **settings)],
+        model,
+        optim_wrapper=dict(
+            optimizer=dict(type='SGD', lr=lr),
+            accumulative_counts=accumulate))
+    runner.train()
+    path, = tmp_path.rglob('statistics.jsonl')
+    return runner, [json.loads(line) for line in path.open()]
+
+
+def _by_autograd(model, images):
+    """Statistics of the head's norm with every step spelt out."""
+    conv, norm = model.head
+    x = conv(model.backbone(images)).detach()
+    mean = x.mean((0, 2, 3))
+    var = x.var((0, 2, 3), unbiased=False)
+    z = ((x - mean.view(1, -1, 1, 1)) /
+         (var + norm.eps).sqrt().view(1, -1, 1, 1)).requires_grad_()
+    out = z * norm.weight.view(1, -1, 1, 1) + norm.bias.view(1, -1, 1, 1)
+    g, = torch.autograd.grad(out.square().mean(), z)
+    return dict(
+        mean=mean,
+        var=var,
+        mean_square=x.square().mean((0, 2, 3)),
+        gradient=g.mean((0, 2, 3)),
+        psi=(g * z).mean((0, 2, 3)))
+
+
+def _norms(statistics, loss=1.):
+    scale = dict(gradient=loss, psi=loss)
+    return {
+        key: pytest.approx((value * scale.get(key, 1)).norm().item(), rel=1e-4)
+        for key, value in statistics.items()
+    }
+
+
+def test_small_batches_and_large_ones(tmp_path):
+    """Weights that stand still: what is recorded can be computed anew."""
+    model = Toy(nn.BatchNorm2d)
+    nn.init.uniform_(model.head[1].weight, 0.5, 1.5)
+    nn.init.normal_(model.head[1].bias)
+    _, rows = _run(
+        tmp_path, model, accumulate=2, layers='head.1', regular=2)
+    assert [row['iter'] for row in rows] == list(range(6))
+    images = torch.stack([Images()[i]['inputs'] for i in range(8)])
+    seen = [_by_autograd(model, part) for part in images.split(4)]
+    for row in rows:
+        assert row['layer'] == 'head.1'
+        # The loss is halved for accumulation.
+        assert row['batch'] == _norms(seen[row['iter'] % 2], 0.5)
+        assert ('regular' in row) == (row['iter'] % 2 == 1)
+    # Gradients of the small batches' own normalisation, averaged.
+    large = {key: (seen[0][key] + seen[1][key]) / 2 for key in seen[0]}
+    large['var'] = large['mean_square'] - large['mean'].square()
+    assert rows[1]['regular'] == _norms(large, 0.5)
+    assert rows[-1]['moving']['ema_mean'] == pytest.approx(
+        model.head[1].running_mean.norm().item())
+
+
+def test_mabns_averages_are_recorded(tmp_path):
+    model = Toy(lambda c: MABN(c, buffer_size=3))
+    _, rows = _run(tmp_path, model, lr=0.01, layers=['*.1'], interval=2)
+    assert [(row['iter'], row['layer']) for row in rows] == [
+        (i, name) for i in (0, 2, 4) for name in ('backbone.1', 'head.1')
+    ]
+    averages = model.head[1]._states[0]
+    assert rows[-1]['moving'].keys() == {
+        'ema_mean', 'ema_var', 'sma_mean_square', 'sma_psi'
+    }
+    # The one later iteration moved them on.
+    assert averages.forward.pushes == averages.backward.pushes == 6
+    assert all(value > 0 for value in rows[-1]['batch'].values())
+
+
+def test_values_go_to_the_visualisation_backends(tmp_path):
+    runner, rows = _run(tmp_path, Toy(nn.BatchNorm2d), layers='head.1')
+    path, = tmp_path.rglob('vis_data/scalars.json')
+    scalars = [json.loads(line) for line in path.open()]
+    psi = [s['statistics/head.1/batch_psi'] for s in scalars
+           if 'statistics/head.1/batch_psi' in s]
+    assert psi == [pytest.approx(row['batch']['psi']) for row in rows]
+
+
+def test_frozen_scale_has_no_gradient_statistics(tmp_path):
+    model = Toy(nn.BatchNorm2d)
+    model.head[1].requires_grad_(False)
+    _, rows = _run(tmp_path, model, layers='head.1', regular=2)
+    for row in (rows[0]['batch'], rows[1]['regular']):
+        assert row.keys() == {'mean', 'var', 'mean_square'}
+
+
+def test_the_layers_are_left_alone_after_training(tmp_path):
+    model = Toy(nn.BatchNorm2d)
+    _run(tmp_path, model, layers='head.1')
+    assert not model.head[1]._forward_hooks
+    assert not model.head[1].weight._backward_hooks
+
+
+def test_the_figure_is_drawn(tmp_path, capsys):
+    _run(
+        tmp_path,
+        Toy(lambda c: MABN(c, buffer_size=3)),
+        layers='*.1',
+        regular=2)
+    path, = tmp_path.rglob('statistics.jsonl')
+    plot_statistics.main([str(path), '--layers', 'head.1'])
+    picture = path.with_suffix('.png')
+    assert str(picture) in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['nothing.jsonl'], 'no file nothing.jsonl'),
+    (['README.md'], 'README.md holds no records'),
+])
+def test_the_plot_says_what_is_wrong(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        plot_statistics.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_layers_are_refused(tmp_path):
+    hook = dict(type='StatisticsHook', layers='heads.1')
+    with pytest.raises(SetupError, match="'heads.1'.*Did you mean head.1"):
+        toy_runner(tmp_path, [hook]).train()
+
+
+@pytest.mark.parametrize('settings, message', [
+    (dict(interval=0), 'interval.*at least 1.*0'),
+    (dict(regular=2.5), r'regular.*2\.5'),
+])
+def test_bad_arguments_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        StatisticsHook('head.1', **settings)
