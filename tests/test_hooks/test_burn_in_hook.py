@@ -1,10 +1,11 @@
 import re
 
 import pytest
+import torch
 from mmengine.hooks import Hook
 from torch import nn
 
-from mmdet_smallbn import CBN, BurnInHook
+from mmdet_smallbn import BRN, CBN, MABN, BatchGroupNorm, BurnInHook
 from mmdet_smallbn.cli.runtime import register_checkpoint_loader
 from mmdet_smallbn.errors import SetupError
 from tests.toy import Toy, read_log, toy_runner
@@ -19,8 +20,10 @@ class Phases(Hook):
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         model = runner.model
-        self.seen.append((runner.iter, model.backbone[1].burning_in,
-                          model.head[1].burning_in, model.head[1].iteration))
+        self.seen.append(
+            (runner.iter, *(getattr(block[1], 'burning_in', None)
+                            for block in (model.backbone, model.head)),
+             getattr(model.head[1], 'iteration', None)))
 
 
 def _runner(tmp_path, hooks, model=None, **kwargs):
@@ -81,6 +84,65 @@ def test_examples_and_suggestion_are_logged(tmp_path):
     _runner(tmp_path, [dict(type='BurnInHook', epochs=0)])[0].train()
     assert '2 CBN layers: 4 iterations x 4 images = 16 examples' in read_log(tmp_path)
     assert 'suggests' not in read_log(tmp_path)
+
+
+class Mixed(Toy):
+    """A norm of each kind: with a burn-in, without, and not of ours."""
+
+    def __init__(self):
+        super().__init__(BRN)
+        self.head = nn.Sequential(
+            nn.Conv2d(4, 4, 3), MABN(4, buffer_size=8), nn.Conv2d(4, 4, 1),
+            BatchGroupNorm(4, num_groups=2), nn.BatchNorm2d(4))
+
+
+def test_a_model_may_mix_norms(tmp_path):
+    model = Mixed()
+    runner, phases = _runner(
+        tmp_path, [dict(type='BurnInHook', iters=2)], model, by_epoch=False)
+    runner.train()
+    assert [s[1:] for s in phases.seen] == [
+        (i < 2, i < 2, i) for i in range(6)
+    ]
+    assert model.head[3].burning_in is False
+    text = read_log(tmp_path)
+    assert '2 norms at iteration 0' in text
+    assert '1 MABN layers: 8 iterations x 4 images = 32 examples' in text
+    # BRN averages nothing, and the suggestion is CBN's.
+    assert 'BRN layers' not in text and 'suggests' not in text
+
+
+def test_burn_in_is_what_the_norms_make_of_it(tmp_path):
+    """Burning in to the end is training BatchNorm, and its MABN form."""
+    weights = []
+    for norm in (BRN, nn.BatchNorm2d):
+        torch.manual_seed(0)
+        model = Toy(lambda c: norm(c, momentum=0.1))
+        hooks = [dict(type='BurnInHook', iters=5)] if norm is BRN else []
+        runner, _ = _runner(
+            _folder(tmp_path, norm), hooks, model, by_epoch=False,
+            train_cfg=dict(by_epoch=False, max_iters=5 + (norm is BRN)))
+        runner.register_hook(Snapshot(weights, 5))
+        runner.train()
+    for a, b in zip(*weights):
+        torch.testing.assert_close(a, b)
+
+
+def _folder(tmp_path, norm):
+    folder = tmp_path / norm.__name__
+    folder.mkdir()
+    return folder
+
+
+class Snapshot(Hook):
+
+    def __init__(self, into, iteration):
+        self.into, self.iteration = into, iteration
+
+    def after_train_iter(self, runner, *args, **kwargs):
+        if runner.iter + 1 == self.iteration:
+            self.into.append([
+                v.clone() for v in runner.model.state_dict().values()])
 
 
 def test_another_window_logs_the_papers(tmp_path):

@@ -111,8 +111,47 @@ def test_training_learns_and_evaluates(trained):
     losses = [r['loss_rpn_cls'] for r in records if 'loss_rpn_cls' in r]
     assert losses[-1] < 0.5 * losses[0]
     assert _scores(records)['coco/bbox_mAP_50'] > 0.02
-    assert 'the window opens' in out
-    assert '32 CBN layers: window 4 x 4 images = 16 examples' in out
+    assert 'burn-in is over' in out
+    assert '32 CBN layers: 4 iterations x 4 images = 16 examples' in out
+
+
+@pytest.mark.parametrize(
+    'norm', ['naivecbn', 'mabn', 'brn', 'bgn', 'ghostbn', 'bn', 'gn'])
+def test_every_norm_of_the_demo_learns(norm, options, tmp_path):
+    few = ['train_cfg.max_iters=60', 'default_hooks.checkpoint.interval=60',
+           'train_cfg.val_interval=100']
+    config = DEMO.replace('cbn-all', f'{norm}-all')
+    hooked = norm in ('naivecbn', 'mabn', 'brn')
+    options = [o for o in options if hooked or 'custom_hooks' not in o]
+    _run(sys.executable, 'tools/train.py', config, '--work-dir',
+         str(tmp_path), *options, *few)
+    losses = [r['loss_rpn_cls'] for r in _scalars(tmp_path)
+              if 'loss_rpn_cls' in r]
+    assert len(losses) == 6 and losses[-1] < 0.6 * losses[0]
+
+
+def test_the_weight_of_examples_is_swept(trained, options, tmp_path):
+    """Against test.py at 0; a second run goes on where the first ended."""
+    work_dir, _ = trained
+    command = [sys.executable, 'tools/sweep_example_weight.py', DEMO,
+               str(work_dir / f'iter_{ITERS}.pth'), '--work-dir',
+               str(tmp_path), *options]
+    out = _run(*command, '--weights', '0', '0.2')
+    path = tmp_path / 'example_weight.json'
+    rows = json.loads(path.read_text())['weights']
+    assert [row['weight'] for row in rows] == [0, 0.2]
+    scores = _scores(_scalars(work_dir))
+    assert {k: rows[0][k] for k in scores} == scores
+    assert rows[1] != dict(rows[0], weight=0.2)
+    assert 'best: ' in out and 'ExampleWeightHook' in out
+    again = _run(*command, '--weights', '0', '0.2', '0.01')
+    assert '2 of 3 weights are in' in again
+    assert 'weight 0.01: coco/bbox_mAP' in again
+    assert 'weight 0.2: coco/bbox_mAP' not in again
+    assert json.loads(path.read_text())['weights'][2] == rows[1]
+    assert cv2.imread(str(path.with_suffix('.png'))).std() > 5
+    other = _run(*command, '--exclude', 'backbone', fails=True)
+    assert 'another sweep, with another exclude' in other
 
 
 def test_test_reproduces_the_last_score(trained, options, tmp_path):
@@ -136,7 +175,7 @@ def test_resume_continues_the_schedule(trained, options, tmp_path):
                str(work_dir / f'iter_{INTERVAL}.pth'), *options)
     assert f'resumed epoch: 0, iter: {INTERVAL}' in out
     # Past its burn-in, in the middle of the learning rate's decay.
-    assert f'at iteration {INTERVAL}, epoch 0: the window opens' in out
+    assert f'at iteration {INTERVAL}, epoch 0: burn-in is over' in out
     whole = {r['step']: r['lr'] for r in _scalars(work_dir) if 'loss' in r}
     again = {r['step']: r['lr'] for r in _scalars(tmp_path) if 'loss' in r}
     assert list(again) == [s for s in whole if s > INTERVAL]
@@ -151,7 +190,7 @@ def test_two_processes_train_on_the_cpu(options, tmp_path):
     out = _run('bash', 'tools/dist_train.sh', DEMO, '2', '--work-dir',
                str(tmp_path), *options, *few, PORT=_free_port())
     assert 'Distributed training: True' in out and 'GPU number: 2' in out
-    assert 'at iteration 2, epoch 0: the window opens' in out
+    assert 'at iteration 2, epoch 0: burn-in is over' in out
     losses = [r['loss'] for r in _scalars(tmp_path) if 'loss' in r]
     assert len(losses) == 3 and all(loss > 0 for loss in losses)
     assert (tmp_path / 'iter_6.pth').exists()
