@@ -205,10 +205,12 @@ def save_sweep(metrics: Dict[float, float], name: str,
     figure.savefig(path, dpi=110)
 
 
-# Statistics of a layer: title, and the moving average beside them.
-_STATISTICS = (('mean', '$\\mu$', 'ema_mean'), ('var', '$\\sigma^2$', 'ema_var'),
-               ('mean_square', '$\\chi^2$', 'sma_mean_square'),
-               ('gradient', '$g$', None), ('psi', '$\\Psi$', 'sma_psi'))
+_STATISTICS = dict(
+    mean='mean $\\mu$',
+    var='variance $\\sigma^2$',
+    mean_square='mean square $\\chi^2$',
+    gradient='gradient $g$',
+    psi='$\\Psi$')
 
 
 def save_statistics(rows: Sequence[Dict[str, Any]], layers: Sequence[str],
@@ -226,22 +228,24 @@ def save_statistics(rows: Sequence[Dict[str, Any]], layers: Sequence[str],
     axes = figure.subplots(len(layers), len(_STATISTICS), squeeze=False)
     for line, layer in zip(axes, layers):
         own = [row for row in rows if row['layer'] == layer]
-        for ax, (key, title, moving) in zip(line, _STATISTICS):
+        for ax, (key, title) in zip(line, _STATISTICS.items()):
             for kind, name, label, colour in (
                 ('batch', key, 'batch', '#8fb8de'),
                 ('regular', key, 'large batch', '#e07b2e'),
-                ('moving', moving, str(moving)[:3].upper(), '#1d3557')):
+                ('moving', f'ema_{key}', 'EMA', '#2a9d5c'),
+                ('moving', f'sma_{key}', 'SMA', '#1d3557')):
                 points = [(row['iter'], row[kind][name]) for row in own
                           if name in row.get(kind, {})]
                 if points:
-                    ax.plot(*zip(*points), color=colour, lw=1.2, label=label)
-            ax.set_title(f'{layer}  {title}', fontsize=9)
-            ax.set(xlabel='iteration', ylabel='L2 norm')
+                    ax.plot(*zip(*points), color=colour, lw=1.1, label=label)
+            ax.set_title(title, fontsize=10)
+            ax.set(xlabel='iteration')
             ax.set_ylim(bottom=0)
             ax.grid(alpha=0.25)
             ax.spines[['top', 'right']].set_visible(False)
             if ax.lines:
-                ax.legend(frameon=False, fontsize=8)
+                ax.legend(frameon=False, fontsize=8, loc='upper right')
+        line[0].set_ylabel(f'{layer}\nL2 norm', fontsize=8)
     figure.savefig(path, dpi=110)
 
 

@@ -118,7 +118,8 @@ def test_norms_are_where_the_name_says_and_take_a_step(path):
     with warnings.catch_warnings():
         # No norm may follow something that it cannot compensate for.
         warnings.filterwarnings('error', message='.*follows no convolution.*')
-        for _ in range(2):
+        steps = max(2, cfg.optim_wrapper.get('accumulative_counts', 1))
+        for _ in range(steps):
             losses = model.train_step(inputs, wrapper)
     assert torch.isfinite(losses['loss'])
     assert any((a != b).any()
@@ -126,15 +127,15 @@ def test_norms_are_where_the_name_says_and_take_a_step(path):
     assert all(p.isfinite().all() for p in model.parameters())
     for module in model.modules():
         if isinstance(module, SmallBatchNorm) and module.training:
-            assert module.num_batches_tracked == 2
+            assert module.num_batches_tracked == steps
         if isinstance(module, CBN) and module.training:
-            # Both steps are in the window, with what follows the weight.
+            # The steps are in the window, with what follows the weight.
             window, = module._states
-            assert window.filled == 2
+            assert window.filled == steps
             assert (window._entries.d_square.numel() > 0) == module.compensate
         if isinstance(module, MABN) and module.training:
             state, = module._states
-            assert state.forward.pushes == state.backward.pushes == 2
+            assert state.forward.pushes == state.backward.pushes == steps
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,8 @@ class StatisticsHook(Hook):
       and cost no activation,
 
     for the batch, for every ``regular`` batches taken as one, and for the
-    moving averages of the layer (``running_mean``, ``running_var``, and those
-    that MABN uses). With ``optim_wrapper.accumulative_counts=regular`` the
+    layer's moving averages (``ema_mean`` and ``ema_var``; MABN's
+    ``ema_mean_square``, ``sma_mean_square`` and ``sma_psi``). With ``optim_wrapper.accumulative_counts=regular`` the
     batches behind a large one are of the same weights, as in the paper;
     otherwise the weights move a little meanwhile. Gradients are those of the
     loss as it is divided for accumulation.
@@ -201,11 +201,12 @@ class StatisticsHook(Hook):
         if len(block) == self.regular:
             row['regular'] = _pool(block).norms()
             block.clear()
-        moving = dict(
-            ema_mean=getattr(layer, 'running_mean', None),
-            ema_var=getattr(layer, 'running_var', None))
         if isinstance(layer, SmallBatchNorm):
-            moving.update(layer.moving_averages())
+            moving = layer.moving_averages()
+        else:
+            moving = dict(
+                ema_mean=getattr(layer, 'running_mean', None),
+                ema_var=getattr(layer, 'running_var', None))
         row['moving'] = {
             key: value.norm().item()
             for key, value in moving.items() if value is not None

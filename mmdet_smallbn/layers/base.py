@@ -187,9 +187,9 @@ class SmallBatchNorm(nn.BatchNorm2d):
                     self.running_var.to(dtype), moments.unbiased_var(),
                     factor))
 
-    def moving_averages(self) -> Dict[str, Tensor]:
-        """Averages over past iterations in use, by name, for records."""
-        return {}
+    def moving_averages(self) -> Dict[str, Optional[Tensor]]:
+        """Averages over past iterations by name, shape (C,), for records."""
+        return dict(ema_mean=self.running_mean, ema_var=self.running_var)
 
     def new_state(self) -> Any:
         """Empty state for one of the layer's calls in an iteration."""

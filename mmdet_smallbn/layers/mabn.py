@@ -211,14 +211,14 @@ class MABN(SmallBatchNorm, _BatchNorm):
             backward = ExponentialMovingAverage(self.momentum)
         return _MovingStatistics(self.buffer_size, backward)
 
-    def moving_averages(self) -> Dict[str, Tensor]:
-        """Of the layer's first call: ``sma_var``, or ``sma_mean_square``, of
-        the features, and ``psi`` of the gradient by its kind."""
-        averages = {}
+    def moving_averages(self) -> Dict[str, Optional[Tensor]]:
+        """As the base's, and those of the layer's first call."""
+        second = 'var' if self.centered else 'mean_square'
+        averages = super().moving_averages() if self.centered else dict(
+            ema_mean_square=self.running_var)
         for state in self._states[:1]:
             if state.forward.pushes:
-                key = 'sma_var' if self.centered else 'sma_mean_square'
-                averages[key] = state.forward.mean()[1]
+                averages[f'sma_{second}'] = state.forward.mean()[1]
             if state.backward is not None and state.backward.pushes:
                 averages[f'{self.backward_statistics}_psi'] = (
                     state.backward.mean()[-1])

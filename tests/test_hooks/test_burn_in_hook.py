@@ -113,7 +113,7 @@ def test_a_model_may_mix_norms(tmp_path):
 
 
 def test_burn_in_is_what_the_norms_make_of_it(tmp_path):
-    """Burning in to the end is training BatchNorm, and its MABN form."""
+    """BRN that burns in is BatchNorm, weights and buffers."""
     weights = []
     for norm in (BRN, nn.BatchNorm2d):
         torch.manual_seed(0)

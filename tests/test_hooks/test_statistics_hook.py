@@ -79,7 +79,7 @@ def test_mabns_averages_are_recorded(tmp_path):
     ]
     averages = model.head[1]._states[0]
     assert rows[-1]['moving'].keys() == {
-        'ema_mean', 'ema_var', 'sma_mean_square', 'sma_psi'
+        'ema_mean_square', 'sma_mean_square', 'sma_psi'
     }
     # The one later iteration moved them on.
     assert averages.forward.pushes == averages.backward.pushes == 6
