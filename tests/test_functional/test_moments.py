@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from mmdet_smallbn.functional import (average_groups, batch_moments,
-                                      example_moments, pool_moments)
+                                      example_moments, mix_moments,
+                                      pool_moments)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
@@ -80,6 +81,16 @@ def test_pool_ignores_what_has_no_weight_even_nan():
     mean, var = pool_moments(means, variances, weights)
     torch.testing.assert_close(mean, torch.tensor([1., 3.]))
     torch.testing.assert_close(var, torch.tensor([1., 3.]))
+
+
+def test_a_mixture_of_two_is_pooling_with_weights():
+    means, variances = torch.randn(2, 4).double(), torch.rand(2, 4).double()
+    for weight in (0., 0.3, 1.):
+        weights = torch.tensor([[1 - weight], [weight]]).double()
+        found = mix_moments(means[0], variances[0], means[1], variances[1],
+                            weight)
+        for a, b in zip(found, pool_moments(means, variances, weights)):
+            torch.testing.assert_close(a, b)
 
 
 def test_example_moments_are_those_of_each_example():

@@ -2,7 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmdet_smallbn.functional import batch_moments, normalize, pool_moments
+from mmdet_smallbn.functional import (batch_moments, example_moments,
+                                      normalize, pool_moments,
+                                      renormalization)
 
 
 def _inputs(n=3, c=4, h=5, w=2):
@@ -55,6 +57,106 @@ def test_pooled_statistics_pass_their_share_of_the_gradient(affine):
             torch.autograd.grad(out, leaves, grad),
             torch.autograd.grad(wanted, leaves, grad)):
         torch.testing.assert_close(a, b)
+
+
+def test_gradient_statistics_as_they_are_give_batch_norm():
+    x, weight, bias = _inputs()
+    moments = batch_moments(x)
+    grad = torch.randn_like(x)
+    seen = []
+
+    def keep(mean_g, mean_gx):
+        seen.append((mean_g, mean_gx))
+        return mean_g, mean_gx
+
+    out = normalize(
+        x, moments.mean, moments.var, weight, bias, 1e-5, gradient=keep)
+    expected = F.batch_norm(x, None, None, weight, bias, True, 0., 1e-5)
+    for found, wanted in zip(
+            torch.autograd.grad(out, (x, weight, bias), grad),
+            torch.autograd.grad(expected, (x, weight, bias), grad)):
+        torch.testing.assert_close(found, wanted)
+    # Called once, with the means of g and g * x_hat.
+    (mean_g, mean_gx), = seen
+    g = grad * weight.view(1, -1, 1, 1)
+    x_hat = F.batch_norm(x, None, None, training=True)
+    torch.testing.assert_close(mean_g, g.mean((0, 2, 3)))
+    torch.testing.assert_close(mean_gx, (g * x_hat).mean((0, 2, 3)))
+
+
+def test_without_the_gradients_mean_it_is_a_root_mean_square_norm():
+    """MABN Eq. (15), (16), against autograd."""
+    x, weight, bias = _inputs()
+    moments = batch_moments(x)
+    square = moments.mean_square()
+    out = normalize(
+        x,
+        torch.zeros_like(square),
+        square,
+        weight,
+        bias,
+        1e-5,
+        gradient=lambda mean_g, mean_gx: (None, mean_gx))
+    chi = (x.square().mean((0, 2, 3), keepdim=True) + 1e-5).sqrt()
+    expected = (x / chi * weight.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1))
+    grad = torch.randn_like(x)
+    torch.testing.assert_close(out, expected)
+    for found, wanted in zip(
+            torch.autograd.grad(out, (x, weight, bias), grad),
+            torch.autograd.grad(expected, (x, weight, bias), grad)):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_statistics_of_each_example():
+    """Instance normalisation: groups of one."""
+    x, weight, bias = _inputs()
+    moments = example_moments(x)
+    out = normalize(
+        x,
+        moments.mean,
+        moments.var,
+        weight,
+        bias,
+        1e-5,
+        gradient=lambda mean_g, mean_gx: (mean_g, mean_gx))
+    expected = F.instance_norm(x, weight=weight, bias=bias, eps=1e-5)
+    grad = torch.randn_like(x)
+    torch.testing.assert_close(out, expected)
+    for found, wanted in zip(
+            torch.autograd.grad(out, (x, weight, bias), grad),
+            torch.autograd.grad(expected, (x, weight, bias), grad)):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_an_empty_batch_tells_who_waits_for_its_gradient():
+    x = torch.randn(0, 3, 4, 4, requires_grad=True)
+    weight = torch.rand(3, requires_grad=True)
+    moments = batch_moments(x)
+    calls = []
+
+    def gradient(mean_g, mean_gx):
+        calls.append((mean_g.tolist(), mean_gx.tolist()))
+        return mean_g, mean_gx
+
+    out = normalize(
+        x, moments.mean, moments.var, weight, gradient=gradient)
+    out.sum().backward()
+    assert calls == [([0.] * 3, [0.] * 3)]
+    assert (weight.grad == 0).all() and x.grad.shape == x.shape
+
+
+def test_renormalization_leads_to_the_targets_unless_clipped():
+    x = torch.randn(4, 3, 5, 5).double() * 2 + 1
+    moments = batch_moments(x)
+    mean, var = torch.randn(3).double(), torch.rand(3).double() + 0.5
+    r, d = renormalization(moments.mean, moments.var, mean, var, 1e-5, 1e6,
+                           1e6)
+    out = normalize(x, moments.mean, moments.var, r, d)
+    torch.testing.assert_close(
+        out, F.batch_norm(x, mean, var, eps=1e-5))
+    r, d = renormalization(moments.mean, moments.var, mean, var, 1e-5, 1.1,
+                           0.2)
+    assert ((1 / 1.1 <= r) & (r <= 1.1)).all() and (d.abs() <= 0.2).all()
 
 
 def test_only_what_is_needed_gets_a_gradient():
