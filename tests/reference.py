@@ -231,8 +231,11 @@ def literal_batch_group_norm(x, gamma, beta, num_groups, examples, eps):
 
 
 def literal_example_weighting(x, mean, mean_square, gamma, beta, eps, alpha,
-                              num_groups=None):
-    """Eq. (3) of arXiv:1906.03548, example by example, group by group."""
+                              num_groups=None, centered=True):
+    """Eq. (3) of arXiv:1906.03548, example by example, group by group.
+
+    Not centred, as MABN: the second moment alone.
+    """
     c = x.size(1)
     size = c // (num_groups or c)
     rows = []
@@ -241,7 +244,7 @@ def literal_example_weighting(x, mean, mean_square, gamma, beta, eps, alpha,
         for left in range(0, c, size):
             group = example[left:left + size]
             mu = ((1 - alpha) * mean[left:left + size].mean() +
-                  alpha * group.mean())
+                  alpha * group.mean()) * centered
             second = ((1 - alpha) * mean_square[left:left + size].mean() +
                       alpha * group.square().mean())
             parts.append((group - mu) / (second - mu.square() + eps).sqrt())

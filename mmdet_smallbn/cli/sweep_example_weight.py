@@ -186,6 +186,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         cfg.load_from = args.checkpoint
         # One line a result, instead of the toolbox's hundreds.
         cfg.log_level = 'WARNING'
+        # It would set its own weight before each evaluation.
+        cfg.custom_hooks = [
+            hook for hook in cfg.get('custom_hooks') or []
+            if hook['type'] != 'ExampleWeightHook'
+        ]
         runner = build_runner(cfg)
         runner.load_or_resume()
         results = Results(

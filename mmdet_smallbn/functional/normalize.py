@@ -8,7 +8,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .moments import (Moments, average_groups, example_moments, mix_moments,
-                      pool_groups)
+                      pool_groups, statistics_dtype)
 
 # From this batch's means of g and of g * x_hat, where g is the gradient by
 # the normalised x_hat, to the values that the backward uses in their place.
@@ -229,10 +229,12 @@ def fold_groups(mean: Tensor, var: Tensor,
     """
     if num_groups is None:
         return mean, var
-    mean, var = pool_groups(
-        Moments(mean[None], var[None], 1),
+    # Squares of half-precision means would overflow.
+    dtype = statistics_dtype(mean)
+    folded = pool_groups(
+        Moments(mean[None].to(dtype), var[None].to(dtype), 1),
         lambda values: average_groups(values, num_groups, 1))
-    return mean[0], var[0]
+    return tuple(v[0].to(mean.dtype) for v in folded)
 
 
 def normalize_for_inference(x: Tensor,
@@ -242,7 +244,8 @@ def normalize_for_inference(x: Tensor,
                             bias: Optional[Tensor] = None,
                             eps: float = 1e-5,
                             example_weight: float = 0.,
-                            num_groups: Optional[int] = None) -> Tensor:
+                            num_groups: Optional[int] = None,
+                            centered: bool = True) -> Tensor:
     r"""Normalise with moving averages, and each example's own moments.
 
     Inference example weighting (arXiv:1906.03548, Eq. 3):
@@ -266,6 +269,9 @@ def normalize_for_inference(x: Tensor,
         example_weight (float): :math:`\alpha`, from 0 to 1.
         num_groups (int, optional): Groups of neighbouring channels that all
             moments are over. None: each channel by itself.
+        centered (bool): False: there is no mean to subtract, ``mean`` is 0
+            and ``var`` the mean square; so it is for the example, :math:`\mu`
+            is 0.
 
     Returns:
         Tensor: Same shape and dtype as ``x``.
@@ -278,12 +284,16 @@ def normalize_for_inference(x: Tensor,
     def average(values: Tensor, repeats: int = 1) -> Tensor:
         return average_groups(values, repeats * (num_groups or c), 1)
 
-    own = pool_groups(example_moments(x), average)
+    own = example_moments(x)
+    if not centered:
+        own = Moments(torch.zeros_like(own.mean), own.mean_square(), own.count)
+    own = pool_groups(own, average)
     given = (v.to(own[0].dtype).expand(n, c) for v in (mean, var))
     mean, var = mix_moments(*given, *own, example_weight)
 
     def gradient(mean_g: Tensor, mean_gx: Tensor):
         both = average(torch.cat([mean_g, mean_gx], 1), 2) * example_weight
-        return both.chunk(2, 1)
+        mean_g, mean_gx = both.chunk(2, 1)
+        return (mean_g if centered else None), mean_gx
 
     return normalize(x, mean, var, weight, bias, eps, gradient=gradient)

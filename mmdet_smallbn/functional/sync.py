@@ -1,11 +1,12 @@
 """Statistics of a batch that several processes share."""
-from typing import Optional
+from itertools import accumulate
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .moments import Moments, pool_moments
+from .moments import Moments, average_groups, pool_moments
 from .normalize import GradientStatistics
 
 
@@ -85,52 +86,78 @@ class Processes:
 
         return joint
 
-    def group_examples(self, examples: int, examples_per_group: int,
-                       values: int, like: Tensor) -> 'ExampleGroups':
+    def group_examples(self, examples: int, values: int,
+                       examples_per_group: int,
+                       device: torch.device) -> 'ExampleGroups':
         """Groups of examples over the joint batch, in the processes' order.
 
         One collective, whose result the host has to wait for.
 
         Args:
             examples (int): Examples of this process, N.
-            examples_per_group (int): Examples in a group.
             values (int): Values a channel of each of them, H * W.
-            like (Tensor): Of the dtype and device of the statistics.
+            examples_per_group (int): Examples in a group.
+            device (torch.device): Where the statistics are.
 
         Returns:
             ExampleGroups: This process's place in them.
         """
-        counts = self._gather(
-            torch.tensor([examples], device=like.device)).flatten().tolist()
-        before = sum(counts[:dist.get_rank()])
-        groups = -(-sum(counts) // examples_per_group)
-        own = torch.arange(
-            before, before + examples, device=like.device)
-        own = own.div(examples_per_group, rounding_mode='floor')
-        member = torch.arange(groups, device=like.device)[:, None] == own
-        return ExampleGroups(self, member.to(like.dtype), values)
+        parts = self._gather(torch.tensor([examples, values], device=device))
+        return ExampleGroups(self, parts.tolist(), dist.get_rank(),
+                             examples_per_group)
 
 
 class ExampleGroups:
-    """Groups of examples that may lie across processes.
+    """Groups of examples, some of which lie across processes.
 
     Args:
         processes (Processes): Who shares the batch.
-        member (Tensor): 1 where an example is in a group, shape (groups, N).
-        values (int): Values a channel of each example here, H * W.
+        parts (list): Examples, and values a channel of each, by process.
+        rank (int): This process's place among them.
+        size (int): Examples in a group.
     """
 
-    def __init__(self, processes: Processes, member: Tensor,
-                 values: int) -> None:
+    def __init__(self, processes: Processes, parts: List[Sequence[int]],
+                 rank: int, size: int) -> None:
         self._processes = processes
-        self._member = member
-        own = member.sum(1) * values
-        self.counts = processes.sum(own)
-        self._weights = member * values / self.counts[:, None]
+        self._size = size
+        ends = list(accumulate(examples for examples, _ in parts))
+        spans = list(zip([0, *ends], ends))
+        total = ends[-1]
+
+        def inside(group: int, span: Tuple[int, int]) -> Tuple[int, int]:
+            """Where a group's examples are in a span; from, to."""
+            first = max(group * size, span[0])
+            return first, max(min(group * size + size, span[1]), first)
+
+        def count(group: int) -> int:
+            """Values a channel of a group."""
+            ranges = [inside(group, span) for span in spans]
+            return sum((to - first) * values
+                       for (first, to), (_, values) in zip(ranges, parts))
+
+        # A group is shared if processes meet in the middle of it.
+        shared = sorted({end // size for end in ends
+                         if end % size and end < total})
+        begin, end = spans[rank]
+        self._own_values = parts[rank][1]
+        self._shared = [(slice(*(p - begin for p in inside(group,
+                                                           (begin, end)))),
+                         count(group)) for group in shared]
+        own = [piece for piece, _ in self._shared if piece.stop > piece.start]
+        # The examples between this process's part of shared groups.
+        self._first = own[0].stop if own and own[0].start == 0 else 0
+        self._last = end - begin
+        if own and own[-1].stop == self._last and own[-1].stop > self._first:
+            self._last = own[-1].start
+        # Only the last group may be smaller than the others.
+        self.smallest = count((total - 1) // size) if total else 0
 
     @torch.no_grad()
     def average(self, values: Tensor, num_groups: int) -> Tensor:
-        """As :func:`average_groups`, over the joint batch. One collective.
+        """As :func:`average_groups`, over the joint batch.
+
+        One collective, and none if no group is shared.
 
         Args:
             values (Tensor): Shape (N, C).
@@ -139,8 +166,16 @@ class ExampleGroups:
         Returns:
             Tensor: Shape (N, C), constant in each group.
         """
-        n, c = values.shape
-        by_group = values.view(n, num_groups, c // num_groups).mean(2)
-        totals = self._processes.sum(self._weights @ by_group)
-        return (self._member.t() @ totals).repeat_interleave(
-            c // num_groups, 1)
+        average = torch.empty_like(values)
+        between = slice(self._first, self._last)
+        average[between] = average_groups(values[between], num_groups,
+                                          self._size)
+        if self._shared:
+            totals = torch.stack([
+                values[piece].sum(0) * (self._own_values / count)
+                for piece, count in self._shared
+            ])
+            totals = average_groups(self._processes.sum(totals), num_groups, 1)
+            for (piece, _), total in zip(self._shared, totals):
+                average[piece] = total
+        return average

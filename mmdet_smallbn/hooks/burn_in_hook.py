@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import SetupError
 from ..layers import CBN, SmallBatchNorm, suggested_window_size
-from .model import bare_model
+from .model import bare_model, gradient_scale
 
 
 @HOOKS.register_module()
@@ -25,7 +25,8 @@ class BurnInHook(Hook):
 
     A model may mix them, and norms without a burn-in. The hook also tells all
     of them which iteration it is, so that a layer called twice in one does
-    not take it for two.
+    not take it for two, and what the loss is multiplied with (loss scale,
+    accumulation), so that MABN's averages are of the loss itself.
 
     The phase is a function of the runner's epoch or iteration: a resumed run
     is where it was, and ``load_from`` starts burn-in afresh. Without any hook
@@ -101,8 +102,10 @@ class BurnInHook(Hook):
         if burning != self._burning:
             self._log_phase(runner, burning)
             self._burning = burning
+        scale = gradient_scale(runner)
         for layer in self._told.values():
             layer.iteration = runner.iter
+            layer.gradient_scale = scale
         for layer in self._layers.values():
             layer.burning_in = burning
 
@@ -110,6 +113,7 @@ class BurnInHook(Hook):
         """Let the layers go: who calls them next has iterations of his own."""
         for layer in self._told.values():
             layer.iteration = None
+            layer.gradient_scale = 1.
         for layer in self._layers.values():
             layer.burning_in = False
 

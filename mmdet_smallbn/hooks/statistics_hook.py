@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import SetupError, did_you_mean
 from ..functional import Moments, batch_moments, pool_moments
 from ..layers import SmallBatchNorm, in_backward
-from .model import bare_model
+from .model import bare_model, gradient_scale
 
 
 class _Seen(NamedTuple):
@@ -77,7 +77,7 @@ class StatisticsHook(Hook):
     ``ema_mean_square``, ``sma_mean_square`` and ``sma_psi``). With ``optim_wrapper.accumulative_counts=regular`` the
     batches behind a large one are of the same weights, as in the paper;
     otherwise the weights move a little meanwhile. Gradients are those of the
-    loss as it is divided for accumulation.
+    loss itself, neither scaled nor divided for accumulation.
 
     Each rank sees its own batches; the main process records. Values go to
     mmengine's visualisation backends as ``statistics/LAYER/NAME`` and to
@@ -117,6 +117,7 @@ class StatisticsHook(Hook):
         self._gradients: Dict[str, Dict[str, Tensor]] = defaultdict(dict)
         self._blocks: Dict[str, List[_Seen]] = defaultdict(list)
         self._active = False
+        self._scale: Union[float, Tensor] = 1.
 
     def before_train(self, runner) -> None:
         """Find the layers and listen to them."""
@@ -141,18 +142,16 @@ class StatisticsHook(Hook):
         self._moments.clear()
         self._gradients.clear()
         self._active = runner.iter % self.interval == 0
+        self._scale = gradient_scale(runner)
 
     def after_train_iter(self, runner, *args, **kwargs) -> None:
         """Write down what was seen in this one."""
         if not self._active:
             return
         self._active = False
-        scaler = getattr(runner.optim_wrapper, 'loss_scaler', None)
-        scale = 1. if scaler is None else scaler.get_scale()
         for name, layer in self._layers.items():
             if self._moments[name]:
-                self._record(runner, name, layer, self._seen(name, layer,
-                                                             scale))
+                self._record(runner, name, layer, self._seen(name))
 
     def after_train(self, runner) -> None:
         """Leave the layers alone."""
@@ -178,20 +177,19 @@ class StatisticsHook(Hook):
 
             def keep_gradient(grad, key=key):
                 if self._active:
+                    # By the normalised values, at today's scale.
+                    grad = grad.detach().float() * layer.weight.detach()
                     held = self._gradients[name].get(key, 0)
-                    self._gradients[name][key] = held + grad.detach()
+                    self._gradients[name][key] = held + grad
 
             self._handles.append(parameter.register_hook(keep_gradient))
 
-    def _seen(self, name: str, layer: nn.Module, scale: float) -> _Seen:
+    def _seen(self, name: str) -> _Seen:
         moments = _pool([_Seen(m, None, None)
                          for m in self._moments[name]]).moments
-        factor = None if layer.weight is None else (
-            layer.weight.detach().to(moments.mean) / (moments.count * scale))
-        found = self._gradients[name]
-        return _Seen(
-            moments, *(found[key].to(factor) * factor if key in found else None
-                       for key in ('bias', 'weight')))
+        found, count = self._gradients[name], moments.count * self._scale
+        return _Seen(moments, *(found[key] / count if key in found else None
+                                for key in ('bias', 'weight')))
 
     def _record(self, runner, name: str, layer: nn.Module,
                 seen: _Seen) -> None:

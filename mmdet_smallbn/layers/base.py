@@ -103,11 +103,18 @@ class SmallBatchNorm(nn.BatchNorm2d):
 
     Attributes:
         burns_in (bool): Whether the kind of layer has a burn-in.
+        keeps_states (bool): Whether it remembers past iterations, by the call
+            in an iteration.
+        centered (bool): Whether means are subtracted.
         averaged_iterations (int): Iterations behind the statistics.
         num_groups (int, optional): Groups of channels that share statistics.
             None: every channel has its own.
         example_weight (float): Weight of an example's own statistics in
             evaluation; see :func:`mmdet_smallbn.set_example_weight`.
+        built_example_weight (float): The one it was built with.
+        gradient_scale (float | Tensor): What the loss is multiplied with
+            before the backward pass, told by the hook: a loss scale in mixed
+            precision, one part in gradient accumulation.
         iteration (int, optional): The training loop's iteration, told by
             :class:`mmdet_smallbn.BurnInHook`. None: unknown, and every
             training forward is an iteration of its own.
@@ -117,7 +124,10 @@ class SmallBatchNorm(nn.BatchNorm2d):
     """
 
     burns_in = False
+    keeps_states = False
+    centered = True
     num_groups: Optional[int] = None
+    built_example_weight = 0.
 
     def __init__(self,
                  num_features: int,
@@ -138,6 +148,7 @@ class SmallBatchNorm(nn.BatchNorm2d):
             dtype=dtype)
         self.sync = sync
         self.example_weight = 0.
+        self.gradient_scale = 1.
         self.iteration: Optional[int] = None
         self.burning_in = False
         self.layer_name: Optional[str] = None
@@ -216,13 +227,13 @@ class SmallBatchNorm(nn.BatchNorm2d):
                 'no norm there')
 
     def warn_once(self, reason: str, remedy: str) -> None:
-        """Say that the layer falls back to batch normalisation, and why."""
+        """Say that the layer falls back to the present batch, and why."""
         if self._warned_of_fallback:
             return
         self._warned_of_fallback = True
         warnings.warn(
             f'{self._who()} {reason}: it normalises with the present batch '
-            f'alone, as BatchNorm. {remedy}')
+            f'alone. {remedy}')
 
     # The forward pass.
 
@@ -236,7 +247,8 @@ class SmallBatchNorm(nn.BatchNorm2d):
         if not self.training and self.running_mean is not None:
             return self.evaluate(x)
         recomputed = in_backward()
-        if self.training and torch.is_grad_enabled() and not recomputed:
+        if (self.keeps_states and self.training and torch.is_grad_enabled()
+                and not recomputed):
             self._count_call()
         processes = Processes.current() if self.sync and self.training else (
             None)
@@ -261,7 +273,8 @@ class SmallBatchNorm(nn.BatchNorm2d):
         """
         return normalize_for_inference(x, self.running_mean, self.running_var,
                                        self.weight, self.bias, self.eps,
-                                       self.example_weight, self.num_groups)
+                                       self.example_weight, self.num_groups,
+                                       self.centered)
 
     def _statistics_in_use(self, batch: Batch) -> Statistics:
         if not self.training or not self.uses_past():

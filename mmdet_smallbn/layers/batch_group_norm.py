@@ -39,9 +39,10 @@ class BatchGroupNorm(SmallBatchNorm, _BatchNorm):
     groups of channels as in group normalisation, and the moving averages of
     the mean and mean square, averaged over the groups. ``example_weight`` is
     the weight of the first, Eq. (3): 1 is group normalisation and closest to
-    training, 0 is an affine map of each channel, which folds into a
-    convolution. ``running_var`` holds the moving average of the mean square
-    less the squared ``running_mean``, of each channel.
+    training, 0 is an affine map of each channel. ``running_var`` holds the
+    moving average of the mean square less the squared ``running_mean``, of
+    each channel; evaluation averages them over the groups, which mmcv's
+    ``fuse_conv_bn`` does not know of.
 
     Args:
         num_features (int): Channels C.
@@ -91,7 +92,7 @@ class BatchGroupNorm(SmallBatchNorm, _BatchNorm):
                          track_running_stats, sync, device, dtype)
         self.num_groups = num_groups
         self.examples_per_group = examples_per_group
-        self.example_weight = example_weight
+        self.built_example_weight = self.example_weight = example_weight
 
     def measure(self, x: Tensor) -> Moments:
         return example_moments(x)
@@ -108,19 +109,23 @@ class BatchGroupNorm(SmallBatchNorm, _BatchNorm):
 
     def _average_of_groups(self, batch: Batch) -> Callable[..., Tensor]:
         """Average of (N, C), or of several of them side by side."""
-        size, examples = self.examples_per_group, len(batch.own.mean)
+        size, own = self.examples_per_group, batch.own
+        examples = len(own.mean)
         if batch.processes is None:
-            last = examples % size or size
-            self.check_count(
-                min(last, examples) * batch.own.count *
-                (self.num_features // self.num_groups))
-            return lambda values, repeats=1: average_groups(
-                values, repeats * self.num_groups, size)
-        groups = batch.processes.group_examples(examples, size,
-                                                batch.own.count,
-                                                batch.own.mean)
-        return lambda values, repeats=1: groups.average(
-            values, repeats * self.num_groups)
+            smallest = min(examples % size or size, examples) * own.count
+
+            def average(values: Tensor, repeats: int = 1) -> Tensor:
+                return average_groups(values, repeats * self.num_groups, size)
+        else:
+            groups = batch.processes.group_examples(examples, own.count, size,
+                                                    own.mean.device)
+            smallest = groups.smallest
+
+            def average(values: Tensor, repeats: int = 1) -> Tensor:
+                return groups.average(values, repeats * self.num_groups)
+
+        self.check_count(smallest * (self.num_features // self.num_groups))
+        return average
 
     def running_statistics(self, moments: Moments,
                            factor: float) -> Tuple[Tensor, Tensor]:

@@ -91,6 +91,7 @@ class CBN(SmallBatchNorm, _BatchNorm):
     """
 
     burns_in = True
+    keeps_states = True
 
     def __init__(self,
                  num_features: int,

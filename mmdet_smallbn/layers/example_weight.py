@@ -5,13 +5,13 @@ Summers and Dinneen, ICLR 2020, arXiv:1906.03548, Sec. 3.1, Eq. (3).
 """
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Dict, Iterator, List, Optional, Sequence, Union
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..functional import (example_moments, mix_moments,
+from ..functional import (Moments, Processes, example_moments, mix_moments,
                           normalize_for_inference)
 from .base import SmallBatchNorm, check_example_weight
 
@@ -68,10 +68,8 @@ def _norms(model: nn.Module) -> Dict[str, nn.Module]:
 
 def _set(module: nn.Module, weight: Optional[float]) -> None:
     if isinstance(module, SmallBatchNorm):
-        # What it was built with is kept beside.
-        built = module.__dict__.setdefault('_built_example_weight',
-                                           module.example_weight)
-        module.example_weight = built if weight is None else weight
+        module.example_weight = (
+            module.built_example_weight if weight is None else weight)
         return
     as_trained = 1. if isinstance(module, nn.GroupNorm) else 0.
     if weight is None or weight == as_trained:
@@ -103,7 +101,8 @@ def set_example_weight(
     pass over the features, and does not fold into a convolution.
 
     Each call says all there is: norms that it excludes go back to what they
-    were built with. Parameters and buffers are not touched.
+    were built with. Parameters and buffers are not touched. Convert models
+    (``revert_sync_batchnorm``) before, not after.
 
     Example:
         >>> set_example_weight(model, 0.05, exclude='backbone')
@@ -171,8 +170,9 @@ def calibrate_group_norms(model: nn.Module) -> Iterator[None]:
     """Gather the moving averages that GroupNorm does not keep in training.
 
     Within the context every example that goes through a GroupNorm enters its
-    averages, with equal weight. They stay on the module, outside its state
-    dict, for :func:`set_example_weight`; a later calibration begins anew.
+    averages, with equal weight; those of all processes, where there are
+    several. They stay on the module, outside its state dict, for
+    :func:`set_example_weight`; a later calibration begins anew.
 
     Example:
         >>> with calibrate_group_norms(model), torch.no_grad():
@@ -182,32 +182,46 @@ def calibrate_group_norms(model: nn.Module) -> Iterator[None]:
     Args:
         model (nn.Module): The model, with its norms as trained.
     """
-    gathered: Dict[nn.Module, Tuple[Tensor, Tensor, int]] = {}
+    norms = [
+        module for module in _norms(model).values()
+        if isinstance(module, nn.GroupNorm)
+    ]
+    gathered: Dict[nn.Module, Moments] = {}  # the counts are of examples
 
     @torch.no_grad()
-    def gather(module: nn.Module, inputs: Tuple[Tensor, ...], _) -> None:
-        x, = inputs
+    def gather(module: nn.Module, args, kwargs, _) -> None:
+        x = args[0] if args else kwargs['input']
         if x.dim() != 4 or x.numel() == 0:
             return
         new = example_moments(x).over_examples()
         if module not in gathered:
-            gathered[module] = (new.mean, new.var, len(x))
+            gathered[module] = Moments(new.mean, new.var, len(x))
             return
         mean, var, count = gathered[module]
         total = count + len(x)
-        gathered[module] = (*mix_moments(mean, var, new.mean, new.var,
-                                         len(x) / total), total)
+        gathered[module] = Moments(
+            *mix_moments(mean, var, new.mean, new.var,
+                         len(x) / total), total)
 
     handles = [
-        module.register_forward_hook(gather)
-        for module in _norms(model).values()
-        if isinstance(module, nn.GroupNorm)
+        module.register_forward_hook(gather, with_kwargs=True)
+        for module in norms
     ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-    for module, (mean, var, _) in gathered.items():
-        module.register_buffer('running_mean', mean, persistent=False)
-        module.register_buffer('running_var', var, persistent=False)
+    processes = Processes.current()
+    for module in norms:
+        moments = gathered.get(module)
+        if processes is not None:
+            if moments is None:
+                nothing = torch.zeros_like(module.weight, dtype=torch.float32)
+                moments = Moments(nothing, nothing, 0)
+            moments = processes.join(moments)
+        if moments is not None:
+            module.register_buffer(
+                'running_mean', moments.mean, persistent=False)
+            module.register_buffer(
+                'running_var', moments.var, persistent=False)

@@ -47,12 +47,15 @@ class _GradientStatistics:
         average (optional): Where the gradient's statistics are averaged.
         in_use (bool): Whether the average is used, or only fed.
         centered (bool): Whether the gradient's mean is subtracted.
+        scale (float | Tensor): What the loss is multiplied with. Averages are
+            of the loss itself: the scale may change from step to step.
     """
 
-    def __init__(self, average, in_use: bool, centered: bool) -> None:
+    def __init__(self, average, in_use: bool, centered: bool, scale) -> None:
         self._average = average
         self._in_use = in_use
         self._centered = centered
+        self._scale = scale
         self._place: Optional[int] = None
 
     def __call__(self, mean_g: Tensor,
@@ -62,9 +65,10 @@ class _GradientStatistics:
         if self._average is not None:
             # A second backward through the same forward takes the place of
             # the first.
-            self._place = self._average.push(values, self._place)
+            self._place = self._average.push(values / self._scale,
+                                             self._place)
             if self._in_use:
-                values = self._average.mean()
+                values = self._average.mean() * self._scale
         return (values[0] if self._centered else None), values[-1]
 
 
@@ -107,7 +111,8 @@ class MABN(SmallBatchNorm, _BatchNorm):
 
     Evaluation is batch normalisation: ``running_mean`` stays 0 and
     ``running_var`` holds :math:`\hat\chi^2`. A BatchNorm's state dict loads:
-    its mean square is ``running_var + running_mean ** 2``.
+    its mean square is ``running_var + running_mean ** 2``. Where examples have
+    a weight in evaluation, it is their mean square that is mixed in.
 
     The rows of the paper's Tables 2 and 4 are settings of
     ``forward_statistics``, ``backward_statistics`` and ``centered``, and of
@@ -120,12 +125,15 @@ class MABN(SmallBatchNorm, _BatchNorm):
 
     Inside activation checkpointing the layer normalises with the present
     batch, in both passes, and warns; under ``no_grad`` in training mode
-    without a warning. In neither case do the averages move.
+    without a warning. In neither case do the averages over ``buffer_size``
+    move.
 
     A call has averages of its own among those of an iteration, if a hook
     tells the iterations (:class:`mmdet_smallbn.BurnInHook`). The backward
-    average is of backward passes: a forward without one leaves no trace in
-    it, and of several through one forward the last counts.
+    average is of backward passes, in their order: a forward without one
+    leaves no trace in it, and a second one through the same forward takes the
+    place of the first (with ``'ema'`` if no other came between). The hook
+    also tells the layer a loss scale, which dynamic loss scaling needs.
 
     Loading a state dict empties the averages; a checkpoint does not hold
     those of the last ``buffer_size`` iterations.
@@ -159,6 +167,7 @@ class MABN(SmallBatchNorm, _BatchNorm):
     """
 
     burns_in = True
+    keeps_states = True
 
     def __init__(self,
                  num_features: int,
@@ -244,7 +253,7 @@ class MABN(SmallBatchNorm, _BatchNorm):
             inner[0],
             inner[1],
             gradient=_GradientStatistics(state.backward, not self.burning_in,
-                                         self.centered),
+                                         self.centered, self.gradient_scale),
             r=r,
             d=d if self.centered else None)
 
@@ -253,7 +262,7 @@ class MABN(SmallBatchNorm, _BatchNorm):
             return super().batch_statistics(batch)
         return Statistics(
             *self._present(batch),
-            gradient=_GradientStatistics(None, False, False))
+            gradient=lambda mean_g, mean_gx: (None, mean_gx))
 
     def _present(self, batch: Batch) -> Tensor:
         """Mean and variance, or 0 and mean square, shape (2, C)."""
@@ -281,12 +290,16 @@ class MABN(SmallBatchNorm, _BatchNorm):
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        if self.centered or self.running_mean is None or not (
-                self.running_mean.any()):
+        mean, var = self.running_mean, self.running_var
+        if self.centered or mean is None or mean.is_meta or not mean.any():
             return
+        if args[2].get('assign_to_params_buffers', False):
+            # The buffers are the caller's tensors.
+            self.running_mean, self.running_var = mean, var = (mean.clone(),
+                                                               var.clone())
         with torch.no_grad():
-            self.running_var.add_(self.running_mean.square())
-            self.running_mean.zero_()
+            var.add_(mean.square())
+            mean.zero_()
         warnings.warn(
             f'{self._who()} was given the statistics of a BatchNorm. It '
             'divides by the root of the mean square, now var + mean ** 2, and '

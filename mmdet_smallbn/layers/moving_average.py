@@ -39,7 +39,8 @@ class SimpleMovingAverage:
             self._ring = value.new_zeros((self.size, *value.shape))
             self.pushes = 0
             place = None
-        if place is None or place < self.pushes - self.size:
+        if place is None or not (
+                self.pushes - self.size <= place < self.pushes):
             place = self.pushes
             self.pushes += 1
         # NaN marks what the average leaves out.

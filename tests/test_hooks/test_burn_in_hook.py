@@ -3,12 +3,13 @@ import re
 import pytest
 import torch
 from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper
 from torch import nn
 
 from mmdet_smallbn import BRN, CBN, MABN, BatchGroupNorm, BurnInHook
 from mmdet_smallbn.cli.runtime import register_checkpoint_loader
 from mmdet_smallbn.errors import SetupError
-from tests.toy import Toy, read_log, toy_runner
+from tests.toy import Images, Toy, read_log, toy_runner
 
 
 class Phases(Hook):
@@ -143,6 +144,69 @@ class Snapshot(Hook):
         if runner.iter + 1 == self.iteration:
             self.into.append([
                 v.clone() for v in runner.model.state_dict().values()])
+
+
+class LossScale(OptimWrapper):
+    """Mixed precision's dynamic loss scale, on any device."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.loss_scaler = torch.amp.GradScaler(
+            'cpu', init_scale=2.**12, growth_interval=2)
+
+    def backward(self, loss):
+        self.loss_scaler.scale(loss).backward()
+        self._inner_count += 1
+
+    def step(self):
+        self.loss_scaler.step(self.optimizer)
+        self.loss_scaler.update()
+
+
+@pytest.mark.parametrize('accumulate', [1, 4])
+def test_a_loss_scale_and_accumulation_are_told(tmp_path, accumulate):
+    """6 iterations: 4 and a remainder of 2. The scale grows on the way."""
+    weights, scales = [], []
+    for kind in (OptimWrapper, LossScale):
+        torch.manual_seed(0)
+        model = Toy(lambda c: MABN(c, buffer_size=3)).double()
+        runner, _ = _runner(
+            _folder(tmp_path, kind), [dict(type='BurnInHook', iters=1)],
+            model,
+            by_epoch=False,
+            train_dataloader=dict(
+                dataset=DoubleImages(),
+                batch_size=4,
+                sampler=dict(type='DefaultSampler', shuffle=False)),
+            optim_wrapper=kind(
+                torch.optim.SGD(model.parameters(), lr=0.05),
+                accumulative_counts=accumulate))
+        runner.register_hook(Snapshot(weights, 6))
+        runner.register_hook(Scales(scales))
+        runner.train()
+    for a, b in zip(*weights):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=0)
+    parts = [1.] * 6 if accumulate == 1 else [0.25] * 4 + [0.5] * 2
+    assert scales[:6] == parts
+    grown = [s / p / 2**12 for s, p in zip(scales[6:], parts)]
+    assert grown == ([1, 1, 2, 2, 4, 4] if accumulate == 1 else [1] * 6)
+    assert runner.model.head[1].gradient_scale == 1
+
+
+class DoubleImages(Images):
+
+    def __getitem__(self, index):
+        return dict(inputs=super().__getitem__(index)['inputs'].double())
+
+
+class Scales(Hook):
+    priority = 'LOW'
+
+    def __init__(self, into):
+        self.into = into
+
+    def before_train_iter(self, runner, *args, **kwargs):
+        self.into.append(float(runner.model.head[1].gradient_scale))
 
 
 def test_another_window_logs_the_papers(tmp_path):

@@ -113,6 +113,22 @@ def test_without_averages_evaluation_groups_as_training():
     torch.testing.assert_close(layer.eval()(x), trained)
 
 
+def test_half_precision_averages_are_folded_in_float32():
+    layer = BatchGroupNorm(4, num_groups=2, example_weight=0.)
+    layer.running_mean.copy_(torch.tensor([600., -600., 3., 3.]))
+    wide = layer.eval()(torch.full((1, 4, 2, 2), 300.))
+    half = layer.half()(torch.full((1, 4, 2, 2), 300.).half())
+    torch.testing.assert_close(half.float(), wide, rtol=0.01, atol=0.01)
+
+
+def test_it_may_be_called_as_often_as_a_head_likes(recwarn):
+    layer = BatchGroupNorm(4, num_groups=2)
+    layer.iteration = 3
+    for _ in range(70):
+        layer(torch.randn(2, 4, 3, 3))
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize('shape, settings', [
     ((3, 4, 1, 1), dict(num_groups=4)),  # the last group has one example
     ((1, 4, 1, 1), dict(num_groups=4, examples_per_group=8)),

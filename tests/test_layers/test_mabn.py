@@ -1,3 +1,4 @@
+import copy
 import random
 import re
 
@@ -195,6 +196,34 @@ def test_an_overflowing_gradient_enters_no_average():
     reference.psis[-1][2] = (psi + reference.psis[-2][2]) / 2
     wanted = reference.backward(context, grad)[0]
     assert relative_error(dx, wanted) < 1e-9
+
+
+@pytest.mark.parametrize('kind', ['sma', 'ema', 'batch'])
+@pytest.mark.parametrize('as_tensor', [False, True])
+def test_a_loss_scale_that_changes_leaves_the_averages_alone(kind, as_tensor):
+    plain, _ = _pair(buffer_size=4, momentum=0.2, backward_statistics=kind)
+    scaled = copy.deepcopy(plain)
+    for step, scale in enumerate([2.**16] * 5 + [2.**17, 1., 1., 2.**-3]):
+        x = _input(step).requires_grad_()
+        scaled.gradient_scale = torch.tensor(scale) if as_tensor else scale
+        grad = torch.randn_like(x)
+        wanted, = torch.autograd.grad(plain(x), x, grad)
+        found, = torch.autograd.grad(scaled(x), x, grad * scale)
+        assert relative_error(found / scale, wanted) < 1e-9
+
+
+@pytest.mark.parametrize('assign', [False, True])
+def test_loading_does_not_touch_what_is_loaded(assign):
+    state = _pair()[0].state_dict()
+    state['running_mean'] = torch.ones(6).double()
+    layer = MABN(6).double()
+    with pytest.warns(UserWarning, match='statistics of a BatchNorm'):
+        layer.load_state_dict(state, assign=assign)
+    assert (state['running_mean'] == 1).all()
+    assert (state['running_var'] == 1).all()
+    assert (layer.running_var == 2).all() and (layer.running_mean == 0).all()
+    with torch.device('meta'):
+        MABN(6).load_state_dict({}, strict=False)
 
 
 def test_evaluation_divides_by_the_root_of_the_mean_square():

@@ -8,7 +8,8 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from mmdet_smallbn import (BRN, CBN, MABN, BatchGroupNorm, GhostBN, NaiveCBN,
-                           functional)
+                           calibrate_group_norms, functional)
+from mmdet_smallbn.functional.sync import ExampleGroups
 from tests.reference import relative_error
 
 # Examples of each process in each step: unequal, and none at all.
@@ -27,6 +28,9 @@ CASES = {
                                           examples_per_group=3), False),
     'GhostBN': (GhostBN, dict(ghost_size=2), False),
 }
+
+
+GROUPED = [case for case in CASES if case.startswith(('BGN', 'GhostBN'))]
 
 
 def _model(case):
@@ -74,6 +78,34 @@ def _train(case, rank=None):
     return records
 
 
+def _bfloat16():
+    """Features whose mean is large against their deviation."""
+    generator = torch.Generator().manual_seed(2)
+    return (torch.randn((3, 8, 6, 6), generator=generator) + 20).bfloat16()
+
+
+def _in_autocast(case, x):
+    cls, settings, _ = CASES[case]
+    norm = cls(8, sync=True, **settings)
+    with torch.autocast('cpu', torch.bfloat16):
+        return norm(x)
+
+
+def _calibrate(x):
+    norm = nn.GroupNorm(2, 8)
+    with calibrate_group_norms(norm):
+        for example in x.split(1):
+            norm(example)
+    return norm.running_mean, norm.running_var
+
+
+def _refusal(x):
+    try:
+        GhostBN(8, sync=True, ghost_size=2)(x)
+    except ValueError as error:
+        return str(error)
+
+
 def _work(rank, folder):
     dist.init_process_group(
         'gloo',
@@ -82,6 +114,13 @@ def _work(rank, folder):
         world_size=2)
     torch.set_num_threads(1)
     results = {case: _train(case, rank) for case in CASES}
+    x = _bfloat16()
+    for case in GROUPED:
+        results[case, 'bfloat16'] = _in_autocast(case, x.split((2, 1))[rank])
+    results['calibrated'] = _calibrate(x.float().split((3, 0))[rank])
+    results['calibrated, unequal'] = _calibrate(
+        x.float().split((1, 2))[rank])
+    results['one value'] = _refusal(torch.randn((2, 1)[rank], 8, 1, 1))
     torch.save(results, folder / f'{rank}.pth')
     dist.destroy_process_group()
 
@@ -106,6 +145,75 @@ def test_equals_one_process_on_the_joined_batch(ranks, case):
                 assert relative_error(
                     value.double(),
                     expected['state'][name].double()) < 1e-9, (step, name)
+
+
+@pytest.mark.parametrize('case', GROUPED)
+def test_statistics_of_groups_are_in_float32_under_autocast(ranks, case):
+    joined = torch.cat([results[case, 'bfloat16'] for results in ranks])
+    assert joined.dtype == torch.bfloat16
+    expected = _in_autocast(case, _bfloat16())
+    torch.testing.assert_close(joined, expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize('kind', ['calibrated', 'calibrated, unequal'])
+def test_group_norms_are_calibrated_on_all_processes_images(ranks, kind):
+    expected = _calibrate(_bfloat16().float())
+    for results in ranks:
+        for found, wanted in zip(results[kind], expected):
+            torch.testing.assert_close(found, wanted)
+
+
+def test_one_value_is_refused_by_all(ranks):
+    for results in ranks:
+        assert 'one value per channel' in results['one value']
+
+
+class _Simulated:
+    """Processes whose sums are known after each has said its part."""
+
+    def __init__(self):
+        self.said, self.total = [], None
+
+    def sum(self, part):
+        self.said.append(part)
+        return part if self.total is None else self.total
+
+
+@pytest.mark.parametrize('size', [1, 2, 3, 5, 20])
+@pytest.mark.parametrize('parts', [
+    [(2, 6), (1, 6)],
+    [(0, 6), (3, 6)],
+    [(3, 6), (0, 6), (4, 6)],
+    [(1, 4), (1, 6), (1, 2), (5, 3)],
+    [(4, 6), (4, 6)],
+    [(0, 1), (0, 1)],
+])
+def test_groups_of_examples_across_any_processes(parts, size):
+    """Against a loop over all examples, each with its number of values."""
+    total = sum(n for n, _ in parts)
+    values = torch.randn(total, 4).double()
+    counts = [v for n, v in parts for _ in range(n)]
+    processes = _Simulated()
+    chunks = values.split([n for n, _ in parts])
+    groups = [
+        ExampleGroups(processes, parts, rank, size)
+        for rank in range(len(parts))
+    ]
+    for own, chunk in zip(groups, chunks):
+        own.average(chunk, 2)
+    assert len(processes.said) in (0, len(parts))
+    processes.total = sum(processes.said)
+    found = torch.cat(
+        [own.average(chunk, 2) for own, chunk in zip(groups, chunks)])
+    for n in range(total):
+        group = range(n // size * size, min(n // size * size + size, total))
+        weights = torch.tensor([counts[i] for i in group]).double()
+        rows = values[group.start:group.stop].view(-1, 2, 2).mean(2)
+        wanted = (rows * weights[:, None]).sum(0) / weights.sum()
+        torch.testing.assert_close(found[n], wanted.repeat_interleave(2))
+    if total:
+        last = range((total - 1) // size * size, total)
+        assert groups[0].smallest == sum(counts[i] for i in last)
 
 
 def test_alone_it_is_the_same_layer():
