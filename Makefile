@@ -1,4 +1,4 @@
-# make demo   set-up, then train and evaluate a small detector with CBN
+# make demo   set-up, then train and evaluate a small detector
 # make test   set-up, then all tests
 # make setup  the environment alone
 #
@@ -16,6 +16,10 @@ RUN := $(VENV)/bin/python -W ignore::DeprecationWarning -W ignore::FutureWarning
 	-W ignore:pkg_resources:UserWarning
 SEED ?= 0
 NORM ?= cbn
+NORMS := cbn naivecbn mabn brn bgn ghostbn bn gn
+ifeq ($(filter $(NORM),$(NORMS)),)
+$(error NORM=$(NORM) is none of $(NORMS))
+endif
 WORK_DIR ?= work_dirs/demo$(if $(filter-out cbn,$(NORM)),_$(NORM))
 
 .PHONY: setup demo test clean
@@ -36,4 +40,4 @@ test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(WORK_DIR) data/shapes_coco
+	rm -rf $(VENV) work_dirs/demo work_dirs/demo_* data/shapes_coco

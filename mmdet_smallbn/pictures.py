@@ -172,29 +172,35 @@ def save_curves(scalars: List[Dict[str, Any]],
     figure.savefig(path, dpi=110)
 
 
-def save_sweep(metrics: Dict[float, float], name: str,
-               path: Union[str, Path]) -> None:
+def save_sweep(metrics: Dict[float, float],
+               name: str,
+               path: Union[str, Path],
+               best: float,
+               trained: Optional[float] = None) -> None:
     """Save a metric over the weight of the examples, with its best.
 
     Args:
         metrics (dict[float, float]): Metric of each weight.
         name (str): Name of the metric.
         path (str | Path): Picture to write.
+        best (float): The best weight.
+        trained (float, optional): The weight of the model as trained.
     """
     weights = sorted(metrics)
     values = [metrics[weight] for weight in weights]
     figure = Figure(figsize=(6, 3.8), layout='tight')
     ax = figure.subplots()
     ax.plot(weights, values, marker='o', ms=4, color='#c0392b', lw=1.6)
-    best = max(weights, key=lambda weight: metrics[weight])
     ax.annotate(
         f'{metrics[best]:.3f} at {best:g}', (best, metrics[best]),
         xytext=(0, 7),
         textcoords='offset points',
         ha='left' if best < 0.5 * max(weights) else 'right',
         color='#c0392b')
-    if 0. in metrics:
-        ax.axhline(metrics[0.], color='grey', ls=':', lw=1)
+    if trained is not None:
+        ax.axhline(
+            metrics[trained], color='grey', ls=':', lw=1, label='as trained')
+        ax.legend(frameon=False)
     ax.set(
         title='Inference example weighting',
         xlabel='weight of the example',

@@ -1,4 +1,4 @@
-"""The demo: train a small detector with CBN, evaluate it, draw pictures."""
+"""The demo: train a small detector, evaluate it, draw pictures."""
 import argparse
 import json
 import os
@@ -124,7 +124,8 @@ def report(metrics: Dict[str, float], work_dir: Path,
     if sys.prefix != sys.base_prefix and 'VIRTUAL_ENV' not in os.environ:
         activate = f'  source {os.path.relpath(sys.prefix)}/bin/activate\n'
     console.print(
-        'Your own COCO-format folder, the same small detector:\n'
+        'Your own COCO-format folder, the same small detector, with NORM=... '
+        'for another norm:\n'
         '  make demo DATA=path/to/folder\n'
         'Faster R-CNN R50 with CBN on COCO, once data/coco holds it:\n'
         f'{activate}  tools/dist_train.sh configs/cbn/'
@@ -155,8 +156,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     scored = [r for r in scalars if 'coco/bbox_mAP' in r]
     metrics = scored[-1] if scored else {}
     (work_dir / 'metrics.json').write_text(json.dumps(metrics, indent=2))
-    burn_in = [h.iters for h in cfg.custom_hooks if h.type == 'BurnInHook']
-    save_curves(scalars, work_dir / 'curves.png', *burn_in)
+    burn_in = [
+        hook.get('iters') for hook in cfg.get('custom_hooks') or []
+        if hook['type'] == 'BurnInHook'
+    ]
+    save_curves(scalars, work_dir / 'curves.png', *burn_in[:1])
     val = splits[1]
     save_detections(
         detect(runner, val, _PICTURED), val.classes,

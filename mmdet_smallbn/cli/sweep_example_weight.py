@@ -3,11 +3,12 @@ import argparse
 import hashlib
 import io
 import json
+import os
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-import torch
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
@@ -16,26 +17,24 @@ from rich.console import Console
 from rich.progress import (BarColumn, MofNCompleteColumn, Progress, TextColumn,
                            TimeRemainingColumn)
 from rich.table import Table
-from torch import nn
 
 from ..errors import SetupError, one_line_errors
-from ..hooks import bare_model
-from ..layers import (calibrate_group_norms, check_example_weight,
-                      set_example_weight)
+from ..hooks import bare_model, calibrate
+from ..layers import (check_example_weight, lacks_averages,
+                      set_example_weight, weights_as_trained)
 from ..pictures import save_sweep
 from .runtime import add_common_arguments, build_runner, load_config
 
-# Parts of the config that metrics depend on.
-_SETTINGS = ('model', 'test_dataloader')
 _WEIGHTS = (0., 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.)
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """Flags of the sweep."""
     parser = argparse.ArgumentParser(
-        description='Evaluate a detector at several weights of the examples '
-        'in their own normalisation (inference example weighting), and name '
-        'the best')
+        description='Evaluate a detector on the images of test_dataloader at '
+        'several weights of the examples in their own normalisation '
+        '(inference example weighting), and name the best. A sweep that was '
+        'ended goes on where it was.')
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
     add_common_arguments(parser)
@@ -45,7 +44,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         nargs='+',
         default=_WEIGHTS,
         metavar='ALPHA',
-        help='weights to evaluate, each from 0 to 1')
+        help='weights to evaluate, each from 0 to 1 '
+        f'({" ".join(f"{w:g}" for w in _WEIGHTS)}); the one that the norms '
+        'were trained with is added')
     parser.add_argument(
         '--exclude',
         nargs='+',
@@ -56,13 +57,14 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--metric',
         default='coco/bbox_mAP',
-        help='what is best: coco/bbox_mAP, coco/segm_mAP, ...')
+        help='what is best: coco/bbox_mAP (if not given), coco/segm_mAP, ...')
     parser.add_argument(
         '--calibration-images',
         type=int,
         default=256,
         metavar='N',
-        help='training images to gather moving averages for GroupNorm from')
+        help='training images to gather moving averages for GroupNorm from '
+        '(256)')
     return parser.parse_args(argv)
 
 
@@ -83,13 +85,17 @@ class Results:
         self.metrics: Dict[float, Dict[str, float]] = {}
         if not path.exists():
             return
-        held = json.loads(path.read_text())
-        rows = held.pop('weights')
+        try:
+            held = json.loads(path.read_text())
+            rows = held.pop('weights')
+        except (ValueError, KeyError) as error:
+            raise SetupError(f'{path} is not a file of this tool: remove it, '
+                             'or choose another --work-dir') from error
         different = [k for k, v in identity.items() if held.get(k) != v]
         if different:
             raise SetupError(
-                f'{path} holds the results of another sweep, with another '
-                f'{" and ".join(different)}. Remove it, or choose another '
+                f'{path} holds the results of another sweep; not the same: '
+                f'{", ".join(different)}. Remove it, or choose another '
                 '--work-dir')
         self.metrics = {row.pop('weight'): row for row in rows}
 
@@ -100,8 +106,10 @@ class Results:
             dict(weight=w, **self.metrics[w]) for w in sorted(self.metrics)
         ]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(
+        unfinished = self.path.with_suffix('.part')
+        unfinished.write_text(
             json.dumps(dict(self.identity, weights=rows), indent=2))
+        os.replace(unfinished, self.path)
 
 
 class _Tick(Hook):
@@ -115,35 +123,83 @@ class _Tick(Hook):
         self.progress.advance(self.task)
 
 
-def digest(content: bytes) -> str:
-    """SHA-256, of which 16 digits are enough to tell files apart."""
+def _digest(content: bytes) -> str:
+    # 16 digits are enough to tell files apart.
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def calibrate(runner: Runner, cfg: Config, images: int,
-              progress: Progress) -> None:
-    """Moving averages for GroupNorm, from training images."""
-    loader = runner.build_dataloader(cfg.train_dataloader)
-    task = progress.add_task('GroupNorm averages', total=images)
-    model, seen = bare_model(runner), 0
-    model.eval()
-    with calibrate_group_norms(model), torch.no_grad():
-        for batch in loader:
-            # The losses' forward: RoIs as in training.
-            model(**model.data_preprocessor(batch, True), mode='loss')
-            seen += len(batch['inputs'])
-            progress.update(task, completed=min(seen, images))
-            if seen >= images:
-                break
+def identity_of(args: argparse.Namespace, cfg: Config,
+                calibrated: bool) -> Dict[str, Any]:
+    """What the metrics depend on besides the weight."""
+    settings = [
+        cfg.model, cfg.test_dataloader.dataset, cfg.get('test_evaluator')
+    ]
+    if calibrated:
+        settings += [cfg.get('train_dataloader'), args.calibration_images]
+    path = Path(args.checkpoint)
+    return dict(
+        config=Path(args.config).name,
+        checkpoint=_digest(path.read_bytes())
+        if path.is_file() else args.checkpoint,
+        settings=_digest(repr(settings).encode()),
+        exclude=sorted(args.exclude))
+
+
+def sweep(runner: Runner, args: argparse.Namespace, todo: List[float],
+          results: Results, console: Console) -> None:
+    """Evaluate the weights that are left to do."""
+    model = bare_model(runner)
+    with Progress(
+            TextColumn('{task.description}'),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not is_main_process()) as progress:
+        if any(lacks_averages(model, w, args.exclude) for w in todo):
+            task = progress.add_task(
+                'GroupNorm averages', total=args.calibration_images)
+            calibrate(runner, args.calibration_images,
+                      lambda seen: progress.update(task, completed=seen))
+        total = len(runner.test_loop.dataloader)
+        task = progress.add_task('', total=total)
+        runner.register_hook(_Tick(progress, task))
+        for weight in todo:
+            set_example_weight(model, weight, args.exclude)
+            progress.reset(
+                task, total=total, description=f'weight {weight:g}')
+            with redirect_stdout(io.StringIO()):  # pycocotools
+                metrics = runner.test()
+            # Nothing detected at all is no metrics.
+            metrics = metrics or {args.metric: 0.}
+            if is_main_process():
+                results.add(weight, metrics)
+                value = _metric(metrics, args.metric)
+                progress.console.print(
+                    f'weight {weight:g}: {args.metric} {value:.4f}',
+                    highlight=False)
+
+
+def _metric(metrics: Dict[str, float], name: str) -> float:
+    if name not in metrics:
+        raise SetupError(f'--metric {name} is not among '
+                         f'{", ".join(sorted(metrics))}')
+    return metrics[name]
+
+
+def best_weight(metrics: Dict[float, Dict[str, float]], metric: str) -> float:
+    """The weight with the best metric; of equals the smallest."""
+    return max(sorted(metrics), key=lambda w: _metric(metrics[w], metric))
 
 
 def report(metrics: Dict[float, Dict[str, float]], metric: str,
-           exclude: List[str], console: Console) -> None:
+           trained: Optional[float], exclude: List[str],
+           console: Console) -> None:
     """Print the table, the best weight, and how to use it."""
     prefix = metric.rsplit('_mAP', 1)[0]
     columns = [metric] + [
         key for key in (f'{prefix}_mAP_50', f'{prefix}_mAP_75')
-        if all(key in row for row in metrics.values())
+        if key != metric and all(key in row for row in metrics.values())
     ]
     table = Table(title='Weight of the examples at inference')
     table.add_column('weight', justify='right')
@@ -151,15 +207,20 @@ def report(metrics: Dict[float, Dict[str, float]], metric: str,
         table.add_column(column, justify='right')
     best = best_weight(metrics, metric)
     for weight in sorted(metrics):
+        label = f'{weight:g}'
         table.add_row(
-            f'{weight:g}',
+            f'{label} (as trained)' if weight == trained else label,
             *(f'{metrics[weight][column]:.4f}' for column in columns),
             style='bold' if weight == best else None)
     console.print(table)
     line = f'best: {best:g}, {metric} {metrics[best][metric]:.4f}'
-    if 0. in metrics and best != 0:
-        gain = metrics[best][metric] - metrics[0.][metric]
-        line += f' ({gain:+.4f} over 0)'
+    if best == trained:
+        console.print(f'{line}, as trained: there is nothing to gain',
+                      highlight=False)
+        return
+    if trained is not None:
+        gain = metrics[best][metric] - metrics[trained][metric]
+        line += f' ({gain:+.4f} over the model as trained)'
     console.print(line, highlight=False)
     entry = f'weight={best:g}' + (f', exclude={exclude}' if exclude else '')
     console.print(
@@ -170,84 +231,65 @@ def report(metrics: Dict[float, Dict[str, float]], metric: str,
         markup=False)
 
 
-def best_weight(metrics: Dict[float, Dict[str, float]], metric: str) -> float:
-    """The weight with the best metric; of equals the smallest."""
-    return max(sorted(metrics), key=lambda weight: metrics[weight][metric])
+def prepare(args: argparse.Namespace) -> Config:
+    """The config of the evaluations.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    for weight in args.weights:
+        check_example_weight(weight)
+    if args.calibration_images < 1:
+        raise ValueError('--calibration-images must be at least 1, but got '
+                         f'{args.calibration_images}')
+    cfg = load_config(args)
+    cfg.load_from = args.checkpoint
+    # One line a result, instead of the toolbox's hundreds.
+    cfg.log_level = 'WARNING'
+    # It would set its own weight before each evaluation.
+    cfg.custom_hooks = [
+        hook for hook in cfg.get('custom_hooks') or []
+        if hook['type'] != 'ExampleWeightHook'
+    ]
+    return cfg
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Sweep as the command line says."""
     args = parse_args(argv)
-    console = Console()
+    # A console of its own stream: what pycocotools prints is kept apart.
+    console = Console(file=sys.stdout)
     with one_line_errors():
-        for weight in args.weights:
-            check_example_weight(weight)
-        cfg = load_config(args)
-        cfg.load_from = args.checkpoint
-        # One line a result, instead of the toolbox's hundreds.
-        cfg.log_level = 'WARNING'
-        # It would set its own weight before each evaluation.
-        cfg.custom_hooks = [
-            hook for hook in cfg.get('custom_hooks') or []
-            if hook['type'] != 'ExampleWeightHook'
-        ]
-        runner = build_runner(cfg)
-        runner.load_or_resume()
+        cfg = prepare(args)
+        with redirect_stdout(io.StringIO()):
+            runner = build_runner(cfg)
+            runner.call_hook('before_run')  # EMAHook makes its model there
+            runner.load_or_resume()
+            runner.test_loop  # reads the annotations
+        model = bare_model(runner)
+        built = weights_as_trained(model, args.exclude)
+        trained = built.pop() if len(built) == 1 else None
+        weights = {*args.weights} | ({trained} - {None})
+        calibrated = any(
+            lacks_averages(model, w, args.exclude) for w in weights)
         results = Results(
             Path(cfg.work_dir) / 'example_weight.json',
-            dict(
-                config=Path(args.config).name,
-                checkpoint=digest(Path(args.checkpoint).read_bytes()),
-                settings=digest(
-                    repr([cfg[key].to_dict() for key in _SETTINGS]).encode()),
-                exclude=sorted(args.exclude)))
-        todo = [w for w in args.weights if w not in results.metrics]
-        done = len(args.weights) - len(todo)
-        if done:
-            console.print(f'{done} of {len(args.weights)} weights are in '
-                          f'{results.path} already')
-        with Progress(
-                TextColumn('{task.description}'),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                console=console,
-                disable=not is_main_process()) as progress:
-            if todo and any(
-                    isinstance(m, nn.GroupNorm)
-                    for m in runner.model.modules()):
-                calibrate(runner, cfg, args.calibration_images, progress)
-            task = progress.add_task('')
-            runner.register_hook(_Tick(progress, task))
-            for weight in todo:
-                set_example_weight(bare_model(runner), weight, args.exclude)
-                progress.reset(
-                    task,
-                    total=len(runner.test_loop.dataloader),
-                    description=f'weight {weight:g}')
-                with redirect_stdout(io.StringIO()):  # pycocotools
-                    metrics = runner.test()
-                # Nothing detected at all is no metrics.
-                metrics = metrics or {args.metric: 0.}
-                if args.metric not in metrics:
-                    raise SetupError(
-                        f'--metric {args.metric} is not among '
-                        f'{", ".join(sorted(metrics)) or "the results"}')
-                if is_main_process():
-                    results.add(weight, metrics)
-                    progress.console.print(
-                        f'weight {weight:g}: {args.metric} '
-                        f'{metrics[args.metric]:.4f}',
-                        highlight=False)
+            identity_of(args, cfg, calibrated))
+        todo = sorted(weights - {*results.metrics})
+        if len(todo) < len(weights):
+            console.print(f'{len(weights) - len(todo)} of {len(weights)} '
+                          f'weights are in {results.path} already')
+        if todo:
+            sweep(runner, args, todo, results, console)
         if not is_main_process():
             return
-        chosen = {w: results.metrics[w] for w in args.weights}
-        report(chosen, args.metric, args.exclude, console)
+        chosen = {w: results.metrics[w] for w in weights}
+        report(chosen, args.metric, trained, args.exclude, console)
         picture = results.path.with_suffix('.png')
         save_sweep({w: row[args.metric] for w, row in chosen.items()},
-                   args.metric, picture)
-        console.print(
-            f'written: {results.path}, {picture}', soft_wrap=True)
+                   args.metric, picture, best_weight(chosen, args.metric),
+                   trained)
+        console.print(f'written: {results.path}, {picture}', soft_wrap=True)
 
 
 if __name__ == '__main__':

@@ -225,7 +225,8 @@ def fold_groups(mean: Tensor, var: Tensor,
             each channel by itself.
 
     Returns:
-        tuple[Tensor, Tensor]: Shape (C,), constant in each group.
+        tuple[Tensor, Tensor]: Shape (C,), constant in each group; in float32
+        at least if there are groups.
     """
     if num_groups is None:
         return mean, var
@@ -234,7 +235,7 @@ def fold_groups(mean: Tensor, var: Tensor,
     folded = pool_groups(
         Moments(mean[None].to(dtype), var[None].to(dtype), 1),
         lambda values: average_groups(values, num_groups, 1))
-    return tuple(v[0].to(mean.dtype) for v in folded)
+    return folded[0][0], folded[1][0]
 
 
 def normalize_for_inference(x: Tensor,
@@ -278,6 +279,9 @@ def normalize_for_inference(x: Tensor,
     """
     mean, var = fold_groups(mean, var, num_groups)
     if not example_weight:
+        if mean.dtype != x.dtype:  # the kernel wants them all to be wide
+            weight, bias = (p if p is None else p.to(mean.dtype)
+                            for p in (weight, bias))
         return F.batch_norm(x, mean, var, weight, bias, False, 0., eps)
     n, c = x.shape[:2]
 

@@ -1,7 +1,10 @@
 """Hooks: what the training loop tells the layers."""
 from .burn_in_hook import BurnInHook
 from .example_weight_hook import ExampleWeightHook
-from .model import bare_model
+from .model import bare_model, calibrate
 from .statistics_hook import StatisticsHook
 
-__all__ = ['BurnInHook', 'ExampleWeightHook', 'StatisticsHook', 'bare_model']
+__all__ = [
+    'BurnInHook', 'ExampleWeightHook', 'StatisticsHook', 'bare_model',
+    'calibrate'
+]

@@ -88,8 +88,9 @@ class BurnInHook(Hook):
             for name, layer in self._told.items()
             if layer.burns_in and self._covers(name)
         }
-        if not self._layers:
-            self._raise_no_layer(runner, model)
+        for prefix in self.prefixes or (None, ):
+            if not any(self._under(name, prefix) for name in self._layers):
+                self._raise_no_layer(prefix, model)
         self._check_length(runner)
         self._burning = None
 
@@ -123,12 +124,17 @@ class BurnInHook(Hook):
         return now < self.length
 
     def _covers(self, name: str) -> bool:
-        return self.prefixes is None or any(
-            name == p or name.startswith(f'{p}.') for p in self.prefixes)
+        return any(
+            self._under(name, prefix) for prefix in self.prefixes or (None, ))
 
-    def _raise_no_layer(self, runner, model: nn.Module) -> None:
-        where = ('the model' if self.prefixes is None else
-                 f'{" or ".join(map(repr, self.prefixes))} of the model')
+    @staticmethod
+    def _under(name: str, prefix: Optional[str]) -> bool:
+        return prefix is None or name == prefix or name.startswith(
+            f'{prefix}.')
+
+    def _raise_no_layer(self, prefix: Optional[str],
+                        model: nn.Module) -> None:
+        where = 'the model' if prefix is None else f'{prefix!r} of the model'
         message = f'BurnInHook: {where} holds no layer that burns in'
         burning = [n for n, layer in self._told.items() if layer.burns_in]
         converted = any(

@@ -5,8 +5,9 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 from ..errors import SetupError
-from ..layers import check_example_weight, set_example_weight
-from .model import bare_model
+from ..layers import (check_example_weight, lacks_averages,
+                      set_example_weight)
+from .model import bare_model, calibrate
 
 
 @HOOKS.register_module()
@@ -14,7 +15,8 @@ class ExampleWeightHook(Hook):
     """Weigh examples in their own normalisation, in validation and testing.
 
     :func:`mmdet_smallbn.set_example_weight` before either, and undone after
-    it. Training is not touched.
+    it. Training is not touched. For GroupNorm, moving averages are gathered
+    before each of them.
 
     Example:
         >>> custom_hooks = [
@@ -26,37 +28,43 @@ class ExampleWeightHook(Hook):
             it.
         exclude (str | Sequence[str]): Prefixes of modules to leave as
             trained.
+        calibration_images (int): Training images that GroupNorm's averages
+            are gathered from.
 
     Raises:
-        ValueError: If the weight is out of range.
+        ValueError: If an argument is out of range.
         SetupError: Before validation or testing, if the model has no norm to
             weigh examples in.
     """
 
     def __init__(self,
                  weight: float,
-                 exclude: Union[str, Sequence[str]] = ()) -> None:
+                 exclude: Union[str, Sequence[str]] = (),
+                 calibration_images: int = 256) -> None:
         check_example_weight(weight)
+        if not isinstance(calibration_images, int) or calibration_images < 1:
+            raise ValueError(
+                'ExampleWeightHook: calibration_images must be an integer of '
+                f'at least 1, but got {calibration_images!r}')
         self.weight = weight
         self.exclude = exclude
+        self.calibration_images = calibration_images
 
     def before_val(self, runner) -> None:
         """Set the weight."""
-        self._set(runner, self.weight)
+        model = bare_model(runner)
+        try:
+            if lacks_averages(model, self.weight, self.exclude):
+                calibrate(runner, self.calibration_images)
+            names = set_example_weight(model, self.weight, self.exclude)
+        except ValueError as error:
+            raise SetupError(f'ExampleWeightHook: {error}') from error
+        runner.logger.info(
+            f'{len(names)} norms give each example the weight {self.weight}')
 
     def after_val(self, runner) -> None:
         """Undo it."""
-        self._set(runner, None)
+        set_example_weight(bare_model(runner), None)
 
     before_test = before_val
     after_test = after_val
-
-    def _set(self, runner, weight) -> None:
-        try:
-            names = set_example_weight(
-                bare_model(runner), weight, self.exclude)
-        except ValueError as error:
-            raise SetupError(f'ExampleWeightHook: {error}') from error
-        if weight is not None:
-            runner.logger.info(
-                f'{len(names)} norms give each example the weight {weight}')

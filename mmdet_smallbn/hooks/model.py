@@ -1,17 +1,23 @@
-"""What hooks ask a runner for."""
-from typing import Union
+"""What hooks and tools ask a runner for."""
+from typing import Callable, Union
 
 import torch
-from mmengine.model import is_model_wrapper
+from mmengine.dist import get_world_size
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from ..errors import SetupError
+from ..layers import calibrate_group_norms
+
 
 def bare_model(runner: Runner) -> nn.Module:
-    """The runner's model, out of what distributes it."""
+    """The runner's model, out of what distributes or augments it."""
     model = runner.model
-    return model.module if is_model_wrapper(model) else model
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
 
 
 def gradient_scale(runner: Runner) -> Union[float, Tensor]:
@@ -36,3 +42,38 @@ def gradient_scale(runner: Runner) -> Union[float, Tensor]:
     if on_device is None:
         return scale * scaler.get_scale()
     return scale * on_device
+
+
+def calibrate(runner: Runner, images: int,
+              tell: Callable[[int], None] = lambda seen: None) -> None:
+    """Moving averages for the model's GroupNorms, from training images.
+
+    The forward pass is that of the losses, with RoIs as in training. The same
+    images and RoIs are taken each time.
+
+    Args:
+        runner (Runner): With weights loaded.
+        images (int): How many, over all processes.
+        tell (callable): Called with the number of images so far.
+
+    Raises:
+        SetupError: If the config has no training images.
+    """
+    if runner.cfg.get('train_dataloader') is None:
+        raise SetupError('GroupNorm has no moving averages, and without '
+                         'train_dataloader in the config there are no images '
+                         'to gather them from')
+    loader = runner.build_dataloader(runner.cfg.train_dataloader, seed=0)
+    model, seen = bare_model(runner), 0
+    training = model.training
+    model.eval()
+    with calibrate_group_norms(model), torch.no_grad(), (
+            torch.random.fork_rng()):
+        torch.manual_seed(0)
+        for batch in loader:
+            model(**model.data_preprocessor(batch, True), mode='loss')
+            seen += len(batch['inputs']) * get_world_size()
+            tell(min(seen, images))
+            if seen >= images:
+                break
+    model.train(training)

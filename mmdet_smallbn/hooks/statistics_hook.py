@@ -1,5 +1,6 @@
 """Record the statistics that norms see in training."""
 import json
+import math
 from collections import defaultdict
 from fnmatch import fnmatch
 from pathlib import Path
@@ -36,7 +37,14 @@ class _Seen(NamedTuple):
             mean_square=self.moments.mean_square(),
             gradient=self.gradient,
             psi=self.psi)
-        return {k: v.norm().item() for k, v in named.items() if v is not None}
+        norms = {k: v.norm().item() for k, v in named.items()
+                 if v is not None}
+        return {k: v for k, v in norms.items() if math.isfinite(v)}
+
+    def is_finite(self) -> bool:
+        """Whether all values are."""
+        values = (*self.moments[:2], self.gradient, self.psi)
+        return all(v is None or bool(v.isfinite().all()) for v in values)
 
 
 def _pool(batches: Sequence[_Seen]) -> _Seen:
@@ -72,12 +80,14 @@ class StatisticsHook(Hook):
       scale and shift, :math:`\Psi = \gamma\,\partial L/\partial\gamma / m`,
       and cost no activation,
 
-    for the batch, for every ``regular`` batches taken as one, and for the
+    for the batch, for every ``regular`` batches pooled, and for the
     layer's moving averages (``ema_mean`` and ``ema_var``; MABN's
     ``ema_mean_square``, ``sma_mean_square`` and ``sma_psi``). With ``optim_wrapper.accumulative_counts=regular`` the
     batches behind a large one are of the same weights, as in the paper;
-    otherwise the weights move a little meanwhile. Gradients are those of the
-    loss itself, neither scaled nor divided for accumulation.
+    otherwise the weights move a little meanwhile. A large batch's g and
+    :math:`\Psi` are averages of its batches', each normalised as it was
+    trained. Gradients are those of the loss itself, neither scaled nor
+    divided for accumulation. A batch that is not finite is in no large one.
 
     Each rank sees its own batches; the main process records. Values go to
     mmengine's visualisation backends as ``statistics/LAYER/NAME`` and to
@@ -86,7 +96,7 @@ class StatisticsHook(Hook):
 
     Example:
         >>> custom_hooks = [
-        ...     dict(type='StatisticsHook', layers=['backbone.layer1.0.bn1'])]
+        ...     dict(type='StatisticsHook', layers=['neck.fpn_convs.*.bn'])]
 
     Args:
         layers (str | Sequence[str]): Names of norms in the model, with
@@ -97,7 +107,8 @@ class StatisticsHook(Hook):
 
     Raises:
         ValueError: If an argument is out of range.
-        SetupError: At the start of training, if a name fits no norm.
+        SetupError: At the start of training, if a name fits no norm, and
+            after the first iteration, if none of the norms trains.
     """
 
     def __init__(self,
@@ -117,6 +128,7 @@ class StatisticsHook(Hook):
         self._gradients: Dict[str, Dict[str, Tensor]] = defaultdict(dict)
         self._blocks: Dict[str, List[_Seen]] = defaultdict(list)
         self._active = False
+        self._checked = False
         self._scale: Union[float, Tensor] = 1.
 
     def before_train(self, runner) -> None:
@@ -149,6 +161,8 @@ class StatisticsHook(Hook):
         if not self._active:
             return
         self._active = False
+        if not self._checked:
+            self._check_modes(runner)
         for name, layer in self._layers.items():
             if self._moments[name]:
                 self._record(runner, name, layer, self._seen(name))
@@ -160,6 +174,21 @@ class StatisticsHook(Hook):
         self._handles.clear()
         self._layers.clear()
         self._blocks.clear()
+
+    def _check_modes(self, runner) -> None:
+        """Say which layers there is nothing to record of."""
+        self._checked = True
+        silent = [name for name in self._layers if not self._moments[name]]
+        if not silent:
+            return
+        message = (
+            f'StatisticsHook: {len(silent)} of {len(self._layers)} norms, '
+            f'{silent[0]!r} the first of them, had no training forward: they '
+            'are frozen or kept in evaluation mode (norm_eval), not used, or '
+            'run inside activation checkpointing')
+        if len(silent) == len(self._layers):
+            raise SetupError(message)
+        runner.logger.warning(message)
 
     def _listen(self, name: str, layer: nn.Module) -> None:
 
@@ -195,7 +224,8 @@ class StatisticsHook(Hook):
                 seen: _Seen) -> None:
         row = dict(iter=runner.iter, layer=name, batch=seen.norms())
         block = self._blocks[name]
-        block.append(seen)
+        if seen.is_finite():
+            block.append(seen)
         if len(block) == self.regular:
             row['regular'] = _pool(block).norms()
             block.clear()

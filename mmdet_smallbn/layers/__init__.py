@@ -5,11 +5,13 @@ from .batch_renorm import BRN
 from .cbn import CBN, NaiveCBN, suggested_window_size
 from .cen_conv import CenConv2d
 from .conv_call import in_backward
-from .example_weight import calibrate_group_norms, set_example_weight
+from .example_weight import (calibrate_group_norms, lacks_averages,
+                             set_example_weight, weights_as_trained)
 from .mabn import MABN
 
 __all__ = [
     'BRN', 'BatchGroupNorm', 'CBN', 'CenConv2d', 'GhostBN', 'MABN', 'NaiveCBN',
     'SmallBatchNorm', 'calibrate_group_norms', 'check_example_weight',
-    'in_backward', 'set_example_weight', 'suggested_window_size'
+    'in_backward', 'lacks_averages', 'set_example_weight',
+    'suggested_window_size', 'weights_as_trained'
 ]

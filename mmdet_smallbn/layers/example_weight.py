@@ -5,7 +5,7 @@ Summers and Dinneen, ICLR 2020, arXiv:1906.03548, Sec. 3.1, Eq. (3).
 """
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Dict, Iterator, List, Optional, Sequence, Union
+from typing import Dict, Iterator, List, Optional, Sequence, Set, Union
 
 import torch
 from torch import Tensor, nn
@@ -69,10 +69,9 @@ def _norms(model: nn.Module) -> Dict[str, nn.Module]:
 def _set(module: nn.Module, weight: Optional[float]) -> None:
     if isinstance(module, SmallBatchNorm):
         module.example_weight = (
-            module.built_example_weight if weight is None else weight)
+            _as_trained(module) if weight is None else weight)
         return
-    as_trained = 1. if isinstance(module, nn.GroupNorm) else 0.
-    if weight is None or weight == as_trained:
+    if weight is None or weight == _as_trained(module):
         module.__class__ = _stock(module)
         module.__dict__.pop('example_weight', None)
     else:
@@ -98,7 +97,8 @@ def set_example_weight(
     package's norms, and GroupNorm after :func:`calibrate_group_norms`. The
     best weight is found on validation data (``tools/
     sweep_example_weight.py``), and is mostly small. A weight above 0 costs a
-    pass over the features, and does not fold into a convolution.
+    pass over the features, and does not fold into a convolution: mmcv's
+    ``fuse_conv_bn`` would silently drop it.
 
     Each call says all there is: norms that it excludes go back to what they
     were built with. Parameters and buffers are not touched. Convert models
@@ -125,33 +125,80 @@ def set_example_weight(
     """
     if weight is not None:
         check_example_weight(weight)
-    exclude = (exclude, ) if isinstance(exclude, str) else tuple(exclude)
     norms = _norms(model)
-
-    def under(name: str, prefix: str) -> bool:
-        return name == prefix or name.startswith(f'{prefix}.')
-
-    for prefix in exclude:
-        if not any(under(name, prefix) for name in norms):
-            parts = sorted({name.split('.')[0] for name in norms})
-            raise ValueError(
-                f'exclude={prefix!r} is no part of the model with norms; such '
-                f'are in {", ".join(parts) or "no part"}')
-    chosen = [
-        name for name in norms
-        if not any(under(name, prefix) for prefix in exclude)
-    ]
+    chosen = _not_excluded(norms, exclude)
     if weight is not None:
         if not chosen:
             raise ValueError('no norm of the model can weigh examples: it has '
                              f'{len(norms)} norms, and {len(norms)} of them '
                              'are excluded')
         for name in chosen:
-            if getattr(norms[name], 'running_mean', None) is None:
+            if _lacks_averages(norms[name], weight):
                 raise ValueError(_without_averages(name, norms[name]))
     for name, module in norms.items():
         _set(module, weight if name in chosen else None)
     return chosen
+
+
+def _not_excluded(norms: Dict[str, nn.Module],
+                  exclude: Union[str, Sequence[str]]) -> List[str]:
+
+    def under(name: str, prefix: str) -> bool:
+        return name == prefix or name.startswith(f'{prefix}.')
+
+    exclude = (exclude, ) if isinstance(exclude, str) else tuple(exclude)
+    for prefix in exclude:
+        if not any(under(name, prefix) for name in norms):
+            parts = sorted({name.split('.')[0] for name in norms})
+            raise ValueError(
+                f'exclude={prefix!r} is no part of the model with norms; such '
+                f'are in {", ".join(parts) or "no part"}')
+    return [
+        name for name in norms
+        if not any(under(name, prefix) for prefix in exclude)
+    ]
+
+
+def _as_trained(module: nn.Module) -> float:
+    """The weight that the module has without any setting of it."""
+    if isinstance(module, SmallBatchNorm):
+        return module.built_example_weight
+    return 1. if isinstance(module, nn.GroupNorm) else 0.
+
+
+def _lacks_averages(module: nn.Module, weight: float) -> bool:
+    # GroupNorm at 1 is GroupNorm.
+    return getattr(module, 'running_mean', None) is None and not (
+        isinstance(module, nn.GroupNorm) and weight == 1)
+
+
+def weights_as_trained(model: nn.Module,
+                       exclude: Union[str, Sequence[str]] = ()) -> Set[float]:
+    """The weights of examples in the model's norms as they were trained.
+
+    Args:
+        model, exclude: As of :func:`set_example_weight`.
+
+    Returns:
+        set[float]: One, unless kinds of norms are mixed.
+    """
+    norms = _norms(model)
+    return {_as_trained(norms[name]) for name in _not_excluded(norms, exclude)}
+
+
+def lacks_averages(model: nn.Module,
+                   weight: float,
+                   exclude: Union[str, Sequence[str]] = ()) -> bool:
+    """Whether a GroupNorm has to be calibrated before it takes the weight.
+
+    Args:
+        model, weight, exclude: As of :func:`set_example_weight`.
+    """
+    norms = _norms(model)
+    return any(
+        isinstance(norms[name], nn.GroupNorm)
+        and _lacks_averages(norms[name], weight)
+        for name in _not_excluded(norms, exclude))
 
 
 def _without_averages(name: str, module: nn.Module) -> str:

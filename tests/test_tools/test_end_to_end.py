@@ -143,7 +143,7 @@ def test_the_weight_of_examples_is_swept(trained, options, tmp_path):
     scores = _scores(_scalars(work_dir))
     assert {k: rows[0][k] for k in scores} == scores
     assert rows[1] != dict(rows[0], weight=0.2)
-    assert 'best: ' in out and 'ExampleWeightHook' in out
+    assert 'best: ' in out
     again = _run(*command, '--weights', '0', '0.2', '0.01')
     assert '2 of 3 weights are in' in again
     assert 'weight 0.01: coco/bbox_mAP' in again
@@ -151,7 +151,46 @@ def test_the_weight_of_examples_is_swept(trained, options, tmp_path):
     assert json.loads(path.read_text())['weights'][2] == rows[1]
     assert cv2.imread(str(path.with_suffix('.png'))).std() > 5
     other = _run(*command, '--exclude', 'backbone', fails=True)
-    assert 'another sweep, with another exclude' in other
+    assert 'another sweep; not the same: exclude' in other
+    path.unlink()
+    _run(*command, '--exclude', 'backbone', '--weights', '0.2')
+    apart = json.loads(path.read_text())['weights']
+    assert apart[0] == rows[0]  # as trained, added
+    assert apart[1] != rows[1]
+
+
+def test_group_norm_is_calibrated_and_swept(options, tmp_path):
+    """From the sweep's best weight to the config entry it names."""
+    config = DEMO.replace('cbn-all', 'gn-all')
+    options = [o for o in options if 'custom_hooks' not in o]
+    few = ['train_cfg.max_iters=40', 'default_hooks.checkpoint.interval=40',
+           'train_cfg.val_interval=100']
+    _run(sys.executable, 'tools/train.py', config, '--work-dir',
+         str(tmp_path / 'gn'), *options, *few)
+    checkpoint = str(tmp_path / 'gn' / 'iter_40.pth')
+    scores = []
+    for folder in ('a', 'b'):  # the same images are calibrated on
+        _run(sys.executable, 'tools/sweep_example_weight.py', config,
+             checkpoint, '--weights', '0.3', '--calibration-images', '8',
+             '--metric', 'coco/bbox_mAP_50', '--work-dir',
+             str(tmp_path / folder), *options)
+        scores.append(json.loads(
+            (tmp_path / folder / 'example_weight.json').read_text()))
+    assert scores[0] == scores[1]
+    assert [row['weight'] for row in scores[0]['weights']] == [0.3, 1]
+    with_hook = tmp_path / 'gn_weighted.py'
+    with_hook.write_text(
+        f"_base_ = '{ROOT / config}'\n"
+        "custom_hooks = [dict(type='ExampleWeightHook', weight=0.3,\n"
+        '                     calibration_images=8)]\n')
+    _run(sys.executable, 'tools/test.py', str(with_hook), checkpoint,
+         '--work-dir', str(tmp_path / 'test'), '--tta', *options)
+    _run(sys.executable, 'tools/test.py', str(with_hook), checkpoint,
+         '--work-dir', str(tmp_path / 'plain'), *options)
+    tested = json.loads(next((tmp_path / 'plain').glob('*/*.json')).read_text())
+    for key, value in scores[0]['weights'][0].items():
+        if key.startswith('coco/'):
+            assert tested[key] == value
 
 
 def test_test_reproduces_the_last_score(trained, options, tmp_path):
