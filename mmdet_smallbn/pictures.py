@@ -219,15 +219,17 @@ _STATISTICS = dict(
     psi='$\\Psi$')
 
 
-def save_statistics(rows: Sequence[Dict[str, Any]], layers: Sequence[str],
-                    path: Union[str, Path]) -> None:
-    """Save the recorded statistics of norms, a line of panels for each.
+def draw_statistics(rows: Sequence[Dict[str, Any]],
+                    layers: Sequence[str]) -> Figure:
+    """Draw the recorded statistics of norms, a line of panels for each.
 
     Args:
         rows (Sequence[dict]): Records of
             :class:`mmdet_smallbn.StatisticsHook`.
         layers (Sequence[str]): Names of the layers to draw.
-        path (str | Path): Picture to write.
+
+    Returns:
+        Figure: Panels of mean, variance, mean square, g and Psi.
     """
     figure = Figure(
         figsize=(3.3 * len(_STATISTICS), 2.6 * len(layers)), layout='tight')
@@ -252,7 +254,7 @@ def save_statistics(rows: Sequence[Dict[str, Any]], layers: Sequence[str],
             if ax.lines:
                 ax.legend(frameon=False, fontsize=8, loc='upper right')
         line[0].set_ylabel(f'{layer}\nL2 norm', fontsize=8)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def _plot(ax: Axes,

@@ -3,6 +3,7 @@ import logging
 
 import torch
 from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Dataset
@@ -31,6 +32,23 @@ class Images(Dataset):
     def __getitem__(self, index):
         return dict(inputs=torch.full((3, 8, 8), index / 8.) +
                     torch.linspace(0, 1, 8))
+
+
+class LossScale(OptimWrapper):
+    """Mixed precision's dynamic loss scale, on any device."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.loss_scaler = torch.amp.GradScaler(
+            'cpu', init_scale=2.**12, growth_interval=2)
+
+    def backward(self, loss):
+        self.loss_scaler.scale(loss).backward()
+        self._inner_count += 1
+
+    def step(self):
+        self.loss_scaler.step(self.optimizer)
+        self.loss_scaler.update()
 
 
 def toy_runner(tmp_path, hooks, model=None, by_epoch=True, **kwargs):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import List, Optional, Sequence
 
 from ..errors import SetupError, did_you_mean, one_line_errors
-from ..pictures import save_statistics
+from ..pictures import draw_statistics
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -70,7 +70,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             layers += found
         out = Path(args.out or Path(args.files[-1]).with_suffix('.png'))
         out.parent.mkdir(parents=True, exist_ok=True)
-        save_statistics(rows, layers, out)
+        draw_statistics(rows, layers).savefig(out, dpi=110)
     print(f'written: {out}')
 
 

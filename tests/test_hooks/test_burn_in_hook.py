@@ -9,7 +9,7 @@ from torch import nn
 from mmdet_smallbn import BRN, CBN, MABN, BatchGroupNorm, BurnInHook
 from mmdet_smallbn.cli.runtime import register_checkpoint_loader
 from mmdet_smallbn.errors import SetupError
-from tests.toy import Images, Toy, read_log, toy_runner
+from tests.toy import Images, LossScale, Toy, read_log, toy_runner
 
 
 class Phases(Hook):
@@ -44,6 +44,17 @@ def test_by_epoch(tmp_path):
     # Whoever uses the model next is not in the last iteration any more.
     assert runner.model.head[1].iteration is None
     assert runner.model.head[1].layer_name == 'head.1'
+
+
+def test_a_second_training_of_a_model_begins_with_an_empty_past(tmp_path):
+    model = Toy()
+    hook = [dict(type='BurnInHook', epochs=0)]
+    _runner(tmp_path, hook, model)[0].train()
+    assert model.head[1]._states[0].filled == 4
+    _runner(
+        tmp_path, hook, model,
+        train_cfg=dict(by_epoch=True, max_epochs=1))[0].train()
+    assert model.head[1]._states[0].filled == 2
 
 
 def test_by_iteration_and_prefix(tmp_path):
@@ -146,23 +157,6 @@ class Snapshot(Hook):
                 v.clone() for v in runner.model.state_dict().values()])
 
 
-class LossScale(OptimWrapper):
-    """Mixed precision's dynamic loss scale, on any device."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.loss_scaler = torch.amp.GradScaler(
-            'cpu', init_scale=2.**12, growth_interval=2)
-
-    def backward(self, loss):
-        self.loss_scaler.scale(loss).backward()
-        self._inner_count += 1
-
-    def step(self):
-        self.loss_scaler.step(self.optimizer)
-        self.loss_scaler.update()
-
-
 @pytest.mark.parametrize('accumulate', [1, 4])
 def test_a_loss_scale_and_accumulation_are_told(tmp_path, accumulate):
     """6 iterations: 4 and a remainder of 2. The scale grows on the way."""
@@ -230,6 +224,8 @@ def test_bad_arguments(settings, message):
 @pytest.mark.parametrize('hook, model, extra, message', [
     (dict(epochs=1), Toy(nn.BatchNorm2d), {}, 'no layer that burns in'),
     (dict(epochs=1, prefix='neck'), None, {},
+     "'neck' of the model.*backbone, head"),
+    (dict(epochs=1, prefix=['head', 'neck']), None, {},
      "'neck' of the model.*backbone, head"),
     (dict(epochs=3), None, {}, 'epochs=3 is no shorter.*3 epochs'),
     (dict(epochs=1), None, dict(by_epoch=False), 'epochs=1.*Use iters'),

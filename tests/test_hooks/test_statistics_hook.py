@@ -2,12 +2,15 @@ import json
 
 import pytest
 import torch
+from mmengine.optim import OptimWrapper
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mmdet_smallbn import MABN, StatisticsHook
 from mmdet_smallbn.cli import plot_statistics
 from mmdet_smallbn.errors import SetupError
-from tests.toy import Images, Toy, toy_runner
+from mmdet_smallbn.pictures import draw_statistics
+from tests.toy import Images, LossScale, Toy, read_log, toy_runner
 
 
 def _run(tmp_path, model, accumulate=1, lr=0., **settings):
@@ -79,9 +82,105 @@ def test_mabns_averages_are_recorded(tmp_path):
     assert rows[-1]['moving'].keys() == {
         'ema_mean_square', 'sma_mean_square', 'sma_psi'
     }
-    # The one later iteration moved them on.
     assert averages.forward.pushes == averages.backward.pushes == 6
     assert all(value > 0 for value in rows[-1]['batch'].values())
+
+
+def test_mabns_averages_are_those_of_its_batches(tmp_path):
+    """A block as long as the buffer: the same mean squares, and Psis."""
+    model = Toy(lambda c: MABN(c, buffer_size=3))
+    nn.init.uniform_(model.head[1].weight, 0.5, 1.5)
+    _, rows = _run(tmp_path, model, lr=0.05, layers='head.1', regular=3)
+    for row in rows[2::3]:
+        moving = row['moving']
+        assert moving['sma_psi'] == pytest.approx(row['regular']['psi'])
+        assert moving['sma_mean_square'] == pytest.approx(
+            row['regular']['mean_square'])
+    averages = model.head[1]._states[0]
+    for key, average in (('mean_square', averages.forward),
+                         ('psi', averages.backward)):
+        assert rows[-1]['moving'][f'sma_{key}'] == pytest.approx(
+            average.mean()[-1].norm().item())
+    assert rows[-1]['moving']['ema_mean_square'] == pytest.approx(
+        model.head[1].running_var.norm().item())
+
+
+def test_a_loss_scale_leaves_no_trace(tmp_path):
+    seen = []
+    for kind in (OptimWrapper, LossScale):
+        torch.manual_seed(0)
+        model = Toy(nn.BatchNorm2d)
+        folder = tmp_path / kind.__name__
+        folder.mkdir()
+        runner = toy_runner(
+            folder, [dict(type='StatisticsHook', layers='head.1')],
+            model,
+            optim_wrapper=kind(torch.optim.SGD(model.parameters(), lr=0.05)))
+        runner.train()
+        path, = folder.rglob('statistics.jsonl')
+        seen.append([json.loads(line)['batch'] for line in path.open()])
+    for plain, scaled in zip(*seen):
+        assert scaled == pytest.approx(plain, rel=1e-4)
+    assert runner.optim_wrapper.loss_scaler.get_scale() == 2**15
+
+
+class Checkpointed(Toy):
+
+    def forward(self, inputs, mode='tensor'):
+        out = checkpoint(
+            self.head, self.backbone(torch.stack(inputs)),
+            use_reentrant=False)
+        return dict(loss=out.square().mean()) if mode == 'loss' else out
+
+
+def test_a_recomputed_forward_does_not_count(tmp_path):
+    rows = []
+    for cls in (Toy, Checkpointed):
+        torch.manual_seed(0)
+        folder = tmp_path / cls.__name__
+        folder.mkdir()
+        rows.append(
+            _run(folder, cls(nn.BatchNorm2d), lr=0.05, layers='head.1')[1])
+    for plain, twice in zip(*rows):
+        assert twice['batch'] == pytest.approx(plain['batch'], abs=1e-7)
+
+
+class Asleep(Toy):
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.backbone[1].eval()
+        return self
+
+
+def test_layers_without_a_training_forward_are_told(tmp_path):
+    _, rows = _run(tmp_path, Asleep(nn.BatchNorm2d), layers='*.1')
+    assert {row['layer'] for row in rows} == {'head.1'}
+    assert "1 of 2 norms, 'backbone.1' the first" in read_log(tmp_path)
+    with pytest.raises(SetupError, match='1 of 1 norms.*norm_eval'):
+        _run(tmp_path, Asleep(nn.BatchNorm2d), layers='backbone.1')
+
+
+class Poisoned(Images):
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return dict(inputs=sample['inputs'] * (float('inf') if index else 1))
+
+
+def test_a_batch_that_is_not_finite_is_left_out(tmp_path):
+    hook = dict(type='StatisticsHook', layers='backbone.1', regular=2)
+    toy_runner(
+        tmp_path, [hook],
+        Toy(nn.BatchNorm2d),
+        train_dataloader=dict(
+            dataset=Poisoned(),
+            batch_size=4,
+            sampler=dict(type='DefaultSampler', shuffle=False))).train()
+    path, = tmp_path.rglob('statistics.jsonl')
+    rows = [json.loads(line) for line in path.open()]
+    assert len(rows) == 6 and not any('regular' in row for row in rows)
+    assert all('var' not in row['batch'] for row in rows)
 
 
 def test_values_go_to_the_visualisation_backends(tmp_path):
@@ -119,6 +218,44 @@ def test_the_figure_is_drawn(tmp_path, capsys):
     picture = path.with_suffix('.png')
     assert str(picture) in capsys.readouterr().out
     assert picture.read_bytes().startswith(b'\x89PNG')
+
+
+def test_the_figure_has_the_recorded_lines(tmp_path):
+    _run(
+        tmp_path,
+        Toy(lambda c: MABN(c, buffer_size=3)),
+        layers='*.1',
+        regular=2)
+    path, = tmp_path.rglob('statistics.jsonl')
+    rows = plot_statistics.read_rows([str(path)])
+    figure = draw_statistics(rows, ['head.1'])
+    labels = [[line.get_label() for line in ax.lines] for ax in figure.axes]
+    small_large = ['batch', 'large batch']
+    assert labels == [
+        small_large, small_large, [*small_large, 'EMA', 'SMA'], small_large,
+        [*small_large, 'SMA']
+    ]
+    psi = figure.axes[4].lines[2]
+    assert list(psi.get_ydata()) == [
+        row['moving']['sma_psi'] for row in rows if row['layer'] == 'head.1'
+    ]
+
+
+def test_a_resumed_runs_files_are_one(tmp_path):
+    """And a line that was cut off is none."""
+    first, second = tmp_path / 'a.jsonl', tmp_path / 'b.jsonl'
+
+    def rows(first, last, value):
+        return '\n'.join(
+            json.dumps(dict(iter=i, layer='n', batch=dict(mean=value)))
+            for i in range(first, last))
+
+    first.write_text(rows(0, 4, 1.) + '\n{"iter": 4, "la')
+    second.write_text(rows(3, 6, 2.))
+    found = plot_statistics.read_rows([str(first), str(second)])
+    assert [(row['iter'], row['batch']['mean']) for row in found] == [
+        (0, 1.), (1, 1.), (2, 1.), (3, 2.), (4, 2.), (5, 2.)
+    ]
 
 
 @pytest.mark.parametrize('arguments, message', [
