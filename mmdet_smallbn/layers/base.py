@@ -78,14 +78,15 @@ class SmallBatchNorm(nn.BatchNorm2d):
 
     To the toolboxes it is a BatchNorm: the same parameters, buffers and state
     dict (pretrained weights load, ``norm_decay_mult``, ``norm_eval`` and
-    freezing apply), the same evaluation, a per-channel affine map that folds
-    into the convolution before it. In training a subclass says in
-    :meth:`statistics` what to normalise with.
+    freezing apply), the same evaluation, a per-channel affine map. In training
+    a subclass says in :meth:`batch_statistics` and :meth:`statistics` what to
+    normalise with.
 
-    Whatever the statistics are, ``running_mean`` and ``running_var`` follow
-    the present batch as in ``nn.BatchNorm2d``, with three differences: a
-    recomputation in a backward pass (activation checkpointing) does not count
-    twice, a non-finite batch and an empty one leave them untouched.
+    ``running_mean`` and ``running_var`` follow the present batch, as in
+    ``nn.BatchNorm2d`` unless :meth:`running_statistics` says otherwise, with
+    three differences: a recomputation in a backward pass (activation
+    checkpointing) does not count twice, a non-finite batch and an empty one
+    leave them untouched.
 
     State beyond BatchNorm's lives in plain attributes: ``buffers()`` and
     ``state_dict()`` hold BatchNorm's three buffers and nothing else, because
