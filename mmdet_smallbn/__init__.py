@@ -16,5 +16,6 @@ from .layers import (BRN, CBN, MABN, BatchGroupNorm,  # noqa: E402
 __all__ = [
     'BRN', 'BatchGroupNorm', 'BurnInHook', 'CBN', 'CenConv2d',
     'ExampleWeightHook', 'GhostBN', 'MABN', 'NaiveCBN', 'StatisticsHook',
-    '__version__', 'calibrate_group_norms', 'set_example_weight', 'suggested_window_size'
+    '__version__', 'calibrate_group_norms', 'set_example_weight',
+    'suggested_window_size'
 ]

@@ -2,7 +2,8 @@
 import io
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import (Any, Dict, List, NamedTuple, Optional, Sequence, Tuple,
+                    Union)
 
 import cv2
 import numpy as np

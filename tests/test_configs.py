@@ -55,6 +55,16 @@ def _kind(path):
     return known[name], place
 
 
+def _norm_cfg(cfg, name):
+    """What the config says of a norm in the model."""
+    node = cfg.model
+    for part in name.split('.'):
+        if part not in node:
+            break
+        node = node[part]
+    return node.norm_cfg
+
+
 def _hook(cfg, kind):
     """The hook of this type in a config; None if there is none."""
     hooks = [h for h in cfg.get('custom_hooks', []) if h.type == kind]
@@ -94,8 +104,9 @@ def test_norms_are_where_the_name_says_and_take_a_step(path):
         else:
             assert type(module) is norm, name
             assert module.training, name
-            for key, value in cfg.norm_cfg.items():
-                assert key == 'type' or getattr(module, key) == value
+            for key, value in _norm_cfg(cfg, name).items():
+                assert key in ('type', 'requires_grad') or (
+                    getattr(module, key) == value), (name, key)
     assert (frozen > 0) == (place == 'all'
                             and cfg.model.backbone.frozen_stages > 0)
     # Centred weights where MABN needs them, and only there.

@@ -1,5 +1,7 @@
 _base_ = './faster-rcnn_r18_fpn_cbn-all_1xb4_shapes-coco.py'
-norm_cfg = dict(type='BGN', num_groups=8)
+norm_cfg = dict(type='BGN', num_groups=8, examples_per_group=2)
 part = dict(norm_cfg=norm_cfg)
-model = dict(backbone=part, neck=part, roi_head=dict(bbox_head=part))
+# In the head examples are regions: those of two images, 32 each.
+head = dict(norm_cfg=dict(type='BGN', num_groups=8, examples_per_group=64))
+model = dict(backbone=part, neck=part, roi_head=dict(bbox_head=head))
 custom_hooks = []  # no burn-in

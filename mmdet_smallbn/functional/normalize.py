@@ -21,20 +21,26 @@ def _per_channel(v: Tensor) -> Tensor:
     return v.view(1, -1, 1, 1)
 
 
+def _batch_norm(x, mean, var, weight, bias, eps):
+    # Half-precision parameters beside float32 statistics are refused by the
+    # fused kernel: they go in as float32, the output stays x.dtype.
+    if mean.dtype != x.dtype:
+        weight, bias = (p if p is None else p.to(mean.dtype)
+                        for p in (weight, bias))
+    return F.batch_norm(x, mean, var, weight, bias, False, 0., eps)
+
+
 class _Normalize(Function):
 
     @staticmethod
     def forward(ctx, x, mean, var, weight, bias, eps, share, gradient):
-        # Half-precision parameters beside float32 statistics are refused by
-        # the fused kernel: they go in as float32, the output stays x.dtype.
-        weight_, bias_ = (p if p is None else p.to(mean.dtype)
-                          for p in (weight, bias))
-        ctx.save_for_backward(x, mean, torch.rsqrt(var + eps), weight_, share)
+        wide = weight if weight is None else weight.to(mean.dtype)
+        ctx.save_for_backward(x, mean, torch.rsqrt(var + eps), wide, share)
         ctx.eps = eps
         ctx.gradient = gradient
         if x.numel() == 0:
             return torch.empty_like(x)
-        return F.batch_norm(x, mean, var, weight_, bias_, False, 0., eps)
+        return _batch_norm(x, mean, var, weight, bias, eps)
 
     @staticmethod
     @once_differentiable
@@ -279,10 +285,7 @@ def normalize_for_inference(x: Tensor,
     """
     mean, var = fold_groups(mean, var, num_groups)
     if not example_weight:
-        if mean.dtype != x.dtype:  # the kernel wants them all to be wide
-            weight, bias = (p if p is None else p.to(mean.dtype)
-                            for p in (weight, bias))
-        return F.batch_norm(x, mean, var, weight, bias, False, 0., eps)
+        return _batch_norm(x, mean, var, weight, bias, eps)
     n, c = x.shape[:2]
 
     def average(values: Tensor, repeats: int = 1) -> Tensor:

@@ -80,14 +80,15 @@ class StatisticsHook(Hook):
       scale and shift, :math:`\Psi = \gamma\,\partial L/\partial\gamma / m`,
       and cost no activation,
 
-    for the batch, for every ``regular`` batches pooled, and for the
-    layer's moving averages (``ema_mean`` and ``ema_var``; MABN's
-    ``ema_mean_square``, ``sma_mean_square`` and ``sma_psi``). With ``optim_wrapper.accumulative_counts=regular`` the
-    batches behind a large one are of the same weights, as in the paper;
-    otherwise the weights move a little meanwhile. A large batch's g and
-    :math:`\Psi` are averages of its batches', each normalised as it was
-    trained. Gradients are those of the loss itself, neither scaled nor
-    divided for accumulation. A batch that is not finite is in no large one.
+    for the batch, for every ``regular`` batches pooled, and for the layer's
+    moving averages (``ema_mean`` and ``ema_var``; MABN's ``ema_mean_square``,
+    ``sma_mean_square`` and ``sma_psi``). With
+    ``optim_wrapper.accumulative_counts=regular`` the batches behind a large
+    one are of the same weights, as in the paper; otherwise the weights move a
+    little meanwhile. A large batch's g and :math:`\Psi` are averages of its
+    batches', each normalised as it was trained. Gradients are those of the
+    loss itself, neither scaled nor divided for accumulation. A batch that is
+    not finite is in no large one.
 
     Each rank sees its own batches; the main process records. Values go to
     mmengine's visualisation backends as ``statistics/LAYER/NAME`` and to

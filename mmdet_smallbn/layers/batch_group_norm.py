@@ -33,7 +33,8 @@ class BatchGroupNorm(SmallBatchNorm, _BatchNorm):
     ``num_groups=num_features`` Ghost batch normalisation, and batch
     normalisation if besides the group takes in the whole batch. Examples are
     grouped in their order; the last group may be smaller, and a batch smaller
-    than a group is one group.
+    than a group is one group. In a RoI head the examples are regions: the
+    group of two images takes the regions of both.
 
     Evaluation knows two kinds of statistics: an example's own, over its
     groups of channels as in group normalisation, and the moving averages of
@@ -152,7 +153,8 @@ class GhostBN(BatchGroupNorm, _BatchNorm):
         num_features (int): Channels C.
         eps, momentum, affine, track_running_stats: As in ``nn.BatchNorm2d``;
             the moving averages are those of :class:`BatchGroupNorm`.
-        ghost_size (int): Examples of a ghost batch. The last may be smaller.
+        ghost_size (int): Examples of a ghost batch; in a RoI head, regions.
+            The last ghost batch may be smaller.
         example_weight (float): As in :class:`BatchGroupNorm`.
         sync (bool): Whether the batch is that of all processes.
     """

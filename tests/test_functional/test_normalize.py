@@ -14,6 +14,16 @@ def _inputs(n=3, c=4, h=5, w=2):
     return x, weight, bias
 
 
+def _assert_same(out, expected, leaves):
+    """Values, and gradients of the leaves."""
+    grad = torch.randn_like(out)
+    torch.testing.assert_close(out, expected)
+    for found, wanted in zip(
+            torch.autograd.grad(out, leaves, grad),
+            torch.autograd.grad(expected, leaves, grad)):
+        torch.testing.assert_close(found, wanted)
+
+
 def test_own_statistics_are_batch_norm():
     x, weight, bias = _inputs()
     grad = torch.randn_like(x)
@@ -99,12 +109,7 @@ def test_without_the_gradients_mean_it_is_a_root_mean_square_norm():
         gradient=lambda mean_g, mean_gx: (None, mean_gx))
     chi = (x.square().mean((0, 2, 3), keepdim=True) + 1e-5).sqrt()
     expected = (x / chi * weight.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1))
-    grad = torch.randn_like(x)
-    torch.testing.assert_close(out, expected)
-    for found, wanted in zip(
-            torch.autograd.grad(out, (x, weight, bias), grad),
-            torch.autograd.grad(expected, (x, weight, bias), grad)):
-        torch.testing.assert_close(found, wanted)
+    _assert_same(out, expected, (x, weight, bias))
 
 
 def test_statistics_of_each_example():
@@ -120,12 +125,7 @@ def test_statistics_of_each_example():
         1e-5,
         gradient=lambda mean_g, mean_gx: (mean_g, mean_gx))
     expected = F.instance_norm(x, weight=weight, bias=bias, eps=1e-5)
-    grad = torch.randn_like(x)
-    torch.testing.assert_close(out, expected)
-    for found, wanted in zip(
-            torch.autograd.grad(out, (x, weight, bias), grad),
-            torch.autograd.grad(expected, (x, weight, bias), grad)):
-        torch.testing.assert_close(found, wanted)
+    _assert_same(out, expected, (x, weight, bias))
 
 
 def test_an_empty_batch_tells_who_waits_for_its_gradient():

@@ -94,8 +94,9 @@ def test_resume_continues_where_it_was(tmp_path, by_epoch):
 
 def test_examples_and_suggestion_are_logged(tmp_path):
     _runner(tmp_path, [dict(type='BurnInHook', epochs=0)])[0].train()
-    assert '2 CBN layers: 4 iterations x 4 images = 16 examples' in read_log(tmp_path)
-    assert 'suggests' not in read_log(tmp_path)
+    text = read_log(tmp_path)
+    assert '2 CBN layers: 4 iterations x 4 images = 16 examples' in text
+    assert 'suggests' not in text
 
 
 class Mixed(Toy):
@@ -206,8 +207,9 @@ class Scales(Hook):
 def test_another_window_logs_the_papers(tmp_path):
     model = Toy(lambda c: CBN(c, window_size=2))
     _runner(tmp_path, [dict(type='BurnInHook', epochs=0)], model)[0].train()
-    assert re.search(r'2 iterations x 4 images = 8 .*window_size=4 .*ceil\(16 / 4',
-                     read_log(tmp_path))
+    assert re.search(
+        r'2 iterations x 4 images = 8 .*window_size=4 .*ceil\(16 / 4',
+        read_log(tmp_path))
 
 
 @pytest.mark.parametrize('settings, message', [

@@ -187,7 +187,8 @@ def test_group_norm_is_calibrated_and_swept(options, tmp_path):
          '--work-dir', str(tmp_path / 'test'), '--tta', *options)
     _run(sys.executable, 'tools/test.py', str(with_hook), checkpoint,
          '--work-dir', str(tmp_path / 'plain'), *options)
-    tested = json.loads(next((tmp_path / 'plain').glob('*/*.json')).read_text())
+    path, = (tmp_path / 'plain').glob('*/*.json')
+    tested = json.loads(path.read_text())
     for key, value in scores[0]['weights'][0].items():
         if key.startswith('coco/'):
             assert tested[key] == value
