@@ -1,6 +1,12 @@
 """Made data that the tests share."""
-import pytest
-import torch
+import os
+
+# Tensors are tiny: threads would wait for each other, above all where others
+# are at work. Before torch is imported, and for the tools that tests start.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
