@@ -187,9 +187,16 @@ def _metric(metrics: Dict[str, float], name: str) -> float:
     return metrics[name]
 
 
-def best_weight(metrics: Dict[float, Dict[str, float]], metric: str) -> float:
-    """The weight with the best metric; of equals the smallest."""
-    return max(sorted(metrics), key=lambda w: _metric(metrics[w], metric))
+def best_weight(metrics: Dict[float, Dict[str, float]],
+                metric: str,
+                trained: Optional[float] = None) -> float:
+    """The weight with the best metric.
+
+    Of equals the one that the norms were trained with, or else the smallest.
+    """
+    return max(
+        sorted(metrics),
+        key=lambda w: (_metric(metrics[w], metric), w == trained))
 
 
 def report(metrics: Dict[float, Dict[str, float]], metric: str,
@@ -205,7 +212,7 @@ def report(metrics: Dict[float, Dict[str, float]], metric: str,
     table.add_column('weight', justify='right')
     for column in columns:
         table.add_column(column, justify='right')
-    best = best_weight(metrics, metric)
+    best = best_weight(metrics, metric, trained)
     for weight in sorted(metrics):
         label = f'{weight:g}'
         table.add_row(
@@ -287,8 +294,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         report(chosen, args.metric, trained, args.exclude, console)
         picture = results.path.with_suffix('.png')
         save_sweep({w: row[args.metric] for w, row in chosen.items()},
-                   args.metric, picture, best_weight(chosen, args.metric),
-                   trained)
+                   args.metric, picture,
+                   best_weight(chosen, args.metric, trained), trained)
         console.print(f'written: {results.path}, {picture}', soft_wrap=True)
 
 

@@ -29,9 +29,10 @@ def test_results_are_kept_and_told_apart(tmp_path):
         Results(path, {})
 
 
-def test_the_best_is_the_smallest_of_equals():
-    assert best_weight({0.: {AP: 0.4}, 0.1: {AP: 0.5}, 0.2: {AP: 0.5}},
-                       AP) == 0.1
+def test_the_best_of_equals():
+    metrics = {0.: {AP: 0.4}, 0.1: {AP: 0.5}, 0.2: {AP: 0.5}}
+    assert best_weight(metrics, AP) == best_weight(metrics, AP, 0.) == 0.1
+    assert best_weight(metrics, AP, 0.2) == 0.2
 
 
 def test_the_report_names_the_best_and_how_to_use_it():
