@@ -223,14 +223,19 @@ def test_resume_continues_the_schedule(trained, options, tmp_path):
     assert (tmp_path / f'iter_{ITERS}.pth').exists()
 
 
-def test_two_processes_train_on_the_cpu(options, tmp_path):
+@pytest.mark.parametrize('sync', [False, True])
+def test_two_processes_train_on_the_cpu(options, tmp_path, sync):
     few = ['train_cfg.max_iters=6', 'train_cfg.val_interval=6',
            'custom_hooks.0.iters=2', 'default_hooks.checkpoint.interval=6',
-           'default_hooks.logger.interval=2']
+           'default_hooks.logger.interval=2',
+           *(f'model.{part}.norm_cfg.sync={sync}'
+             for part in ('backbone', 'neck', 'roi_head.bbox_head'))]
     out = _run('bash', 'tools/dist_train.sh', DEMO, '2', '--work-dir',
                str(tmp_path), *options, *few, PORT=_free_port())
     assert 'Distributed training: True' in out and 'GPU number: 2' in out
     assert 'at iteration 2, epoch 0: burn-in is over' in out
+    images = 8 if sync else 4
+    assert f'32 CBN layers: 4 iterations x {images} images' in out
     losses = [r['loss'] for r in _scalars(tmp_path) if 'loss' in r]
     assert len(losses) == 3 and all(loss > 0 for loss in losses)
     assert (tmp_path / 'iter_6.pth').exists()
