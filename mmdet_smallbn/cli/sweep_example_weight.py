@@ -20,8 +20,8 @@ from rich.table import Table
 
 from ..errors import SetupError, one_line_errors
 from ..hooks import bare_model, calibrate
-from ..layers import (check_example_weight, lacks_averages,
-                      set_example_weight, weights_as_trained)
+from ..layers import (check_example_weight, check_positive_int,
+                      lacks_averages, set_example_weight, weights_as_trained)
 from ..pictures import save_sweep
 from .runtime import add_common_arguments, build_runner, load_config
 
@@ -201,8 +201,8 @@ def best_weight(metrics: Dict[float, Dict[str, float]],
 
 def report(metrics: Dict[float, Dict[str, float]], metric: str,
            trained: Optional[float], exclude: List[str],
-           console: Console) -> None:
-    """Print the table, the best weight, and how to use it."""
+           console: Console) -> float:
+    """Print the table, the best weight, and how to use it; return it."""
     prefix = metric.rsplit('_mAP', 1)[0]
     columns = [metric] + [
         key for key in (f'{prefix}_mAP_50', f'{prefix}_mAP_75')
@@ -224,7 +224,7 @@ def report(metrics: Dict[float, Dict[str, float]], metric: str,
     if best == trained:
         console.print(f'{line}, as trained: there is nothing to gain',
                       highlight=False)
-        return
+        return best
     if trained is not None:
         gain = metrics[best][metric] - metrics[trained][metric]
         line += f' ({gain:+.4f} over the model as trained)'
@@ -236,6 +236,7 @@ def report(metrics: Dict[float, Dict[str, float]], metric: str,
         highlight=False,
         soft_wrap=True,
         markup=False)
+    return best
 
 
 def prepare(args: argparse.Namespace) -> Config:
@@ -246,9 +247,7 @@ def prepare(args: argparse.Namespace) -> Config:
     """
     for weight in args.weights:
         check_example_weight(weight)
-    if args.calibration_images < 1:
-        raise ValueError('--calibration-images must be at least 1, but got '
-                         f'{args.calibration_images}')
+    check_positive_int('--calibration-images', args.calibration_images)
     cfg = load_config(args)
     cfg.load_from = args.checkpoint
     # One line a result, instead of the toolbox's hundreds.
@@ -291,11 +290,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         if not is_main_process():
             return
         chosen = {w: results.metrics[w] for w in weights}
-        report(chosen, args.metric, trained, args.exclude, console)
+        best = report(chosen, args.metric, trained, args.exclude, console)
         picture = results.path.with_suffix('.png')
         save_sweep({w: row[args.metric] for w, row in chosen.items()},
-                   args.metric, picture,
-                   best_weight(chosen, args.metric, trained), trained)
+                   args.metric, picture, best, trained)
         console.print(f'written: {results.path}, {picture}', soft_wrap=True)
 
 

@@ -8,7 +8,8 @@ from mmengine.runner import EpochBasedTrainLoop
 from torch import nn
 
 from ..errors import SetupError
-from ..layers import CBN, SmallBatchNorm, suggested_window_size
+from ..layers import (CBN, SmallBatchNorm, is_under,
+                      suggested_window_size)
 from .model import bare_model, gradient_scale
 
 
@@ -129,8 +130,7 @@ class BurnInHook(Hook):
 
     @staticmethod
     def _under(name: str, prefix: Optional[str]) -> bool:
-        return prefix is None or name == prefix or name.startswith(
-            f'{prefix}.')
+        return prefix is None or is_under(name, prefix)
 
     def _raise_no_layer(self, prefix: Optional[str],
                         model: nn.Module) -> None:

@@ -5,8 +5,8 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 from ..errors import SetupError
-from ..layers import (check_example_weight, lacks_averages,
-                      set_example_weight)
+from ..layers import (check_example_weight, check_positive_int,
+                      lacks_averages, set_example_weight)
 from .model import bare_model, calibrate
 
 
@@ -42,10 +42,8 @@ class ExampleWeightHook(Hook):
                  exclude: Union[str, Sequence[str]] = (),
                  calibration_images: int = 256) -> None:
         check_example_weight(weight)
-        if not isinstance(calibration_images, int) or calibration_images < 1:
-            raise ValueError(
-                'ExampleWeightHook: calibration_images must be an integer of '
-                f'at least 1, but got {calibration_images!r}')
+        check_positive_int('ExampleWeightHook: calibration_images',
+                           calibration_images)
         self.weight = weight
         self.exclude = exclude
         self.calibration_images = calibration_images

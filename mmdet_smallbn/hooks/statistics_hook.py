@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import SetupError, did_you_mean
 from ..functional import Moments, batch_moments, pool_moments
-from ..layers import SmallBatchNorm, in_backward
+from ..layers import SmallBatchNorm, check_positive_int, in_backward
 from .model import bare_model, gradient_scale
 
 
@@ -116,10 +116,8 @@ class StatisticsHook(Hook):
                  layers: Union[str, Sequence[str]],
                  interval: int = 1,
                  regular: int = 16) -> None:
-        for name, value in (('interval', interval), ('regular', regular)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f'StatisticsHook: {name} must be an integer '
-                                 f'of at least 1, but got {value!r}')
+        check_positive_int('StatisticsHook: interval', interval)
+        check_positive_int('StatisticsHook: regular', regular)
         self.patterns = [layers] if isinstance(layers, str) else list(layers)
         self.interval = interval
         self.regular = regular
@@ -155,7 +153,8 @@ class StatisticsHook(Hook):
         self._moments.clear()
         self._gradients.clear()
         self._active = runner.iter % self.interval == 0
-        self._scale = gradient_scale(runner)
+        if self._active:
+            self._scale = gradient_scale(runner)
 
     def after_train_iter(self, runner, *args, **kwargs) -> None:
         """Write down what was seen in this one."""

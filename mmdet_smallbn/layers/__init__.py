@@ -1,5 +1,6 @@
 """The norms. Importing this registers them in mmengine's root registry."""
-from .base import SmallBatchNorm, check_example_weight
+from .base import (SmallBatchNorm, check_example_weight,
+                   check_positive_int, is_under)
 from .batch_group_norm import BatchGroupNorm, GhostBN
 from .batch_renorm import BRN
 from .cbn import CBN, NaiveCBN, suggested_window_size
@@ -12,6 +13,6 @@ from .mabn import MABN
 __all__ = [
     'BRN', 'BatchGroupNorm', 'CBN', 'CenConv2d', 'GhostBN', 'MABN', 'NaiveCBN',
     'SmallBatchNorm', 'calibrate_group_norms', 'check_example_weight',
-    'in_backward', 'lacks_averages', 'set_example_weight',
-    'suggested_window_size', 'weights_as_trained'
+    'check_positive_int', 'in_backward', 'is_under', 'lacks_averages',
+    'set_example_weight', 'suggested_window_size', 'weights_as_trained'
 ]

@@ -36,6 +36,11 @@ def check_example_weight(value: Any) -> None:
                          f'1, but got {value!r}')
 
 
+def is_under(name: str, prefix: str) -> bool:
+    """Whether a module's name is the prefix, or of a part of that module."""
+    return name == prefix or name.startswith(f'{prefix}.')
+
+
 class Batch(NamedTuple):
     """What a layer sees of the present iteration.
 

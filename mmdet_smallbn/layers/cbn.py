@@ -137,8 +137,7 @@ class CBN(SmallBatchNorm, _BatchNorm):
             window = self.state_of_call()
         if window.filled == 0:
             self.check_count(batch.moments.count)
-        return Statistics(*window.pool(batch.x, batch.moments, producer.call,
-                                       batch.own, batch.processes))
+        return Statistics(*window.pool(batch, producer.call))
 
     def extra_repr(self) -> str:
         return (f'{super().extra_repr()}, window_size={self.window_size}, '

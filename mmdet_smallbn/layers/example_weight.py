@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional import (Moments, Processes, example_moments, mix_moments,
                           normalize_for_inference)
-from .base import SmallBatchNorm, check_example_weight
+from .base import SmallBatchNorm, check_example_weight, is_under
 
 
 class _WeighsExamples:
@@ -142,20 +142,16 @@ def set_example_weight(
 
 def _not_excluded(norms: Dict[str, nn.Module],
                   exclude: Union[str, Sequence[str]]) -> List[str]:
-
-    def under(name: str, prefix: str) -> bool:
-        return name == prefix or name.startswith(f'{prefix}.')
-
     exclude = (exclude, ) if isinstance(exclude, str) else tuple(exclude)
     for prefix in exclude:
-        if not any(under(name, prefix) for name in norms):
+        if not any(is_under(name, prefix) for name in norms):
             parts = sorted({name.split('.')[0] for name in norms})
             raise ValueError(
                 f'exclude={prefix!r} is no part of the model with norms; such '
                 f'are in {", ".join(parts) or "no part"}')
     return [
         name for name in norms
-        if not any(under(name, prefix) for prefix in exclude)
+        if not any(is_under(name, prefix) for prefix in exclude)
     ]
 
 

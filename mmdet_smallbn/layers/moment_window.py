@@ -7,6 +7,8 @@ from torch import Tensor
 from ..functional import (AffineMoments, ConvCall, Moments, Processes,
                           affine_moments, moments_at_weight, pool_moments,
                           variance_about)
+from .base import Batch
+from .moving_average import alike
 
 
 class MomentWindow:
@@ -29,14 +31,8 @@ class MomentWindow:
         self._parts: Optional[Tensor] = None
         self._cursor = -1
 
-    def pool(
-        self,
-        x: Tensor,
-        moments: Moments,
-        call: Optional[ConvCall],
-        own: Optional[Moments] = None,
-        processes: Optional[Processes] = None,
-    ) -> Tuple[Tensor, Tensor, Tensor]:
+    def pool(self, batch: Batch,
+             call: Optional[ConvCall]) -> Tuple[Tensor, Tensor, Tensor]:
         """Enter the present iteration, and pool it with the past ones.
 
         Every iteration has the same weight, whatever its batch size, as in
@@ -45,19 +41,15 @@ class MomentWindow:
         loss shows it) and is left out in the following ones.
 
         Args:
-            x (Tensor): The layer's input, shape (N, C, H, W).
-            moments (Moments): Its moments, of the whole batch where several
-                processes share it.
+            batch (Batch): The layer's input and its moments.
             call (ConvCall, optional): The convolution that made it. None:
                 past entries are used as they are.
-            own (Moments, optional): Moments of ``x`` alone, if it is a part.
-            processes (Processes, optional): Who has the other parts.
 
         Returns:
             tuple[Tensor, Tensor, Tensor]: Pooled mean, pooled biased variance
             and the weight of the present iteration, each of shape (C,).
         """
-        own = moments if own is None else own
+        x, own, moments, processes = batch
         present = self._describe(x, own, moments.mean, call)
         if not self._fits(present):
             self._allocate(present)
@@ -114,11 +106,8 @@ class MomentWindow:
         return processes.sum(torch.cat([mean, square], 1) * parts).chunk(2, 1)
 
     def _fits(self, present: AffineMoments) -> bool:
-        if self._entries is None:
-            return False
-        return all(
-            ring.shape[1:] == value.shape and ring.dtype == value.dtype
-            and ring.device == value.device
+        return self._entries is not None and all(
+            alike(ring[0], value)
             for ring, value in zip(self._entries, present))
 
     def _allocate(self, present: AffineMoments) -> None:

@@ -5,6 +5,12 @@ import torch
 from torch import Tensor
 
 
+def alike(held: Tensor, value: Tensor) -> bool:
+    """Whether a value has the shape, dtype and device of one that is held."""
+    return (held.shape == value.shape and held.dtype == value.dtype
+            and held.device == value.device)
+
+
 class SimpleMovingAverage:
     """Mean of the last ``size`` values, of those at hand while fewer.
 
@@ -33,9 +39,7 @@ class SimpleMovingAverage:
         Returns:
             int: The place of the value.
         """
-        ring = self._ring
-        if ring is None or ring.shape[1:] != value.shape or (
-                ring.dtype != value.dtype or ring.device != value.device):
+        if self._ring is None or not alike(self._ring[0], value):
             self._ring = value.new_zeros((self.size, *value.shape))
             self.pushes = 0
             place = None
@@ -80,10 +84,7 @@ class ExponentialMovingAverage:
 
         Only the last value can be replaced.
         """
-        average = self._average
-        if average is None or average.shape != value.shape or (
-                average.dtype != value.dtype
-                or average.device != value.device):
+        if self._average is None or not alike(self._average, value):
             self._average = torch.zeros_like(value)
             self.pushes = 0
             place = None

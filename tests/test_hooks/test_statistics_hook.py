@@ -207,13 +207,18 @@ def test_the_layers_are_left_alone_after_training(tmp_path):
     assert not model.head[1].weight._backward_hooks
 
 
-def test_the_figure_is_drawn(tmp_path, capsys):
+def _record_mabn(tmp_path):
     _run(
         tmp_path,
         Toy(lambda c: MABN(c, buffer_size=3)),
         layers='*.1',
         regular=2)
     path, = tmp_path.rglob('statistics.jsonl')
+    return path
+
+
+def test_the_figure_is_drawn(tmp_path, capsys):
+    path = _record_mabn(tmp_path)
     plot_statistics.main([str(path), '--layers', 'head.1'])
     picture = path.with_suffix('.png')
     assert str(picture) in capsys.readouterr().out
@@ -221,12 +226,7 @@ def test_the_figure_is_drawn(tmp_path, capsys):
 
 
 def test_the_figure_has_the_recorded_lines(tmp_path):
-    _run(
-        tmp_path,
-        Toy(lambda c: MABN(c, buffer_size=3)),
-        layers='*.1',
-        regular=2)
-    path, = tmp_path.rglob('statistics.jsonl')
+    path = _record_mabn(tmp_path)
     rows = plot_statistics.read_rows([str(path)])
     figure = draw_statistics(rows, ['head.1'])
     labels = [[line.get_label() for line in ax.lines] for ax in figure.axes]
