@@ -1,68 +1,186 @@
-"""Every config loads, builds, and has the intended norms, and takes a step."""
-import inspect
+"""Every config is what its file's name says, builds, and takes a step."""
+import math
 import re
 import warnings
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple, Optional
 
 import pytest
 import torch
+import yaml
 from mmcv.cnn import ConvModule
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import init_default_scope
+from mmengine.utils.dl_utils.parrots_wrapper import SyncBatchNorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdet_smallbn.layers import CBN, MABN, CenConv2d, SmallBatchNorm
+from mmdet_smallbn.layers import (BRN, CBN, MABN, BatchGroupNorm, CenConv2d,
+                                  GhostBN, NaiveCBN, SmallBatchNorm)
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted(p for p in (ROOT / 'configs').rglob('*.py')
-                 if p.parent.name != '_base_')
-# Parts of the model that carry the norm, of the file name's "{norm}-{place}".
+FOLDERS = sorted(p for p in (ROOT / 'configs').iterdir() if p.name != '_base_')
+CONFIGS = sorted(p for folder in FOLDERS for p in folder.glob('*.py'))
+COCO = [p for p in CONFIGS if p.stem.endswith('_coco')]
+
+NAME = re.compile(
+    r'(?P<detector>faster-rcnn|mask-rcnn|retinanet)'
+    r'_r(?P<depth>18|50|101)(?P<scratch>-scratch)?_fpn(?P<head>_4conv1fc)?'
+    r'(?:_(?P<norm>[a-z]+)-(?P<place>backbone|head|all)'
+    r'(?:-(?P<variant>[a-z]+)(?P<number>\d*))?)?'
+    r'_(?P<gpus>\d+)xb(?P<images>\d+)(?:-(?P<schedule>[12]x))?'
+    r'_(?P<data>coco|shapes-coco)')
+NORMS = {
+    'bn': nn.BatchNorm2d,
+    'syncbn': SyncBatchNorm,
+    'gn': nn.GroupNorm,
+    'cbn': CBN,
+    'naivecbn': NaiveCBN,
+    'mabn': MABN,
+    'brn': BRN,
+    'bgn': BatchGroupNorm,
+    'ghostbn': GhostBN,
+}
+FOLDER_OF = {
+    'cbn': 'cbn',
+    'naivecbn': 'cbn',
+    'mabn': 'mabn',
+    'brn': 'brn',
+    'bgn': 'bgn',
+    'ghostbn': 'bgn'
+}
+# Parts of the model that carry the norm.
 PLACES = {
-    'head': ('neck', 'roi_head'),
-    'all': ('backbone', 'neck', 'roi_head'),
+    None: (),
+    'backbone': ('backbone', ),
+    'head': ('neck', 'roi_head', 'bbox_head'),
+    'all': ('backbone', 'neck', 'roi_head', 'bbox_head'),
+}
+LR_OF_16_IMAGES = {
+    'faster-rcnn': 0.02,
+    'mask-rcnn': 0.02,
+    'retinanet': 0.01
 }
 
 
-def _load(path):
-    cfg = Config.fromfile(path)
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
-    return cfg
+class Intent(NamedTuple):
+    """What a config's file name says."""
+    detector: str
+    depth: int
+    scratch: bool
+    four_convs: bool
+    norm: Optional[str]
+    place: Optional[str]
+    variant: Optional[str]
+    number: Optional[int]
+    gpus: int
+    images: int
+    schedule: Optional[str]
+    demo: bool
+
+    def carries_norm(self, module_name):
+        return module_name.split('.')[0] in PLACES[self.place]
+
+    def is_frozen(self, module_name):
+        """Of the backbone: conv1 and the first stage, if anything."""
+        if self.scratch or self.demo or (self.norm, self.place) == ('bgn',
+                                                                    'all'):
+            return False
+        return module_name.startswith(
+            ('backbone.conv1', 'backbone.bn1', 'backbone.gn1',
+             'backbone.layer1'))
+
+    def settings(self, module_name):
+        """Attributes that a norm of this config must have there."""
+        window = min(math.ceil(16 / self.images), 8)
+        if self.variant == 'window':
+            window = self.number
+        per_image, per_mask = (32, None) if self.demo else (512, 128)
+        in_roi_head = module_name.startswith('roi_head')
+        in_mask_head = module_name.startswith('roi_head.mask_head')
+        groups = 8 if self.demo else 32
+        ghost = 2 if self.demo else 4
+        if in_mask_head:
+            ghost *= per_mask
+        elif in_roi_head:
+            ghost *= per_image
+        return {
+            None: {},
+            'bn': dict(momentum=0.1),
+            'syncbn': dict(momentum=0.1),
+            'gn': dict(num_groups=groups),
+            'cbn': dict(window_size=window, compensate=True, momentum=0.1),
+            'naivecbn': dict(window_size=window, compensate=False),
+            # Table 5 and 6 of the MABN paper have 32.
+            'mabn': dict(
+                buffer_size=32 if self.four_convs else 16,
+                momentum=0.02,
+                clip=5.),
+            'brn': dict(momentum=0.02, r_max=3., d_max=5.),
+            'bgn': dict(
+                num_groups=groups,
+                examples_per_group=2 * (per_image if in_roi_head else 1),
+                example_weight=1.),
+            'ghostbn': dict(
+                ghost_size=ghost, sync=not self.demo, example_weight=0.),
+        }[self.norm]
+
+    def burn_in(self):
+        """Arguments of BurnInHook; None if there is none."""
+        if self.norm not in ('cbn', 'naivecbn', 'mabn', 'brn'):
+            return None
+        if self.demo:
+            return dict(iters=250)
+        if self.norm == 'brn':
+            return dict(iters=5000)
+        if self.norm == 'mabn':
+            head = ('bbox_head'
+                    if self.detector == 'retinanet' else 'roi_head')
+            return dict(iters=0) if self.place == 'backbone' else dict(
+                iters=10000, prefix=['neck', head])
+        return dict(epochs=self.number if self.variant == 'burnin' else 3)
 
 
-def _small(cfg):
-    """Depth 18, and nothing to download."""
-    model = cfg.model
+@lru_cache(None)
+def _intent(path):
+    match = NAME.fullmatch(path.stem)
+    assert match, f'{path.name} is not a name of this zoo'
+    part = match.groupdict()
+    return Intent(part['detector'], int(part['depth']), bool(part['scratch']),
+                  bool(part['head']), part['norm'], part['place'],
+                  part['variant'], int(part['number'])
+                  if part['number'] else None, int(part['gpus']),
+                  int(part['images']), part['schedule'],
+                  part['data'] != 'coco')
+
+
+@lru_cache(None)
+def _config(path):
+    return Config.fromfile(path)
+
+
+def _build(cfg):
+    """The model at depth 18, with few regions and nothing to download."""
+    init_default_scope('mmdet')
+    model = cfg.model.copy()
     if model.backbone.depth != 18:
-        model.backbone.depth = 18
-        model.neck.in_channels = [64, 128, 256, 512]
-    model.backbone.init_cfg = None
-    return MODELS.build(model)
-
-
-def _kind(path):
-    """(CBN, 'head') of '..._cbn-head_...'."""
-    name, place = re.search(r'_([a-z]+)-(head|all)(-[a-z]+)?_',
-                            path.stem).groups()[:2]
-    known = {
-        key.lower(): cls
-        for key, cls in ROOT_MODELS.module_dict.items() if inspect.isclass(cls)
-    }
-    return known[name], place
-
-
-def _norm_cfg(cfg, name):
-    """What the config says of a norm in the model."""
-    node = cfg.model
-    for part in name.split('.'):
-        if part not in node:
-            break
-        node = node[part]
-    return node.norm_cfg
+        model.backbone = dict(model.backbone, depth=18)
+        model.neck = dict(model.neck, in_channels=[64, 128, 256, 512])
+    model.backbone = dict(model.backbone, init_cfg=None)
+    if 'roi_head' in model:
+        train_cfg = model.train_cfg.copy()
+        train_cfg.rpn_proposal = dict(
+            train_cfg.rpn_proposal, nms_pre=100, max_per_img=50)
+        rcnn = train_cfg.rcnn.copy()
+        rcnn.sampler = dict(rcnn.sampler, num=16)
+        train_cfg.rcnn = rcnn
+        model.train_cfg = train_cfg
+    return MODELS.build(model).train()
 
 
 def _hook(cfg, kind):
@@ -72,113 +190,198 @@ def _hook(cfg, kind):
     return hooks[0] if hooks else None
 
 
+def _is_norm(module):
+    return isinstance(module, (_BatchNorm, nn.GroupNorm))
+
+
+def _same(paths, ids=lambda p: p.stem):
+    return pytest.mark.parametrize('path', paths, ids=ids)
+
+
 def test_there_are_configs():
-    assert len(CONFIGS) >= 12
+    assert len(CONFIGS) >= 100
+    assert [f.name for f in FOLDERS
+            ] == ['baselines', 'bgn', 'brn', 'cbn', 'demo', 'mabn']
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
-def test_leaves_are_short_deltas(path):
+@_same(CONFIGS)
+def test_leaf_is_a_short_delta_in_the_folder_of_its_method(path):
     lines = path.read_text().splitlines()
     assert len(lines) <= 36
     assert any(line.startswith('_base_ = ') for line in lines)
-    assert path.stem in (path.parent / 'README.md').read_text()
+    intent = _intent(path)
+    assert path.parent.name == ('demo' if intent.demo else FOLDER_OF.get(
+        intent.norm, 'baselines'))
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize('folder', FOLDERS, ids=lambda p: p.name)
+def test_readme_and_metafile_list_the_folder(folder):
+    names = [p.stem for p in sorted(folder.glob('*.py'))]
+    readme = (folder / 'README.md').read_text()
+    rows = [line for line in readme.splitlines() if line.startswith('|')]
+    for name in names:
+        assert sum(f']({name}.py)' in row for row in rows) == 1, name
+    # Links go somewhere.
+    for target in re.findall(r'\]\(([^)#]+)\)', readme):
+        assert '://' in target or (folder / target).exists(), target
+
+    metafile = yaml.safe_load((folder / 'metafile.yml').read_text())
+    collections = {c['Name'] for c in metafile['Collections']}
+    assert [m['Name'] for m in metafile['Models']] == names
+    for model in metafile['Models']:
+        path = ROOT / model['Config']
+        assert path == folder / f'{model["Name"]}.py'
+        assert model['In Collection'] in collections
+        # Only what was run has results or weights.
+        assert 'Weights' not in model
+        assert ('Results' in model) == (folder.name == 'demo')
+        cfg = _config(path)
+        if not _intent(path).demo:
+            assert model['Metadata']['Epochs'] == cfg.train_cfg.max_epochs
+    for collection in metafile['Collections']:
+        assert (ROOT / collection['README']).exists()
+    index = yaml.safe_load((ROOT / 'model-index.yml').read_text())
+    assert f'configs/{folder.name}/metafile.yml' in index['Import']
+
+
+@_same(CONFIGS)
 def test_norms_are_where_the_name_says_and_take_a_step(path):
-    cfg = _load(path)
-    norm, place = _kind(path)
-    model = _small(cfg)
-    model.train()
-    frozen = 0
-    for name, module in model.named_modules():
-        if not isinstance(module, (_BatchNorm, nn.GroupNorm)):
+    cfg, intent = _config(path), _intent(path)
+    assert cfg.model.backbone.depth == intent.depth
+    assert (cfg.model.backbone.init_cfg is None) == (
+        intent.scratch or intent.demo)
+    if intent.depth == 101:
+        assert 'resnet101' in cfg.model.backbone.init_cfg.checkpoint
+    model = _build(cfg)
+    norms = {n: m for n, m in model.named_modules() if _is_norm(m)}
+    for name, norm in norms.items():
+        trains = any(p.requires_grad for p in norm.parameters())
+        assert trains != intent.is_frozen(name), name
+        if not intent.carries_norm(name):
+            # A backbone's own BatchNorm: the statistics are fixed.
+            assert type(norm) is nn.BatchNorm2d and not norm.training, name
             continue
-        if name.split('.')[0] not in PLACES[place]:
-            # A backbone's own BatchNorm, fixed.
-            assert type(module) is nn.BatchNorm2d and not module.training
-        elif not any(p.requires_grad for p in module.parameters()):
-            assert name.startswith(('backbone.bn1', 'backbone.layer1'))
-            assert not module.training
-            frozen += 1
-        else:
-            assert type(module) is norm, name
-            assert module.training, name
-            for key, value in _norm_cfg(cfg, name).items():
-                assert key in ('type', 'requires_grad') or (
-                    getattr(module, key) == value), (name, key)
-    assert (frozen > 0) == (place == 'all'
-                            and cfg.model.backbone.frozen_stages > 0)
-    # Centred weights where MABN needs them, and only there.
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) and (
-                name.startswith('backbone')
-                or isinstance(model.get_submodule(name.rpartition('.')[0]),
-                              ConvModule)):
-            centred = norm is MABN and name.split('.')[0] in PLACES[place]
-            assert isinstance(module, CenConv2d) == centred or (
-                name.startswith('rpn_head')), name
-    assert (_hook(cfg, 'BurnInHook') is not None) == getattr(
-        norm, 'burns_in', False)
+        assert type(norm) is NORMS[intent.norm], name
+        assert norm.training == trains, name
+        for key, value in intent.settings(name).items():
+            assert getattr(norm, key) == value, (name, key)
+    parts = {name.split('.')[0] for name in norms}
+    assert set(PLACES[intent.place]) & {n for n, _ in model.named_children()
+                                        } <= parts
+    _check_convolutions(model, intent)
+    if intent.detector == 'retinanet' and intent.place != 'backbone':
+        shared = model.bbox_head.cls_convs
+        assert shared[0][0].conv is shared[4][0].conv
+        assert shared[0][0].bn is not shared[4][0].bn
 
+    steps = cfg.optim_wrapper.get('accumulative_counts', 1)
+    model = revert_sync_batchnorm(model)
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
     inputs = demo_mm_inputs(
-        2, [[3, 96, 96]] * 2,
-        num_classes=cfg.model.roi_head.bbox_head.num_classes)
-    before = [p.detach().clone() for p in model.parameters()]
+        2, [[3, 64, 64]] * 2,
+        num_classes=7 if intent.demo else 80,
+        with_mask=intent.detector == 'mask-rcnn')
     with warnings.catch_warnings():
         # No norm may follow something that it cannot compensate for.
         warnings.filterwarnings('error', message='.*follows no convolution.*')
-        steps = max(2, cfg.optim_wrapper.get('accumulative_counts', 1))
+        # Nor be called for several levels.
+        warnings.filterwarnings('error', message='.*called several times.*')
         for _ in range(steps):
             losses = model.train_step(inputs, wrapper)
     assert torch.isfinite(losses['loss'])
-    assert any((a != b).any()
-               for a, b in zip(before, model.parameters()))
+    moved = {
+        n
+        for n, p in model.named_parameters() if (p != before[n]).any()
+    }
     assert all(p.isfinite().all() for p in model.parameters())
+    assert any(n.startswith('backbone.layer4') for n in moved)
+    assert not [n for n in moved if intent.is_frozen(n)]
     for module in model.modules():
         if isinstance(module, SmallBatchNorm) and module.training:
-            assert module.num_batches_tracked == steps
-        if isinstance(module, CBN) and module.training:
-            # The steps are in the window, with what follows the weight.
-            window, = module._states
-            assert window.filled == steps
-            assert (window._entries.d_square.numel() > 0) == module.compensate
-        if isinstance(module, MABN) and module.training:
-            state, = module._states
+            _check_state(module, steps)
+
+
+def _check_convolutions(model, intent):
+    """Centred weights where MABN needs them, and only there; frozen ones."""
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Conv2d):
+            continue
+        assert module.weight.requires_grad != intent.is_frozen(name), name
+        normed = name.startswith('backbone') or (isinstance(
+            model.get_submodule(name.rpartition('.')[0]), ConvModule)
+                                                 and 'rpn_head' not in name)
+        centred = normed and intent.norm == 'mabn' and (
+            intent.carries_norm(name))
+        assert isinstance(module, CenConv2d) == centred, name
+
+
+def _check_state(norm, steps):
+    """The steps are in the window or buffer, if the layer saw something."""
+    assert norm.num_batches_tracked == steps or (
+        norm.num_batches_tracked == 0 and not norm._states)
+    for state in norm._states:
+        if isinstance(norm, CBN):
+            assert state.filled == steps
+            assert (state._entries.d_square.numel() > 0) == norm.compensate
+        if isinstance(norm, MABN):
             assert state.forward.pushes == state.backward.pushes == steps
 
 
-@pytest.mark.parametrize(
-    'path', [p for p in CONFIGS if p.stem.endswith('_coco')],
-    ids=lambda p: p.stem)
+@_same(COCO)
 def test_batch_learning_rate_and_schedule_fit_the_name(path):
-    cfg = _load(path)
-    batch, schedule = path.stem.split('_')[-2].split('-')
-    gpus, images = map(int, batch.split('xb'))
-    assert cfg.train_dataloader.batch_size == images
-    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(
-        0.02 * gpus * images / 16)
-    assert cfg.train_cfg.max_epochs == {'1x': 12, '2x': 24}[schedule]
-    if issubclass(_kind(path)[0], CBN):
-        assert _hook(cfg, 'BurnInHook').epochs == 3
-    assert cfg.auto_scale_lr.base_batch_size == gpus * images
+    cfg, intent = _config(path), _intent(path)
+    images = intent.gpus * intent.images
+    assert cfg.train_dataloader.batch_size == intent.images
+    optimizer = cfg.optim_wrapper.optimizer
+    assert optimizer.lr == pytest.approx(
+        LR_OF_16_IMAGES[intent.detector] * images / 16)
+    assert (optimizer.type, optimizer.momentum,
+            optimizer.weight_decay) == ('SGD', 0.9, 1e-4)
+    assert cfg.auto_scale_lr.base_batch_size == images
+    epochs, drops = {'1x': (12, [8, 11]), '2x': (24, [16, 22])}[
+        intent.schedule]
+    assert cfg.train_cfg.max_epochs == epochs
+    warmup, decay = cfg.param_scheduler
+    assert (warmup.type, warmup.end) == ('LinearLR', 500)
+    assert (decay.end, decay.milestones) == (epochs, drops)
+    # The CBN paper's recipe clips.
+    clips = path.parent.name != 'bgn' and intent.detector != 'retinanet' and (
+        intent.schedule == '1x')
+    assert ('clip_grad' in cfg.optim_wrapper) == clips
 
 
-@pytest.mark.parametrize('decay', [True, False])
-def test_weight_decay_on_scale_and_shift_is_the_optimizers(decay):
-    name = 'bgn-head' if decay else 'bgn-head-nodecay'
-    path, = (ROOT / 'configs' / 'bgn').glob(f'*_{name}_*')
-    cfg = _load(path)
-    model = _small(cfg)
+@_same(CONFIGS)
+def test_burn_in_is_the_papers(path):
+    hook = _hook(_config(path), 'BurnInHook')
+    expected = _intent(path).burn_in()
+    assert (hook is None) == (expected is None)
+    if hook is not None:
+        assert {k: v for k, v in hook.items() if k != 'type'} == expected
+
+
+@_same([p for p in COCO if p.parent.name == 'bgn'])
+def test_weight_decay_on_scale_and_shift_is_the_optimizers(path):
+    cfg, intent = _config(path), _intent(path)
+    model = _build(cfg)
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     decays = {
         id(p): group['weight_decay']
         for group in wrapper.optimizer.param_groups for p in group['params']
     }
-    norms = [m for m in model.modules() if isinstance(m, SmallBatchNorm)]
-    assert len(norms) == 12  # 4 + 4 in the neck, 4 in the head
-    for norm in norms:
+    on_norms = 0 if intent.variant == 'nodecay' else 1e-4
+    checked = 0
+    for norm in filter(_is_norm, model.modules()):
         for p in norm.parameters():
-            assert decays[id(p)] == (1e-4 if decay else 0)
-    assert decays[id(model.rpn_head.rpn_conv.weight)] == 1e-4
+            assert decays.get(id(p), on_norms) == on_norms
+            checked += p.requires_grad
+    assert checked > 24
+    assert decays[id(model.neck.fpn_convs[0].conv.weight)] == 1e-4
+
+
+def test_stock_toolbox_reads_the_baselines():
+    """They need nothing of this package."""
+    for path in (ROOT / 'configs' / 'baselines').glob('*.py'):
+        cfg = _config(path)
+        assert 'custom_imports' not in cfg
+        assert 'mmdet_smallbn' not in cfg.pretty_text

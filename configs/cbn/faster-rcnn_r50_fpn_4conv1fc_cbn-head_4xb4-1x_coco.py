@@ -1,11 +1,8 @@
 _base_ = [
-    'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '../_base_/cbn.py'
+    '../baselines/faster-rcnn_r50_fpn_4conv1fc_4xb4-1x_coco.py',
+    '../_base_/cbn.py'
 ]
 norm_cfg = _base_.norm_cfg
 model = dict(
     neck=dict(norm_cfg=norm_cfg),
-    roi_head=dict(
-        bbox_head=dict(type='Shared4Conv1FCBBoxHead', norm_cfg=norm_cfg)))
-# 4 GPUs with 4 images each: mmdet's learning rate of 0.02 is for 16 images.
-train_dataloader = dict(batch_size=4)
-optim_wrapper = dict(clip_grad=dict(max_norm=35, norm_type=2))
+    roi_head=dict(bbox_head=dict(norm_cfg=norm_cfg)))

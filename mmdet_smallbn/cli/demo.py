@@ -14,12 +14,14 @@ from mmengine.runner import Runner
 from rich.console import Console
 from rich.table import Table
 
-from ..data.coco_folder import CocoSplit, find_coco_split
+from ..data.coco_folder import CocoSplit
 from ..data.shapes_coco import make_shapes_coco
 from ..errors import one_line_errors
 from ..pictures import (Objects, coco_objects, quiet_coco, save_curves,
                         save_detections)
-from .runtime import add_common_arguments, build_runner, load_config
+from .own_data import use_data
+from .runtime import (add_config_arguments, add_run_arguments, build_runner,
+                      load_config)
 
 _PICTURED = 6
 _MIN_SCORE = 0.5
@@ -32,12 +34,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """Flags of the demo."""
     parser = argparse.ArgumentParser(
         description='Train and evaluate the demo detector')
-    parser.add_argument('config', help='demo config')
-    add_common_arguments(parser)
-    parser.add_argument(
-        '--data',
-        metavar='DIR',
-        help='a COCO-format folder of your own, instead of ShapesCOCO')
+    add_config_arguments(parser)
+    add_run_arguments(parser)
     parser.add_argument(
         '--size',
         type=int,
@@ -45,29 +43,6 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         help='size that images are brought to; time grows with its square')
     parser.add_argument('--seed', type=int, default=0)
     return parser.parse_args(argv)
-
-
-def use_data(cfg: Config, train: CocoSplit, val: CocoSplit) -> None:
-    """Point a config at a data set: files, classes, size of the heads.
-
-    Raises:
-        ValueError: If the splits do not have the same classes.
-    """
-    if train.classes != val.classes:
-        raise ValueError(
-            f'{train.ann_file} and {val.ann_file} do not have the same '
-            f'categories: {train.classes} and {val.classes}')
-    for loader, split in ((cfg.train_dataloader, train),
-                          (cfg.val_dataloader, val), (cfg.test_dataloader,
-                                                      val)):
-        loader.dataset.update(
-            data_root='',
-            ann_file=str(split.ann_file),
-            data_prefix=dict(img=f'{split.image_dir}/'),
-            metainfo=dict(classes=split.classes))
-    for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
-        evaluator.ann_file = str(val.ann_file)
-    cfg.model.roi_head.bbox_head.num_classes = len(train.classes)
 
 
 def use_size(cfg: Config, size: int) -> None:
@@ -140,12 +115,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     with one_line_errors():
         cfg = load_config(args)
         cfg.randomness = dict(seed=args.seed)
-        data = args.data or make_shapes_coco(**cfg.shapes_coco)
-        splits = [find_coco_split(data, name) for name in ('train', 'val')]
+        splits = use_data(cfg, args.data
+                          or make_shapes_coco(**cfg.shapes_coco))
         for name, split in zip(('train', 'val'), splits):
             print(f'{name}: {split.num_images} images of '
                   f'{len(split.classes)} classes, {split.ann_file}')
-        use_data(cfg, *splits)
         if args.size:
             use_size(cfg, args.size)
         runner = build_runner(cfg)

@@ -3,7 +3,7 @@ import argparse
 import os
 import pickle
 from pathlib import Path
-from typing import Any, Iterator, Optional, Tuple
+from typing import Optional
 from urllib.parse import urlparse
 
 import torch
@@ -15,11 +15,17 @@ from mmengine.runner import CheckpointLoader, Runner
 
 from ..errors import SetupError, did_you_mean
 from ..layers import SmallBatchNorm
+from ..norm_table import norm_types
+from .own_data import use_data
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that mmdet's train.py and test.py have in common."""
-    parser.add_argument('--work-dir', help='folder for logs and results')
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """The config, and the flags that change what it says."""
+    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        '--data',
+        metavar='DIR',
+        help="a COCO-format folder of your own, instead of the config's data")
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -28,6 +34,11 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help='override entries of the config: optim_wrapper.optimizer.lr=0.01 '
         'custom_hooks.0.epochs=1 model.backbone.depth=18; lists as key=a,b or '
         'key="[a,b]", without white space')
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that mmdet's train.py and test.py have in common."""
+    parser.add_argument('--work-dir', help='folder for logs and results')
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
@@ -37,22 +48,35 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
 
 
-def load_config(args: argparse.Namespace) -> Config:
-    """Read the config, apply the command line, settle the work folder."""
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+def read_config(args: argparse.Namespace) -> Config:
+    """Read the config, and apply what ``add_config_arguments`` adds."""
     if not Path(args.config).is_file():
         raise FileNotFoundError(
             f'no config at {args.config}: check the path, configs are in '
             'configs/')
     cfg = Config.fromfile(args.config)
-    cfg.launcher = args.launcher
+    if args.data is not None:
+        use_data(cfg, args.data)
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
+    return cfg
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config for a run: launcher, work folder."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = read_config(args)
+    cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
     return cfg
+
+
+def images_of(cfg: Config) -> Optional[int]:
+    """Training images that a process sees at a time; None if unknown."""
+    return (cfg.get('train_dataloader') or {}).get('batch_size')
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -91,7 +115,7 @@ def check_norms(cfg: Config) -> None:
         name for name, cls in MODELS.module_dict.items()
         if isinstance(cls, type) and issubclass(cls, SmallBatchNorm)
     ]
-    for path, kind in _norm_types(cfg.get('model'), 'model'):
+    for path, kind in norm_types(cfg.get('model'), 'model'):
         with MODELS.switch_scope_and_registry(None) as registry:
             found = registry.get(kind)
         if found is None:
@@ -102,17 +126,6 @@ def check_norms(cfg: Config) -> None:
                 f'sync_bn={cfg.sync_bn!r} would turn {path}.type={kind!r}, '
                 'and every kind of BatchNorm, into SyncBatchNorm: remove '
                 'sync_bn from the config')
-
-
-def _norm_types(node: Any, path: str) -> Iterator[Tuple[str, str]]:
-    """Path and type of every ``norm_cfg`` in a part of a config."""
-    if isinstance(node, (list, tuple)):
-        node = dict(enumerate(node))
-    if isinstance(node, dict):
-        if path.endswith('norm_cfg') and isinstance(node.get('type'), str):
-            yield path, node['type']
-        for key, value in node.items():
-            yield from _norm_types(value, f'{path}.{key}')
 
 
 def register_checkpoint_loader() -> None:

@@ -23,7 +23,8 @@ from ..hooks import bare_model, calibrate
 from ..layers import (check_example_weight, check_positive_int,
                       lacks_averages, set_example_weight, weights_as_trained)
 from ..pictures import save_sweep
-from .runtime import add_common_arguments, build_runner, load_config
+from .runtime import (add_config_arguments, add_run_arguments, build_runner,
+                      load_config)
 
 _WEIGHTS = (0., 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.)
 
@@ -35,9 +36,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         'several weights of the examples in their own normalisation '
         '(inference example weighting), and name the best. A sweep that was '
         'ended goes on where it was.')
-    parser.add_argument('config', help='config file')
+    add_config_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint file')
-    add_common_arguments(parser)
+    add_run_arguments(parser)
     parser.add_argument(
         '--weights',
         type=float,

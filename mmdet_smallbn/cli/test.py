@@ -6,15 +6,17 @@ from typing import Optional, Sequence
 from mmengine.config import Config, ConfigDict
 
 from ..errors import SetupError, one_line_errors
-from .runtime import add_common_arguments, build_runner, load_config
+from .own_data import innermost_dataset
+from .runtime import (add_config_arguments, add_run_arguments, build_runner,
+                      load_config)
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """Flags of mmdet's ``tools/test.py``."""
     parser = argparse.ArgumentParser(description='Evaluate a detector')
-    parser.add_argument('config', help='config file')
+    add_config_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint file')
-    add_common_arguments(parser)
+    add_run_arguments(parser)
     parser.add_argument(
         '--out', metavar='FILE.pkl', help='write the predictions to a file')
     parser.add_argument(
@@ -60,9 +62,7 @@ def _add_tta(cfg: Config) -> None:
             type='DetTTAModel',
             tta_cfg=dict(
                 nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)))
-    data = cfg.test_dataloader.dataset
-    while 'dataset' in data:
-        data = data['dataset']
+    data = innermost_dataset(cfg.test_dataloader)
     pipeline = cfg.get('tta_pipeline')
     if pipeline is None:
         keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor',

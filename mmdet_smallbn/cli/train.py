@@ -3,16 +3,21 @@ import argparse
 from typing import Optional, Sequence
 
 from mmengine.config import Config
+from mmengine.dist import get_world_size
+from mmengine.runner import Runner
 
 from ..errors import SetupError, one_line_errors
-from .runtime import add_common_arguments, build_runner, load_config
+from ..hooks import bare_model
+from ..norm_table import norm_summary
+from .runtime import (add_config_arguments, add_run_arguments, build_runner,
+                      images_of, load_config)
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """Flags of mmdet's ``tools/train.py``."""
     parser = argparse.ArgumentParser(description='Train a detector')
-    parser.add_argument('config', help='config file')
-    add_common_arguments(parser)
+    add_config_arguments(parser)
+    add_run_arguments(parser)
     parser.add_argument(
         '--amp', action='store_true', help='train in mixed precision')
     parser.add_argument(
@@ -49,6 +54,13 @@ def apply_train_flags(cfg: Config, args: argparse.Namespace) -> None:
         cfg.load_from = None if args.resume == 'auto' else args.resume
 
 
+def summary(runner: Runner) -> str:
+    """What norms the model carries into training."""
+    return norm_summary(
+        bare_model(runner), images_of(runner.cfg), get_world_size(),
+        runner.hooks, runner.cfg.model)
+
+
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Train as the command line says."""
     args = parse_args(argv)
@@ -56,6 +68,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         cfg = load_config(args)
         apply_train_flags(cfg, args)
         runner = build_runner(cfg)
+        runner.logger.info(f'Norms of the model\n{summary(runner)}')
         runner.train()
 
 

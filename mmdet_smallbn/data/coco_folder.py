@@ -14,11 +14,13 @@ class CocoSplit(NamedTuple):
         image_dir (Path): The folder that their file names are relative to.
         classes (tuple[str]): Names of the categories, in the file's order.
         num_images (int): Number of images.
+        has_masks (bool): Whether every object has a segmentation.
     """
     ann_file: Path
     image_dir: Path
     classes: Tuple[str, ...]
     num_images: int
+    has_masks: bool
 
 
 def find_coco_split(root: Union[str, Path], split: str) -> CocoSplit:
@@ -58,7 +60,9 @@ def find_coco_split(root: Union[str, Path], split: str) -> CocoSplit:
                 return CocoSplit(
                     path, folder,
                     tuple(c['name'] for c in content['categories']),
-                    len(content['images']))
+                    len(content['images']),
+                    all(a.get('segmentation')
+                        for a in content['annotations']))
         without_images.append(f'{first!r} of {path}')
     raise FileNotFoundError(
         f'no image {" nor ".join(without_images)}: looked in '

@@ -1,10 +1,10 @@
 """Hooks: what the training loop tells the layers."""
 from .burn_in_hook import BurnInHook
 from .example_weight_hook import ExampleWeightHook
-from .model import bare_model, calibrate
+from .model import bare_model, calibrate, kept_asleep
 from .statistics_hook import StatisticsHook
 
 __all__ = [
     'BurnInHook', 'ExampleWeightHook', 'StatisticsHook', 'bare_model',
-    'calibrate'
+    'calibrate', 'kept_asleep'
 ]

@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import SetupError
 from ..layers import (CBN, SmallBatchNorm, is_under,
                       suggested_window_size)
-from .model import bare_model, gradient_scale
+from .model import bare_model, gradient_scale, kept_asleep
 
 
 @HOOKS.register_module()
@@ -87,7 +87,7 @@ class BurnInHook(Hook):
         self._layers = {
             name: layer
             for name, layer in self._told.items()
-            if layer.burns_in and self._covers(name)
+            if layer.burns_in and self.covers(name)
         }
         for prefix in self.prefixes or (None, ):
             if not any(self._under(name, prefix) for name in self._layers):
@@ -124,7 +124,8 @@ class BurnInHook(Hook):
         now = runner.epoch if self.unit == 'epochs' else runner.iter
         return now < self.length
 
-    def _covers(self, name: str) -> bool:
+    def covers(self, name: str) -> bool:
+        """Whether a module of this name is in the hook's part of the model."""
         return any(
             self._under(name, prefix) for prefix in self.prefixes or (None, ))
 
@@ -170,10 +171,7 @@ class BurnInHook(Hook):
 
     def _check_modes(self, runner) -> None:
         """Norms that should train but are kept in evaluation mode."""
-        asleep = [
-            name for name, layer in self._layers.items() if not layer.training
-            and any(p.requires_grad for p in layer.parameters())
-        ]
+        asleep = kept_asleep(self._layers)
         if not asleep:
             return
         message = (

@@ -1,5 +1,5 @@
 """What hooks and tools ask a runner for."""
-from typing import Callable, Union
+from typing import Callable, Dict, List, Union
 
 import torch
 from mmengine.dist import get_world_size
@@ -18,6 +18,14 @@ def bare_model(runner: Runner) -> nn.Module:
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     return model
+
+
+def kept_asleep(norms: Dict[str, nn.Module]) -> List[str]:
+    """Names of norms in evaluation mode whose parameters would train."""
+    return [
+        name for name, norm in norms.items() if not norm.training
+        and any(p.requires_grad for p in norm.parameters())
+    ]
 
 
 def gradient_scale(runner: Runner) -> Union[float, Tensor]:

@@ -8,11 +8,9 @@ from mmengine.runner import CheckpointLoader
 
 from mmdet_smallbn.cli import test as test_cli
 from mmdet_smallbn.cli import train as train_cli
-from mmdet_smallbn.cli.demo import use_data
 from mmdet_smallbn.cli.runtime import (check_norms, load_config,
                                        load_from_address, load_from_local,
                                        register_checkpoint_loader)
-from mmdet_smallbn.data.coco_folder import find_coco_split
 from mmdet_smallbn.errors import SetupError
 
 HEAD = 'configs/cbn/faster-rcnn_r50_fpn_4conv1fc_cbn-head_4xb4-1x_coco.py'
@@ -75,22 +73,6 @@ def test_tta_flips():
     assert cfg.model.module.type == 'FasterRCNN'
     last = cfg.test_dataloader.dataset.pipeline[-1]
     assert [t.prob for t in last.transforms[0]] == [1., 0.]
-
-
-def test_demo_takes_a_users_classes(shapes):
-    cfg = Config.fromfile(
-        'configs/demo/faster-rcnn_r18_fpn_cbn-all_1xb4_shapes-coco.py')
-    train, val = (find_coco_split(shapes, s) for s in ('train', 'val'))
-    two = ('cat', 'dog')
-    use_data(cfg, train._replace(classes=two), val._replace(classes=two))
-    assert cfg.model.roi_head.bbox_head.num_classes == 2
-    for loader in (cfg.train_dataloader, cfg.val_dataloader,
-                   cfg.test_dataloader):
-        assert loader.dataset.metainfo.classes == two
-    assert cfg.train_dataloader.dataset.ann_file == str(train.ann_file)
-    assert cfg.val_evaluator.ann_file == str(val.ann_file)
-    with pytest.raises(ValueError, match='same categories'):
-        use_data(cfg, train, val._replace(classes=two))
 
 
 def test_plain_checkpoints_load_safely(tmp_path, monkeypatch):

@@ -58,7 +58,6 @@ def one_class(tmp_path_factory):
 def options(one_class):
     """Overrides that make the demo config a matter of seconds."""
     changes = {
-        'model.roi_head.bbox_head.num_classes': 1,
         'model.roi_head.bbox_head.conv_out_channels': 16,
         'train_cfg.max_iters': ITERS,
         'train_cfg.val_interval': INTERVAL,
@@ -69,18 +68,15 @@ def options(one_class):
         'default_hooks.checkpoint.interval': INTERVAL,
         'default_hooks.logger.interval': 10,
         'randomness.seed': 0,
-        'val_evaluator.ann_file':
-        f'{one_class}/annotations/instances_val.json',
-        'test_evaluator.ann_file':
-        f'{one_class}/annotations/instances_val.json',
     }
-    for loader in ('train', 'val', 'test'):
-        dataset = f'{loader}_dataloader.dataset'
-        changes[f'{dataset}.data_root'] = f'{one_class}/'
-        changes[f'{dataset}.metainfo.classes'] = '("shape",)'
-        changes[f'{dataset}.pipeline.1.scale' if loader != 'train' else
-                f'{dataset}.pipeline.2.scale'] = '(96,96)'
-    return ['--cfg-options', *(f'{k}={v}' for k, v in changes.items())]
+    for loader, resize in (('train', 2), ('val', 1), ('test', 1)):
+        transform = f'{loader}_dataloader.dataset.pipeline.{resize}'
+        changes[f'{transform}.scale'] = '(96,96)'
+    return [
+        '--data',
+        str(one_class), '--cfg-options',
+        *(f'{k}={v}' for k, v in changes.items())
+    ]
 
 
 @pytest.fixture(scope='module')

@@ -22,16 +22,6 @@ def _run(tool, *arguments):
     return result.returncode, result.stderr.strip()
 
 
-def _options(root, *changes):
-    """--cfg-options that point the demo config at a data set."""
-    return [
-        '--cfg-options', *(f'{loader}_dataloader.dataset.data_root={root}/'
-                           for loader in ('train', 'val', 'test')),
-        *(f'{kind}_evaluator.ann_file={root}/annotations/instances_val.json'
-          for kind in ('val', 'test')), *changes
-    ]
-
-
 @pytest.mark.parametrize('changes, message', [
     (['model.neck.norm_cfg.type=CNB'],
      "model.neck.norm_cfg.type='CNB' is not a known norm. Did you mean CBN"),
@@ -41,8 +31,8 @@ def _options(root, *changes):
      "TypeError: .*unexpected keyword argument 'windowsize'"),
     (['custom_hooks.0.iters=-5'],
      'iters must be an integer of at least 0, but got -5'),
-    (['train_dataloader.dataset.data_root=/nowhere/coco/'],
-     'No such file.*/nowhere/coco/'),
+    (['train_dataloader.dataset.ann_file=/nowhere/coco.json'],
+     'No such file.*/nowhere/coco.json'),
     (['train_dataloader.dataset.type=CocoDatset'], 'CocoDatset'),
     (['custom_hooks.0.iters=5000'], 'iters=5000 is no shorter'),
     (['load_from=nothing.pth'], 'no checkpoint at nothing.pth'),
@@ -53,7 +43,7 @@ def _options(root, *changes):
 @pytest.mark.slow
 def test_one_line(changes, message, tmp_path, shapes):
     code, stderr = _run('train', DEMO, '--work-dir', str(tmp_path),
-                        *_options(shapes, *changes))
+                        '--data', str(shapes), '--cfg-options', *changes)
     assert code == 1
     last = stderr.splitlines()[-1]
     assert last.startswith('error: ') and re.search(message, last), stderr
@@ -73,7 +63,7 @@ def test_a_damaged_checkpoint_ends_a_test_run(tmp_path, shapes):
     path = tmp_path / 'damaged.pth'
     path.write_text('hello')
     code, stderr = _run('test', DEMO, str(path), '--work-dir', str(tmp_path),
-                        *_options(shapes))
+                        '--data', str(shapes))
     assert code == 1
     assert re.search('error: .*damaged.pth is not a checkpoint.*again',
                      stderr.splitlines()[-1])

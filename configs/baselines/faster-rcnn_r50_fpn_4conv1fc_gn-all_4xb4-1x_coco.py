@@ -1,0 +1,6 @@
+_base_ = './faster-rcnn_r50_fpn_4conv1fc_gn-head_4xb4-1x_coco.py'
+# conv1 and the first stage stay frozen, as the base has them.
+model = dict(
+    backbone=dict(
+        norm_cfg=_base_.norm_cfg,
+        init_cfg=dict(checkpoint='open-mmlab://contrib/resnet50_gn')))

@@ -1,0 +1,202 @@
+"""The table of norms says what is, not what the config wished for."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from torch import nn
+
+from mmdet_smallbn import BurnInHook, set_example_weight
+from mmdet_smallbn.cli.print_norms import main
+from mmdet_smallbn.layers import (BRN, CBN, MABN, BatchGroupNorm, CenConv2d,
+                                  GhostBN)
+from mmdet_smallbn.norm_table import describe_norms, notes
+
+ROOT = Path(__file__).resolve().parents[1]
+CBN_ALL = 'configs/cbn/faster-rcnn_r50_fpn_4conv1fc_cbn-all_4xb4-1x_coco.py'
+CBN_HEAD = 'configs/cbn/faster-rcnn_r50_fpn_4conv1fc_cbn-head_4xb4-1x_coco.py'
+MABN_T7 = 'configs/mabn/retinanet_r50-scratch_fpn_mabn-all_8xb2-2x_coco.py'
+
+
+def _norms(*layers, roi_head=False):
+    model = nn.Sequential(*layers)
+    return nn.ModuleDict(dict(roi_head=model)) if roi_head else model
+
+
+def _said(layer, images=4, processes=2, **kwargs):
+    """Statistics in training, and at inference."""
+    norm, = describe_norms(_norms(layer, **kwargs), images, processes)
+    return norm.statistics, norm.inference
+
+
+@pytest.mark.parametrize('layer, statistics, inference', [
+    (nn.BatchNorm2d(8), '4 images', 'running averages'),
+    (nn.SyncBatchNorm(8), '4 images x 2 GPUs', 'running averages'),
+    (nn.GroupNorm(4, 8), '1 example, 4 groups of channels',
+     "each example's own"),
+    (nn.InstanceNorm2d(8), '1 example', "each example's own"),
+    (nn.LayerNorm(8), '1 position', "each example's own"),
+    (nn.BatchNorm2d(8, track_running_stats=False), '4 images',
+     "each example's own"),
+    (CBN(8, window_size=3), '3 iterations x 4 images = 12',
+     'running averages'),
+    (CBN(8, window_size=1), '4 images', 'running averages'),
+    (CBN(8, window_size=3, sync=True), '3 iterations x 4 images x 2 GPUs',
+     'running averages'),
+    (MABN(8, buffer_size=5),
+     '5 iterations x 4 images, ema forward, sma backward', 'running averages'),
+    (MABN(8, backward_statistics='batch'),
+     '4 images, ema forward, batch backward', 'running averages'),
+    (BRN(8), '4 images, moved to the running averages', 'running averages'),
+    (BatchGroupNorm(8, num_groups=2),
+     'groups of 2 images, 2 groups of channels', "each example's own"),
+    (BatchGroupNorm(8, num_groups=2, example_weight=0.25),
+     'groups of 2 images, 2 groups of channels',
+     "running averages, 0.25 of each example's own"),
+    (GhostBN(8, ghost_size=1), 'groups of 1 image', 'running averages'),
+    (GhostBN(8, sync=True), 'groups of 2 images, of all GPUs',
+     'running averages'),
+],
+                         ids=str)
+def test_what_is_behind_the_statistics(layer, statistics, inference):
+    assert _said(layer) == (statistics, inference)
+
+
+def test_examples_of_roi_heads_are_regions():
+    assert _said(CBN(8), roi_head=True)[0] == (
+        '4 iterations x regions of 4 images')
+    assert _said(GhostBN(8), roi_head=True)[0] == 'groups of 2 regions'
+
+
+def test_what_is_unknown_is_not_made_up():
+    assert _said(nn.BatchNorm2d(8), None)[0] == 'all images'
+    assert _said(nn.SyncBatchNorm(8), 4, None)[0] == '4 images x all GPUs'
+    assert _said(CBN(8), None)[0] == '4 iterations x all images'
+
+
+def test_the_model_is_asked_not_the_config():
+    """Example weights set later, frozen parameters, modes."""
+    frozen = nn.BatchNorm2d(8)
+    frozen.requires_grad_(False)
+    model = _norms(nn.Conv2d(8, 8, 1), frozen, CenConv2d(8, 8, 1),
+                   MABN(8, affine=False))
+    set_example_weight(model, 0.5)
+    model.eval()
+    first, second = describe_norms(model, 2)
+    assert model.training  # as the training loop sets it
+    assert (first.kind, first.after, first.mode,
+            first.affine) == ('ExampleWeightedBatchNorm2d', 'Conv2d',
+                              'train', 'frozen')
+    assert first.inference == "running averages, 0.5 of each example's own"
+    assert (second.kind, second.after,
+            second.affine) == ('MABN', 'CenConv2d', 'none')
+
+
+def test_a_norm_in_evaluation_has_no_burn_in():
+
+    class Asleep(nn.Sequential):
+
+        def train(self, mode=True):
+            return super().train(False)
+
+    hooks = [BurnInHook(epochs=3, prefix='0'), BurnInHook(iters=0)]
+    model = nn.Sequential(
+        nn.Sequential(CBN(4)), Asleep(CBN(4), BatchGroupNorm(64)), BRN(4),
+        nn.BatchNorm2d(4))
+    norms = describe_norms(model, 2, hooks=hooks)
+    assert [n.burn_in for n in norms] == ['3 epochs', '-', '-', 'none', '-']
+    assert norms[1].statistics == 'running averages, fixed'
+    assert norms[2].statistics == "each example's own"
+    said, = notes(model, norms, hooks)
+    assert said.startswith('2 norms, 1.0 the first of them, would train but')
+
+
+def test_notes_of_what_is_missing():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), MABN(4))
+    said = notes(model, describe_norms(model))
+    assert len(said) == 2
+    assert "1 MABN layer, 1 the first of them, without centred" in said[0]
+    assert 'no BurnInHook in custom_hooks' in said[1]
+    assert not notes(model, describe_norms(model, hooks=[BurnInHook(iters=0)]),
+                     [BurnInHook(iters=0)])[1:]
+
+
+def test_a_norm_cfg_that_a_part_ignores():
+    init_default_scope('mmdet')
+    cfg = Config.fromfile(CBN_HEAD)
+    cfg.model.backbone.init_cfg = None
+    cfg.model.roi_head.bbox_head.type = 'Shared2FCBBoxHead'
+    model = MODELS.build(cfg.model)
+    hooks = [BurnInHook(epochs=3)]
+    said, = notes(model, describe_norms(model, 4, 1, hooks), hooks, cfg.model)
+    assert said.startswith('model.roi_head.bbox_head.norm_cfg asks for CBN, '
+                           'but Shared2FCBBoxHead has no norm')
+
+
+def _table(capsys, *arguments):
+    main(arguments)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_readable_table(capsys):
+    lines = _table(capsys, CBN_ALL)
+    cells = [re.split(r'  +', line) for line in lines[:-1]]
+    assert cells == [[
+        'part', 'norms', 'kind', 'after', 'mode', 'scale, shift',
+        'statistics in training', 'burn-in', 'at inference'
+    ],
+                     [
+                         'backbone.bn1, layer1', '11', 'CBN', 'Conv2d',
+                         'eval', 'frozen', 'running averages, fixed', '-',
+                         'running averages'
+                     ],
+                     [
+                         'backbone.layer2, layer3, layer4', '42', 'CBN',
+                         'Conv2d', 'train', 'trained',
+                         '4 iterations x 4 images = 16', '3 epochs',
+                         'running averages'
+                     ],
+                     [
+                         'neck', '8', 'CBN', 'Conv2d', 'train', 'trained',
+                         '4 iterations x 4 images = 16', '3 epochs',
+                         'running averages'
+                     ],
+                     [
+                         'roi_head.bbox_head', '4', 'CBN', 'Conv2d', 'train',
+                         'trained', '4 iterations x regions of 4 images',
+                         '3 epochs', 'running averages'
+                     ]]
+    assert lines[-1] == 'No norm in rpn_head.'
+
+
+def test_prefixes_data_and_options(capsys, shapes):
+    lines = _table(capsys, MABN_T7, '--data', str(shapes), '--gpus', '8',
+                   '--cfg-options', 'train_dataloader.batch_size=1',
+                   'model.neck.conv_cfg=None')
+    assert [re.split(r'  +', line)[-2] for line in lines[1:4]
+            ] == ['none', '10000 iters', '10000 iters']
+    assert '16 iterations x 1 image, ema forward' in lines[1]
+    assert lines[-1].startswith('Note: 8 MABN layers, neck.lateral_convs.0.bn the')
+
+
+def test_a_row_for_each(capsys):
+    lines = _table(capsys, CBN_HEAD, '--each')
+    assert len(lines) == 1 + 53 + 8 + 4 + 1
+    assert lines[1].startswith('backbone.bn1 ')
+
+
+@pytest.mark.slow
+def test_the_tool_ends_in_one_line_on_a_mistake():
+    result = subprocess.run([
+        sys.executable, '-W', 'ignore', 'tools/print_norms.py', CBN_HEAD,
+        '--cfg-options', 'model.neck.norm_cfg.type=CNB'
+    ],
+                            cwd=ROOT,
+                            capture_output=True,
+                            text=True)
+    assert result.returncode == 1 and result.stdout == ''
+    assert 'Did you mean CBN' in result.stderr.splitlines()[-1]
