@@ -238,8 +238,8 @@ def notes(model: nn.Module,
     ]
     if uncentred:
         said.append(
-            f'{_count(len(uncentred), "MABN layer")}, {uncentred[0]} the first of '
-            'them, without centred weights before it: give the part '
+            f'{_count(len(uncentred), "MABN layer")}, {uncentred[0]} the '
+            'first of them, without centred weights before it: give the part '
             "conv_cfg=dict(type='CenConv')")
     if any(n.burn_in == 'none' for n in norms) and not any(
             isinstance(hook, BurnInHook) for hook in hooks):

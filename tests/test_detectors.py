@@ -34,8 +34,8 @@ def _retinanet_separate(model):
 
 # Base, what carries the norm, and the windows of a norm in its head.
 DETECTORS = {
-    'Mask R-CNN': ('mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', _mask_rcnn,
-                   'roi_head', [3]),
+    'Mask R-CNN':
+    ('mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', _mask_rcnn, 'roi_head', [3]),
     'RetinaNet, norms shared over levels':
     ('retinanet/retinanet_r50_fpn_1x_coco.py', _retinanet, 'bbox_head',
      [3] * 5),
@@ -61,8 +61,8 @@ def test_every_norm_gathers_its_iterations(name):
         if isinstance(module, SmallBatchNorm) and module.training
     }
     optimizer = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1e-3))
-    inputs = demo_mm_inputs(2, [[3, 96, 96]] * 2, num_classes=3,
-                            with_mask=True)
+    inputs = demo_mm_inputs(
+        2, [[3, 96, 96]] * 2, num_classes=3, with_mask=True)
     with warnings.catch_warnings():
         warnings.filterwarnings('error', message='.*follows no convolution.*')
         warnings.filterwarnings('ignore', message='.*called several times.*')

@@ -33,42 +33,45 @@ def _said(layer, images=4, processes=2, **kwargs):
     return norm.statistics, norm.inference
 
 
-@pytest.mark.parametrize('layer, statistics, inference', [
-    (nn.BatchNorm2d(8), '4 images', 'running averages'),
-    (nn.SyncBatchNorm(8), '4 images x 2 GPUs', 'running averages'),
-    (nn.GroupNorm(4, 8), '1 example, 4 groups of channels',
-     "each example's own"),
-    (nn.InstanceNorm2d(8), '1 example', "each example's own"),
-    (nn.LayerNorm(8), '1 position', "each example's own"),
-    (nn.BatchNorm2d(8, track_running_stats=False), '4 images',
-     "each example's own"),
-    (CBN(8, window_size=3), '3 iterations x 4 images = 12',
-     'running averages'),
-    (CBN(8, window_size=1), '4 images', 'running averages'),
-    (CBN(8, window_size=3, sync=True), '3 iterations x 4 images x 2 GPUs',
-     'running averages'),
-    (MABN(8, buffer_size=5),
-     '5 iterations x 4 images, ema forward, sma backward', 'running averages'),
-    (MABN(8, backward_statistics='batch'),
-     '4 images, ema forward, batch backward', 'running averages'),
-    (BRN(8), '4 images, moved to the running averages', 'running averages'),
-    (BatchGroupNorm(8, num_groups=2),
-     'groups of 2 images, 2 groups of channels', "each example's own"),
-    (BatchGroupNorm(8, num_groups=2, example_weight=0.25),
-     'groups of 2 images, 2 groups of channels',
-     "running averages, 0.25 of each example's own"),
-    (GhostBN(8, ghost_size=1), 'groups of 1 image', 'running averages'),
-    (GhostBN(8, sync=True), 'groups of 2 images, of all GPUs',
-     'running averages'),
-],
-                         ids=str)
+@pytest.mark.parametrize(
+    'layer, statistics, inference', [
+        (nn.BatchNorm2d(8), '4 images', 'running averages'),
+        (nn.SyncBatchNorm(8), '4 images x 2 GPUs', 'running averages'),
+        (nn.GroupNorm(
+            4, 8), '1 example, 4 groups of channels', "each example's own"),
+        (nn.InstanceNorm2d(8), '1 example', "each example's own"),
+        (nn.LayerNorm(8), '1 position', "each example's own"),
+        (nn.BatchNorm2d(
+            8, track_running_stats=False), '4 images', "each example's own"),
+        (CBN(8, window_size=3), '3 iterations x 4 images = 12',
+         'running averages'),
+        (CBN(8, window_size=1), '4 images', 'running averages'),
+        (CBN(8, window_size=3, sync=True), '3 iterations x 4 images x 2 GPUs',
+         'running averages'),
+        (MABN(8, buffer_size=5),
+         '5 iterations x 4 images, ema forward, sma backward',
+         'running averages'),
+        (MABN(8, backward_statistics='batch'),
+         '4 images, ema forward, batch backward', 'running averages'),
+        (BRN(8), '4 images, moved to the running averages',
+         'running averages'),
+        (BatchGroupNorm(8, num_groups=2),
+         'groups of 2 images, 2 groups of channels', "each example's own"),
+        (BatchGroupNorm(8, num_groups=2, example_weight=0.25),
+         'groups of 2 images, 2 groups of channels',
+         "running averages, 0.25 of each example's own"),
+        (GhostBN(8, ghost_size=1), 'groups of 1 image', 'running averages'),
+        (GhostBN(8, sync=True), 'groups of 2 images, of all GPUs',
+         'running averages'),
+    ],
+    ids=str)
 def test_what_is_behind_the_statistics(layer, statistics, inference):
     assert _said(layer) == (statistics, inference)
 
 
 def test_examples_of_roi_heads_are_regions():
-    assert _said(CBN(8), roi_head=True)[0] == (
-        '4 iterations x regions of 4 images')
+    assert _said(
+        CBN(8), roi_head=True)[0] == ('4 iterations x regions of 4 images')
     assert _said(GhostBN(8), roi_head=True)[0] == 'groups of 2 regions'
 
 
@@ -82,18 +85,18 @@ def test_the_model_is_asked_not_the_config():
     """Example weights set later, frozen parameters, modes."""
     frozen = nn.BatchNorm2d(8)
     frozen.requires_grad_(False)
-    model = _norms(nn.Conv2d(8, 8, 1), frozen, CenConv2d(8, 8, 1),
-                   MABN(8, affine=False))
+    model = _norms(
+        nn.Conv2d(8, 8, 1), frozen, CenConv2d(8, 8, 1), MABN(8, affine=False))
     set_example_weight(model, 0.5)
     model.eval()
     first, second = describe_norms(model, 2)
     assert model.training  # as the training loop sets it
     assert (first.kind, first.after, first.mode,
-            first.affine) == ('ExampleWeightedBatchNorm2d', 'Conv2d',
-                              'train', 'frozen')
+            first.affine) == ('ExampleWeightedBatchNorm2d', 'Conv2d', 'train',
+                              'frozen')
     assert first.inference == "running averages, 0.5 of each example's own"
-    assert (second.kind, second.after,
-            second.affine) == ('MABN', 'CenConv2d', 'none')
+    assert (second.kind, second.after, second.affine) == ('MABN', 'CenConv2d',
+                                                          'none')
 
 
 def test_a_norm_in_evaluation_has_no_burn_in():
@@ -150,8 +153,8 @@ def test_a_readable_table(capsys):
         'statistics in training', 'burn-in', 'at inference'
     ],
                      [
-                         'backbone.bn1, layer1', '11', 'CBN', 'Conv2d',
-                         'eval', 'frozen', 'running averages, fixed', '-',
+                         'backbone.bn1, layer1', '11', 'CBN', 'Conv2d', 'eval',
+                         'frozen', 'running averages, fixed', '-',
                          'running averages'
                      ],
                      [
@@ -177,10 +180,11 @@ def test_prefixes_data_and_options(capsys, shapes):
     lines = _table(capsys, MABN_T7, '--data', str(shapes), '--gpus', '8',
                    '--cfg-options', 'train_dataloader.batch_size=1',
                    'model.neck.conv_cfg=None')
-    assert [re.split(r'  +', line)[-2] for line in lines[1:4]
-            ] == ['none', '10000 iters', '10000 iters']
+    assert [re.split(r'  +', line)[-2]
+            for line in lines[1:4]] == ['none', '10000 iters', '10000 iters']
     assert '16 iterations x 1 image, ema forward' in lines[1]
-    assert lines[-1].startswith('Note: 8 MABN layers, neck.lateral_convs.0.bn the')
+    assert lines[-1].startswith(
+        'Note: 8 MABN layers, neck.lateral_convs.0.bn the')
 
 
 def test_a_row_for_each(capsys):

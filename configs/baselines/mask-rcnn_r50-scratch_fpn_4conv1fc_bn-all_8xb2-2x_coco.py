@@ -4,5 +4,4 @@ model = dict(
     backbone=part,
     neck=part,
     roi_head=dict(
-        bbox_head=dict(type='Shared4Conv1FCBBoxHead', **part),
-        mask_head=part))
+        bbox_head=dict(type='Shared4Conv1FCBBoxHead', **part), mask_head=part))

@@ -5,5 +5,4 @@ model = dict(
     backbone=dict(norm_eval=False, **part),
     neck=part,
     roi_head=dict(
-        bbox_head=dict(type='Shared4Conv1FCBBoxHead', **part),
-        mask_head=part))
+        bbox_head=dict(type='Shared4Conv1FCBBoxHead', **part), mask_head=part))

@@ -1,6 +1,4 @@
-_base_ = [
-    'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', '../_base_/bgn.py'
-]
+_base_ = ['mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', '../_base_/bgn.py']
 model = dict(
     neck=dict(norm_cfg=_base_.norm_cfg),
     roi_head=dict(

@@ -4,6 +4,4 @@ _base_ = [
 ]
 part = dict(norm_cfg=_base_.norm_cfg)
 model = dict(
-    backbone=part,
-    neck=part,
-    roi_head=dict(bbox_head=part, mask_head=part))
+    backbone=part, neck=part, roi_head=dict(bbox_head=part, mask_head=part))

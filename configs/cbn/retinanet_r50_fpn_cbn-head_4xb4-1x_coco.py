@@ -1,6 +1,4 @@
-_base_ = [
-    'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py', '../_base_/cbn.py'
-]
+_base_ = ['mmdet::retinanet/retinanet_r50_fpn_1x_coco.py', '../_base_/cbn.py']
 norm_cfg = _base_.norm_cfg
 # The pyramid's levels share convolutions, and each has norms of its own.
 model = dict(

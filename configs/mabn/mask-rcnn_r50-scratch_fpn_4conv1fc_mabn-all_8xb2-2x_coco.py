@@ -5,9 +5,7 @@ _base_ = [
 norm_cfg = dict(type='MABN', buffer_size=32)
 part = dict(conv_cfg=_base_.conv_cfg, norm_cfg=norm_cfg)
 model = dict(
-    backbone=part,
-    neck=part,
-    roi_head=dict(bbox_head=part, mask_head=part))
+    backbone=part, neck=part, roi_head=dict(bbox_head=part, mask_head=part))
 custom_hooks = [
     dict(type='BurnInHook', iters=10000, prefix=['neck', 'roi_head'])
 ]

@@ -9,8 +9,8 @@ from ..errors import one_line_errors
 from ..pictures import save_sheet
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Write the data set as the command line says."""
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Flags of the data set."""
     parser = argparse.ArgumentParser(
         description='Write ShapesCOCO, a small COCO-format data set',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -21,7 +21,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         '--size', type=int, default=192, help='height and width in pixels')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--workers', type=int, help='drawing processes')
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Write the data set as the command line says."""
+    args = parse_args(argv)
     with one_line_errors():
         root = make_shapes_coco(args.root, args.train, args.val, args.size,
                                 args.seed, args.workers)
