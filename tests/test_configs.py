@@ -63,6 +63,11 @@ PLACES = {
     'head': ('neck', 'roi_head', 'bbox_head'),
     'all': ('backbone', 'neck', 'roi_head', 'bbox_head'),
 }
+TYPES = {
+    'faster-rcnn': 'FasterRCNN',
+    'mask-rcnn': 'MaskRCNN',
+    'retinanet': 'RetinaNet'
+}
 LR_OF_16_IMAGES = {'faster-rcnn': 0.02, 'mask-rcnn': 0.02, 'retinanet': 0.01}
 
 
@@ -130,10 +135,38 @@ class Intent(NamedTuple):
             dict(
                 num_groups=groups,
                 examples_per_group=2 * (per_image if in_roi_head else 1),
-                example_weight=1.),
+                example_weight=0. if in_roi_head else 1.),
             'ghostbn':
             dict(ghost_size=ghost, sync=not self.demo, example_weight=0.),
         }[self.norm]
+
+    def counts(self):
+        """Norms in each part that carries them, but the backbone."""
+        if self.place in (None, 'backbone'):
+            return {}
+        if self.detector == 'retinanet':
+            # 3 lateral and 5 output convolutions; 4 of each tower, 5 levels.
+            return {'neck': 8, 'bbox_head': 40}
+        counts = {'neck': 8, 'roi_head.bbox_head': 4}
+        if self.detector == 'mask-rcnn':
+            counts['roi_head.mask_head'] = 4
+        return counts
+
+    def pretrained(self):
+        """What the backbone starts from."""
+        if self.scratch or self.demo:
+            return None
+        if self.place == 'all' and self.norm == 'gn':
+            return dict(
+                type='Pretrained',
+                checkpoint='open-mmlab://contrib/resnet50_gn')
+        if self.place == 'all' and self.norm == 'mabn':
+            return dict(
+                type='Pretrained',
+                checkpoint='data/pretrained/resnet50_mabn.pth',
+                prefix='backbone.')
+        return dict(
+            type='Pretrained', checkpoint=f'torchvision://resnet{self.depth}')
 
     def burn_in(self):
         """Arguments of BurnInHook; None if there is none."""
@@ -236,8 +269,9 @@ def test_readme_and_metafile_list_the_folder(folder):
         assert model['In Collection'] in collections
         # Nothing was run on COCO; the demo's results are in its README.
         assert not {'Weights', 'Results'} & set(model)
-        cfg = _config(path)
-        if not _intent(path).demo:
+        cfg, intent = _config(path), _intent(path)
+        assert model['Metadata']['Batch Size'] == intent.gpus * intent.images
+        if not intent.demo:
             assert model['Metadata']['Epochs'] == cfg.train_cfg.max_epochs
     for collection in metafile['Collections']:
         assert (ROOT / collection['README']).exists()
@@ -248,11 +282,15 @@ def test_readme_and_metafile_list_the_folder(folder):
 @_same(CONFIGS)
 def test_norms_are_where_the_name_says_and_take_a_step(path):
     cfg, intent = _config(path), _intent(path)
+    assert cfg.model.type == TYPES[intent.detector]
     assert cfg.model.backbone.depth == intent.depth
-    assert (cfg.model.backbone.init_cfg is None) == (
-        intent.scratch or intent.demo)
-    if intent.depth == 101:
-        assert 'resnet101' in cfg.model.backbone.init_cfg.checkpoint
+    assert cfg.model.backbone.init_cfg == intent.pretrained()
+    if intent.scratch:
+        assert cfg.model.backbone.zero_init_residual is False
+    if 'roi_head' in cfg.model:
+        assert cfg.model.roi_head.bbox_head.type == (
+            'Shared4Conv1FCBBoxHead' if intent.four_convs or intent.demo else
+            'Shared2FCBBoxHead')
     model = _build(cfg)
     norms = {n: m for n, m in model.named_modules() if _is_norm(m)}
     for name, norm in norms.items():
@@ -289,7 +327,10 @@ def test_norms_are_where_the_name_says_and_take_a_step(path):
         warnings.filterwarnings('error', message='.*follows no convolution.*')
         # Nor be called for several levels.
         warnings.filterwarnings('error', message='.*called several times.*')
-        for _ in range(steps):
+        for iteration in range(steps):
+            for norm in model.modules():
+                if isinstance(norm, SmallBatchNorm):
+                    norm.iteration = iteration
             losses = model.train_step(inputs, wrapper)
     assert torch.isfinite(losses['loss'])
     moved = {n for n, p in model.named_parameters() if (p != before[n]).any()}
@@ -344,12 +385,20 @@ def test_batch_learning_rate_and_schedule_fit_the_name(path):
     }[intent.schedule]
     assert cfg.train_cfg.max_epochs == epochs
     warmup, decay = cfg.param_scheduler
-    assert (warmup.type, warmup.end) == ('LinearLR', 500)
-    assert (decay.end, decay.milestones) == (epochs, drops)
+    assert (warmup.type, warmup.start_factor,
+            warmup.end) == ('LinearLR', 0.001, 500)
+    assert (decay.end, decay.milestones, decay.gamma) == (epochs, drops, 0.1)
     # The CBN paper's recipe clips.
-    clips = path.parent.name != 'bgn' and intent.detector != 'retinanet' and (
-        intent.schedule == '1x')
-    assert ('clip_grad' in cfg.optim_wrapper) == clips
+    clips = intent.detector != 'retinanet' and intent.schedule == '1x'
+    assert cfg.optim_wrapper.get('clip_grad') == (
+        dict(max_norm=35, norm_type=2) if clips else None)
+    # On gamma and beta, too, but where the name says otherwise.
+    assert cfg.optim_wrapper.get('paramwise_cfg', {}).get(
+        'norm_decay_mult', 1) == (intent.variant != 'nodecay')
+    data = cfg.train_dataloader.dataset
+    assert (data.data_root, data.ann_file) == (
+        'data/coco/', 'annotations/instances_train2017.json')
+    assert cfg.val_evaluator.ann_file.endswith('instances_val2017.json')
 
 
 @_same(CONFIGS)
@@ -381,9 +430,87 @@ def test_weight_decay_on_scale_and_shift_is_the_optimizers(path):
     assert decays[id(model.neck.fpn_convs[0].conv.weight)] == 1e-4
 
 
-def test_stock_toolbox_reads_the_baselines():
-    """They need nothing of this package."""
-    for path in (ROOT / 'configs' / 'baselines').glob('*.py'):
-        cfg = _config(path)
-        assert 'custom_imports' not in cfg
-        assert 'mmdet_smallbn' not in cfg.pretty_text
+@_same(CONFIGS)
+def test_this_package_is_imported_where_it_is_needed(path):
+    """Stock mmdet runs the others."""
+    imported = _config(path).get('custom_imports')
+    if path.parent.name == 'baselines':
+        assert imported is None
+    else:
+        assert imported == dict(
+            imports=['mmdet_smallbn'], allow_failed_imports=False)
+
+
+# Box AP (and mask AP) of the papers: CBN's Tables 4 and 5, MABN's 3, 5, 6, 7.
+PAPER = {
+    'faster-rcnn_r50_fpn_4conv1fc_{}_4xb4-1x_coco': {
+        '': '36.9',
+        'bn-head': '36.3',
+        'syncbn-head': '37.7',
+        'gn-head': '37.8',
+        'cbn-head': '37.7',
+        'bn-all': '35.5',
+        'syncbn-all': '37.9',
+        'gn-all': '37.8',
+        'cbn-all': '37.3'
+    },
+    'faster-rcnn_r101_fpn_4conv1fc_{}_4xb4-1x_coco': {
+        'gn-head': '39.3',
+        'syncbn-head': '39.2',
+        'cbn-head': '39.2'
+    },
+    'mask-rcnn_r50_fpn_4conv1fc_{}_4xb4-1x_coco': {
+        'gn-head': '38.6 35.0',
+        'syncbn-head': '38.5 34.7',
+        'cbn-head': '38.5 34.6'
+    },
+    'mask-rcnn_r50-scratch_fpn_{}_8xb2-2x_coco': {
+        'bn-backbone': '30.41 27.91',
+        'brn-backbone': '31.93 29.16',
+        'syncbn-backbone': '34.81 31.69',
+        'mabn-backbone': '34.85 31.61',
+        '4conv1fc_bn-all': '32.38 29.07',
+        '4conv1fc_brn-all': '34.07 30.98',
+        '4conv1fc_syncbn-all': '36.81 33.11',
+        '4conv1fc_mabn-all': '36.50 32.69'
+    },
+    'mask-rcnn_r50_fpn_4conv1fc_{}_8xb2-2x_coco': {
+        'syncbn-all': '38.25 34.22',
+        'mabn-all': '38.42 34.12'
+    },
+    'retinanet_r50-scratch_fpn_{}_8xb2-2x_coco': {
+        'syncbn-all': '29.80',
+        'mabn-all': '29.52'
+    },
+}
+PAPER = {
+    name.format(norm).replace('__', '_'): aps.split()
+    for name, rows in PAPER.items() for norm, aps in rows.items()
+}
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_readmes_quote_the_papers_numbers(name):
+    """Wherever a README has the config's row, and in its own folder."""
+    quoted = 0
+    for folder in FOLDERS:
+        for row in (folder / 'README.md').read_text().splitlines():
+            if f'/{name}.py)' in row or f'({name}.py)' in row:
+                numbers = re.findall(r'(?<![\d.])\d\d\.\d\d?(?![\d.])', row)
+                if not numbers:  # a row of an ablation, to compare with
+                    continue
+                assert set(PAPER[name]) <= set(numbers), row
+                assert numbers[0] == PAPER[name][0]
+                quoted += 1
+    # What CBN and MABN are compared with stands in their READMEs, too.
+    assert quoted == (1 if re.search('_(cbn|mabn)-', name) else 2)
+
+
+def test_the_other_rows_have_no_numbers():
+    for folder in FOLDERS:
+        if folder.name == 'demo':
+            continue
+        for row in (folder / 'README.md').read_text().splitlines():
+            names = re.findall(r'([\w-]+_coco)\.py\)', row)
+            if row.startswith('|') and re.search(r'\| \d\d\.\d', row):
+                assert set(names) & set(PAPER), row

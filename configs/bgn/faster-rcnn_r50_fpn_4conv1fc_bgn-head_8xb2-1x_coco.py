@@ -1,8 +1,7 @@
 _base_ = [
-    'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '../_base_/bgn.py'
+    '../baselines/faster-rcnn_r50_fpn_4conv1fc_8xb2-1x_coco.py',
+    '../_base_/bgn.py'
 ]
 model = dict(
     neck=dict(norm_cfg=_base_.norm_cfg),
-    roi_head=dict(
-        bbox_head=dict(
-            type='Shared4Conv1FCBBoxHead', norm_cfg=_base_.region_norm_cfg)))
+    roi_head=dict(bbox_head=dict(norm_cfg=_base_.region_norm_cfg)))

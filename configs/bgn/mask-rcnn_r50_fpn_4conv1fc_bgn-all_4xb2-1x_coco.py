@@ -1,4 +1,4 @@
-_base_ = './mask-rcnn_r50_fpn_4conv1fc_bgn-all_8xb2-1x_coco.py'
-# 4 GPUs with 2 images each: the learning rate is scaled linearly.
-optim_wrapper = dict(optimizer=dict(lr=0.01))
-auto_scale_lr = dict(base_batch_size=8)
+_base_ = './mask-rcnn_r50_fpn_4conv1fc_bgn-head_4xb2-1x_coco.py'
+# Nothing stays frozen: the weights were trained with other statistics.
+model = dict(
+    backbone=dict(norm_cfg=_base_.norm_cfg, norm_eval=False, frozen_stages=-1))

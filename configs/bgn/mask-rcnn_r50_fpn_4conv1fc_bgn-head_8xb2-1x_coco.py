@@ -1,7 +1,9 @@
-_base_ = ['mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', '../_base_/bgn.py']
+_base_ = [
+    '../baselines/mask-rcnn_r50_fpn_4conv1fc_8xb2-1x_coco.py',
+    '../_base_/bgn.py'
+]
 model = dict(
     neck=dict(norm_cfg=_base_.norm_cfg),
     roi_head=dict(
-        bbox_head=dict(
-            type='Shared4Conv1FCBBoxHead', norm_cfg=_base_.region_norm_cfg),
+        bbox_head=dict(norm_cfg=_base_.region_norm_cfg),
         mask_head=dict(norm_cfg=_base_.region_norm_cfg)))

@@ -1,4 +1,3 @@
-_base_ = './mask-rcnn_r50_fpn_4conv1fc_ghostbn-all_8xb2-1x_coco.py'
-# 4 GPUs with 2 images each: the learning rate is scaled linearly.
-optim_wrapper = dict(optimizer=dict(lr=0.01))
-auto_scale_lr = dict(base_batch_size=8)
+_base_ = './mask-rcnn_r50_fpn_4conv1fc_ghostbn-head_4xb2-1x_coco.py'
+# conv1 and the first stage stay frozen, as the base has them.
+model = dict(backbone=dict(norm_cfg=_base_.norm_cfg, norm_eval=False))

@@ -1,4 +1,9 @@
-_base_ = './mask-rcnn_r50_fpn_4conv1fc_ghostbn-head_8xb2-1x_coco.py'
-# 4 GPUs with 2 images each: the learning rate is scaled linearly.
-optim_wrapper = dict(optimizer=dict(lr=0.01))
-auto_scale_lr = dict(base_batch_size=8)
+_base_ = [
+    '../baselines/mask-rcnn_r50_fpn_4conv1fc_4xb2-1x_coco.py',
+    '../_base_/ghostbn.py'
+]
+model = dict(
+    neck=dict(norm_cfg=_base_.norm_cfg),
+    roi_head=dict(
+        bbox_head=dict(norm_cfg=_base_.region_norm_cfg),
+        mask_head=dict(norm_cfg=_base_.mask_norm_cfg)))
