@@ -39,11 +39,12 @@ class BatchGroupNorm(SmallBatchNorm, _BatchNorm):
     Evaluation knows two kinds of statistics: an example's own, over its
     groups of channels as in group normalisation, and the moving averages of
     the mean and mean square, averaged over the groups. ``example_weight`` is
-    the weight of the first, Eq. (3): 1 is group normalisation and closest to
-    training, 0 is an affine map of each channel. ``running_var`` holds the
-    moving average of the mean square less the squared ``running_mean``, of
-    each channel; evaluation averages them over the groups, which mmcv's
-    ``fuse_conv_bn`` does not know of.
+    the weight of the first, Eq. (3): 1 is group normalisation and close to
+    training where a group has a few examples, 0 is an affine map of each
+    channel and close to training where it has hundreds, as of regions.
+    ``running_var`` holds the moving average of the mean square less the
+    squared ``running_mean``, of each channel; evaluation averages them over
+    the groups, which mmcv's ``fuse_conv_bn`` does not know of.
 
     Args:
         num_features (int): Channels C.
