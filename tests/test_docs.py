@@ -1,10 +1,13 @@
 """The commands and links of the documentation are ones that work."""
+import configparser
 import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+
+from mmdet_smallbn.cli import print_norms
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'configs').rglob('README.md'))]
@@ -45,6 +48,34 @@ def test_the_command_is_understood(tool, arguments):
         words += ['a.pth'] * (name == 'test')
     module = importlib.import_module(f'mmdet_smallbn.cli.{name}')
     module.parse_args(words)
+
+
+@pytest.mark.parametrize(
+    'page', [p for p in PAGES if '\npart  ' in p.read_text()],
+    ids=lambda p: p.parent.name)
+def test_printed_tables_are_what_the_tool_prints(page, capsys):
+    (config, table), = re.findall(
+        r'print_norms\.py (configs\S+)\n```\n.*?^```\n(part .*?)^```',
+        page.read_text(), re.M | re.S)
+    print_norms.main([config])
+    assert capsys.readouterr().out == table
+
+
+def test_the_package_carries_configs_and_tools():
+    """For mim, which looks for them in the package's folder .mim."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / 'setup.cfg')
+    patterns = setup['options.package_data']['mmdet_smallbn'].split()
+    package = ROOT / 'mmdet_smallbn'
+    held = {
+        path.relative_to(package / '.mim')
+        for pattern in patterns for path in package.glob(pattern)
+    }
+    for name in ('configs', 'tools'):
+        for path in (ROOT / name).rglob('*'):
+            if path.is_file() and '__pycache__' not in path.parts:
+                assert path.relative_to(ROOT) in held
+    assert Path('model-index.yml') in held
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: p.parent.name)

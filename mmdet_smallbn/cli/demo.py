@@ -14,14 +14,13 @@ from mmengine.runner import Runner
 from rich.console import Console
 from rich.table import Table
 
-from ..data.coco_folder import CocoSplit
+from ..data.coco_folder import CocoSplit, find_coco_split
 from ..data.shapes_coco import make_shapes_coco
 from ..errors import one_line_errors
 from ..pictures import (Objects, coco_objects, quiet_coco, save_curves,
                         save_detections)
-from .own_data import use_data
 from .runtime import (add_config_arguments, add_run_arguments, build_runner,
-                      load_config)
+                      load_config, open_config)
 
 _PICTURED = 6
 _MIN_SCORE = 0.5
@@ -113,10 +112,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the demo."""
     args = parse_args(argv)
     with one_line_errors():
+        if args.data is None:
+            args.data = str(
+                make_shapes_coco(**open_config(args.config).shapes_coco))
         cfg = load_config(args)
         cfg.randomness = dict(seed=args.seed)
-        splits = use_data(cfg, args.data
-                          or make_shapes_coco(**cfg.shapes_coco))
+        splits = [find_coco_split(args.data, s) for s in ('train', 'val')]
         for name, split in zip(('train', 'val'), splits):
             print(f'{name}: {split.num_images} images of '
                   f'{len(split.classes)} classes, {split.ann_file}')

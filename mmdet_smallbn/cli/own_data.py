@@ -1,7 +1,8 @@
 """Point any config at a COCO-format folder of the user's."""
 from pathlib import Path
-from typing import Any, Iterator, Tuple, Union
+from typing import Any, Iterator, Union
 
+from mmdet.visualization import get_palette
 from mmengine.config import Config, ConfigDict
 
 from ..data.coco_folder import CocoSplit, find_coco_split
@@ -9,7 +10,8 @@ from ..errors import SetupError
 
 
 def use_data(cfg: Config,
-             folder: Union[str, Path]) -> Tuple[CocoSplit, CocoSplit]:
+             folder: Union[str, Path],
+             training: bool = True) -> None:
     """Write files, classes and the heads' number of classes to a config.
 
     Training reads the folder's training images, validation and testing its
@@ -18,22 +20,26 @@ def use_data(cfg: Config,
     Args:
         cfg (Config): Of a detector on COCO.
         folder (str | Path): As :func:`find_coco_split` takes it.
-
-    Returns:
-        tuple[CocoSplit, CocoSplit]: The training and validation split.
+        training (bool): Whether the training images are wanted.
 
     Raises:
         FileNotFoundError: If the folder lacks annotations or images.
         ValueError: If the splits do not have the same classes.
-        SetupError: If the config does not read COCO annotations, has no
-            classes to set, or trains masks that the annotations lack.
+        SetupError: If the config does not read COCO annotations, or more than
+            they hold, has no classes to set, or trains masks that are not
+            there.
     """
-    train, val = (find_coco_split(folder, name) for name in ('train', 'val'))
-    if train.classes != val.classes:
-        raise ValueError(
-            f'{train.ann_file} and {val.ann_file} do not have the same '
-            f'categories: {train.classes} and {val.classes}')
-    for name, split in (('train', train), ('val', val), ('test', val)):
+    folder = Path(folder).expanduser().resolve()
+    val = find_coco_split(folder, 'val')
+    splits = dict(val=val, test=val)
+    if training:
+        splits['train'] = train = find_coco_split(folder, 'train')
+        if train.classes != val.classes:
+            raise ValueError(
+                f'{train.ann_file} and {val.ann_file} do not have the same '
+                'categories in the same order, which labels are numbers in: '
+                f'{train.classes} and {val.classes}')
+    for name, split in splits.items():
         loader = cfg.get(f'{name}_dataloader')
         if loader is not None:
             _use_split(innermost_dataset(loader), f'{name}_dataloader', split)
@@ -44,13 +50,14 @@ def use_data(cfg: Config,
         for evaluator in evaluators:
             if 'ann_file' in evaluator:
                 evaluator.ann_file = str(val.ann_file)
-    heads = list(_heads(cfg.model))
+    heads = list(_heads(cfg.get('model')))
     if not heads:
-        raise SetupError('--data: the model has no num_classes to set to '
-                         f'{len(train.classes)}')
+        raise SetupError(
+            '--data: the model has no num_classes to set to '
+            f'{len(val.classes)}. Take a detector whose head has one, or '
+            'write a config of your own')
     for head in heads:
-        head.num_classes = len(train.classes)
-    return train, val
+        head.num_classes = len(val.classes)
 
 
 def innermost_dataset(loader: ConfigDict) -> ConfigDict:
@@ -62,10 +69,20 @@ def innermost_dataset(loader: ConfigDict) -> ConfigDict:
 
 
 def _use_split(data: ConfigDict, where: str, split: CocoSplit) -> None:
-    if data.get('type') != 'CocoDataset':
-        raise SetupError(f'--data replaces a CocoDataset, but {where} reads '
-                         f'{data.get("type")}: take a config on COCO')
-    for transform in data.pipeline:
+    kind = data.get('type')
+    kind = kind if isinstance(kind, str) else getattr(kind, '__name__', kind)
+    if kind not in ('CocoDataset', 'mmdet.CocoDataset'):
+        raise SetupError(
+            f'--data takes the place of one CocoDataset, but {where} reads a '
+            f'{kind}: take a config that trains on COCO boxes or masks alone')
+    more = [k for k in ('proposal_file', 'seg_map_suffix') if data.get(k)]
+    more += [k for k in data.get('data_prefix', {}) if k != 'img']
+    if more:
+        raise SetupError(
+            f"--data: {where} reads more than images and annotations "
+            f'({", ".join(more)}), which the folder does not have. Take a '
+            'config without')
+    for transform in _transforms(data.get('pipeline', [])):
         if transform.get('with_mask') and not split.has_masks:
             raise SetupError(
                 f'the config has masks ({where}: with_mask=True), but not '
@@ -75,7 +92,21 @@ def _use_split(data: ConfigDict, where: str, split: CocoSplit) -> None:
         data_root='',
         ann_file=str(split.ann_file),
         data_prefix=dict(img=f'{split.image_dir}/'),
-        metainfo=dict(classes=split.classes))
+        # COCO's colours are for COCO's number of classes.
+        metainfo=dict(
+            classes=split.classes,
+            palette=get_palette('random', len(split.classes))))
+
+
+def _transforms(node: Any) -> Iterator[dict]:
+    """The transforms of a pipeline, those within others too."""
+    if isinstance(node, (list, tuple)):
+        for value in node:
+            yield from _transforms(value)
+    elif isinstance(node, dict):
+        yield node
+        for value in node.values():
+            yield from _transforms(value)
 
 
 def _heads(node: Any) -> Iterator[ConfigDict]:

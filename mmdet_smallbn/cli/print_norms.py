@@ -1,14 +1,17 @@
 """Print what norm each part of a config's model really carries."""
 import argparse
-from typing import List, Optional, Sequence
+from typing import Iterator, List, Optional, Sequence
 
 from mmengine.config import Config
+from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
+from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import HOOKS, MODELS
+from torch import nn
 
-from ..errors import one_line_errors
-from ..hooks import BurnInHook
-from ..norm_table import norm_summary
+from ..errors import SetupError, one_line_errors
+from ..hooks import BurnInHook, ExampleWeightHook
+from ..norm_report import norm_summary
 from .runtime import (add_config_arguments, check_norms, images_of,
                       read_config)
 
@@ -33,12 +36,31 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     return args
 
 
-def burn_in_hooks(cfg: Config) -> List[BurnInHook]:
-    """The hooks of a config that rule the norms' burn-in."""
+def norm_hooks(cfg: Config) -> List[Hook]:
+    """The hooks of a config that rule its norms."""
+    kinds = (BurnInHook, ExampleWeightHook)
+    names = tuple(kind.__name__ for kind in kinds)
     return [
         HOOKS.build(hook) for hook in cfg.get('custom_hooks') or []
-        if hook['type'] in ('BurnInHook', BurnInHook)
+        if hook.get('type') in kinds + names
     ]
+
+
+def complaints(cfg: Config, model: nn.Module,
+               hooks: Sequence[Hook]) -> Iterator[str]:
+    """What would stop the training when it starts."""
+    loop = cfg.get('train_cfg') or {}
+    by_epoch = (
+        loop.get('type') == 'EpochBasedTrainLoop' or loop.get('by_epoch'))
+    for hook in hooks:
+        if not isinstance(hook, BurnInHook):
+            continue
+        try:
+            hook.find_layers(model)
+            hook.check_length(
+                bool(by_epoch), loop.get('max_epochs'), loop.get('max_iters'))
+        except SetupError as error:
+            yield str(error)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -46,13 +68,23 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     with one_line_errors():
         cfg = read_config(args)
+        alone = args.gpus == 1
+        cfg.launcher = 'none' if alone else 'pytorch'
         check_norms(cfg)
         # Heads and necks tell of themselves while they are built.
         MMLogger.get_current_instance().setLevel('WARNING')
         model = MODELS.build(cfg.model)
+        if alone:  # as the runner does
+            model = revert_sync_batchnorm(model)
+        hooks = norm_hooks(cfg)
         print(
-            norm_summary(model, images_of(cfg), args.gpus, burn_in_hooks(cfg),
-                         cfg.model, args.each))
+            norm_summary(model, images_of(cfg), args.gpus, hooks, cfg.model,
+                         args.each))
+        if cfg.get('sync_bn') and not alone:
+            print(f'Note: sync_bn={cfg.sync_bn!r} makes SyncBatchNorm of '
+                  'every BatchNorm when several processes train.')
+        for complaint in complaints(cfg, model, hooks):
+            print(f'Training would stop at its start: {complaint}.')
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ from mmengine.runner import CheckpointLoader, Runner
 
 from ..errors import SetupError, did_you_mean
 from ..layers import SmallBatchNorm
-from ..norm_table import norm_types
+from ..norm_report import norm_types
 from .own_data import use_data
 
 
@@ -48,24 +48,37 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
 
 
-def read_config(args: argparse.Namespace) -> Config:
-    """Read the config, and apply what ``add_config_arguments`` adds."""
-    if not Path(args.config).is_file():
+def open_config(path: str) -> Config:
+    """Read a config file.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        SetupError: If it describes no model.
+    """
+    if not Path(path).is_file():
         raise FileNotFoundError(
-            f'no config at {args.config}: check the path, configs are in '
-            'configs/')
-    cfg = Config.fromfile(args.config)
+            f'no config at {path}: check the path, configs are in configs/')
+    cfg = Config.fromfile(path)
+    if cfg.get('model') is None:
+        raise SetupError(f'{path} has no model: it is a part of a config, or '
+                         'one of something else')
+    return cfg
+
+
+def read_config(args: argparse.Namespace, training: bool = True) -> Config:
+    """Read the config, and apply what ``add_config_arguments`` adds."""
+    cfg = open_config(args.config)
     if args.data is not None:
-        use_data(cfg, args.data)
+        use_data(cfg, args.data, training)
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
     return cfg
 
 
-def load_config(args: argparse.Namespace) -> Config:
+def load_config(args: argparse.Namespace, training: bool = True) -> Config:
     """Read the config for a run: launcher, work folder."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = read_config(args)
+    cfg = read_config(args, training)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
@@ -75,8 +88,14 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def images_of(cfg: Config) -> Optional[int]:
-    """Training images that a process sees at a time; None if unknown."""
-    return (cfg.get('train_dataloader') or {}).get('batch_size')
+    """Training images that a process sees at a time; None if unknown.
+
+    A sampler that mixes sources fills a batch for several passes.
+    """
+    loader = cfg.get('train_dataloader') or {}
+    if 'source_ratio' in (loader.get('sampler') or {}):
+        return None
+    return loader.get('batch_size')
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -121,7 +140,8 @@ def check_norms(cfg: Config) -> None:
         if found is None:
             raise SetupError(f'{path}.type={kind!r} is not a known norm. '
                              f'{did_you_mean(kind, known)}')
-        if kind in known and cfg.get('sync_bn') and cfg.launcher != 'none':
+        if (kind in known and cfg.get('sync_bn')
+                and cfg.get('launcher', 'none') != 'none'):
             raise SetupError(
                 f'sync_bn={cfg.sync_bn!r} would turn {path}.type={kind!r}, '
                 'and every kind of BatchNorm, into SyncBatchNorm: remove '

@@ -82,7 +82,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Evaluate as the command line says."""
     args = parse_args(argv)
     with one_line_errors():
-        cfg = load_config(args)
+        cfg = load_config(args, training=False)
         apply_test_flags(cfg, args)
         runner = build_runner(cfg)
         if args.out is not None:

@@ -8,7 +8,7 @@ from mmengine.runner import Runner
 
 from ..errors import SetupError, one_line_errors
 from ..hooks import bare_model
-from ..norm_table import norm_summary
+from ..norm_report import norm_summary
 from .runtime import (add_config_arguments, add_run_arguments, build_runner,
                       images_of, load_config)
 

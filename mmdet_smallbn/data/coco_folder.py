@@ -1,5 +1,6 @@
 """Find the splits of a COCO-format folder, however it is laid out."""
 import json
+import os
 from pathlib import Path
 from typing import List, NamedTuple, Tuple, Union
 
@@ -36,10 +37,10 @@ def find_coco_split(root: Union[str, Path], split: str) -> CocoSplit:
         split (str): ``'train'`` or ``'val'``.
 
     Returns:
-        CocoSplit: What was found; the first image is known to exist.
+        CocoSplit: What was found; the images are known to exist.
 
     Raises:
-        FileNotFoundError: Naming what was looked for.
+        FileNotFoundError: Naming what was looked for, or is missing.
         ValueError: If an annotation file is not COCO's detection format.
     """
     root = Path(root)
@@ -57,12 +58,10 @@ def find_coco_split(root: Union[str, Path], split: str) -> CocoSplit:
         first = content['images'][0]['file_name']
         for folder in _image_folders(root, path, split):
             if (folder / first).is_file():
-                return CocoSplit(
-                    path, folder,
-                    tuple(c['name'] for c in content['categories']),
-                    len(content['images']),
-                    all(a.get('segmentation')
-                        for a in content['annotations']))
+                _check_images(path, folder, content)
+                return CocoSplit(path, folder, _classes(path, content),
+                                 len(content['images']),
+                                 all(map(_has_mask, content['annotations'])))
         without_images.append(f'{first!r} of {path}')
     raise FileNotFoundError(
         f'no image {" nor ".join(without_images)}: looked in '
@@ -89,9 +88,39 @@ def _image_folders(root: Path, ann_file: Path, split: str) -> List[Path]:
     return [*folders, root / 'images', root]
 
 
+def _check_images(path: Path, folder: Path, content: dict) -> None:
+    names = [Path(image['file_name']) for image in content['images']]
+    # A look into each folder is less than one for each file.
+    held = {
+        parent: set(os.listdir(folder / parent))
+        for parent in {name.parent for name in names}
+        if (folder / parent).is_dir()
+    }
+    missing = [n for n in names if n.name not in held.get(n.parent, ())]
+    if missing:
+        raise FileNotFoundError(
+            f'{len(missing)} of the {len(names)} images of {path} are not in '
+            f'{folder}, {missing[0]} the first of them')
+
+
+def _classes(path: Path, content: dict) -> Tuple[str, ...]:
+    names = tuple(c.get('name') for c in content['categories'])
+    if None in names or len(set(names)) < len(names):
+        raise ValueError(f'{path}: categories need names, each its own, but '
+                         f'got {names}')
+    return names
+
+
+def _has_mask(annotation: dict) -> bool:
+    """Polygons, or a run-length code."""
+    mask = annotation.get('segmentation')
+    return any(mask) if isinstance(mask, list) else bool(mask)
+
+
 def _read(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text())
+        # Some tools begin files with a mark.
+        content = json.loads(path.read_text(encoding='utf-8-sig'))
         wanted = ('images', 'annotations', 'categories')
         missing = [key for key in wanted if not content.get(key)]
     except (json.JSONDecodeError, AttributeError) as error:

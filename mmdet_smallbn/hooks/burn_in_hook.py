@@ -75,15 +75,27 @@ class BurnInHook(Hook):
     def before_train(self, runner) -> None:
         """Find the layers, and check that the burn-in makes sense."""
         model = bare_model(runner)
+        self.find_layers(model)
+        for name, layer in self._told.items():
+            layer.layer_name = name
+            # Of an earlier training of the same model object.
+            layer.reset_state()
+        self.check_length(
+            isinstance(runner.train_loop, EpochBasedTrainLoop),
+            runner.max_epochs, runner.max_iters)
+        self._burning = None
+
+    def find_layers(self, model: nn.Module) -> None:
+        """Find the norms, and those of them that burn in.
+
+        Raises:
+            SetupError: If there is none in the model, or under a prefix.
+        """
         self._told = {
             name: layer
             for name, layer in model.named_modules()
             if isinstance(layer, SmallBatchNorm)
         }
-        for name, layer in self._told.items():
-            layer.layer_name = name
-            # Of an earlier training of the same model object.
-            layer.reset_state()
         self._layers = {
             name: layer
             for name, layer in self._told.items()
@@ -92,8 +104,6 @@ class BurnInHook(Hook):
         for prefix in self.prefixes or (None, ):
             if not any(self._under(name, prefix) for name in self._layers):
                 self._raise_no_layer(prefix, model)
-        self._check_length(runner)
-        self._burning = None
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         """Tell the layers the iteration and the phase."""
@@ -152,16 +162,25 @@ class BurnInHook(Hook):
                         'remove the hook')
         raise SetupError(message)
 
-    def _check_length(self, runner) -> None:
-        by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
+    def check_length(self, by_epoch: bool, max_epochs: int,
+                     max_iters: int) -> None:
+        """Compare the burn-in with the training.
+
+        Args:
+            by_epoch (bool): Whether the training loop counts epochs.
+            max_epochs (int): Its length, if so.
+            max_iters (int): Its length, if not, or if known.
+
+        Raises:
+            SetupError: If the units differ, or burn-in is as long as the
+                training.
+        """
         if self.unit == 'epochs' and not by_epoch:
             raise SetupError(
                 f'BurnInHook: epochs={self.length}, but the training loop '
-                f'{type(runner.train_loop).__name__} counts iterations. Use '
-                'iters')
-        total = runner.max_epochs if self.unit == 'epochs' else (
-            runner.max_iters)
-        if self.length and self.length >= total:
+                'counts iterations. Use iters')
+        total = max_epochs if self.unit == 'epochs' else max_iters
+        if self.length and total and self.length >= total:
             raise SetupError(
                 f'BurnInHook: {self.unit}={self.length} is no shorter than '
                 f'the training ({total} {self.unit}), and the norms would '

@@ -45,16 +45,16 @@ class ExampleWeightHook(Hook):
         check_positive_int('ExampleWeightHook: calibration_images',
                            calibration_images)
         self.weight = weight
-        self.exclude = exclude
+        self.excluded = (exclude, ) if isinstance(exclude, str) else exclude
         self.calibration_images = calibration_images
 
     def before_val(self, runner) -> None:
         """Set the weight."""
         model = bare_model(runner)
         try:
-            if lacks_averages(model, self.weight, self.exclude):
+            if lacks_averages(model, self.weight, self.excluded):
                 calibrate(runner, self.calibration_images)
-            names = set_example_weight(model, self.weight, self.exclude)
+            names = set_example_weight(model, self.weight, self.excluded)
         except ValueError as error:
             raise SetupError(f'ExampleWeightHook: {error}') from error
         runner.logger.info(

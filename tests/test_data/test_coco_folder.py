@@ -61,6 +61,57 @@ def test_what_is_missing_is_named(tmp_path):
         find_coco_split(tmp_path, 'train')
 
 
+def test_every_image_must_be_there(tmp_path):
+    names = ['a.jpg', 'in/b.jpg', 'in/c.jpg', 'out/d.jpg']
+    _write(
+        tmp_path / 'annotations/instances_train.json',
+        'a.jpg',
+        images=[dict(id=i, file_name=name) for i, name in enumerate(names)])
+    for name in names[:2]:
+        _touch(tmp_path / 'train' / name)
+    with pytest.raises(
+            FileNotFoundError, match='2 of the 4 images of .*in/c.jpg the f'):
+        find_coco_split(tmp_path, 'train')
+    for name in names[2:]:
+        _touch(tmp_path / 'train' / name)
+    assert find_coco_split(tmp_path, 'train').num_images == 4
+
+
+@pytest.mark.parametrize('categories', [
+    [dict(id=1, name='cat'), dict(id=2, name='cat')],
+    [dict(id=1, name='cat'), dict(id=2)],
+])
+def test_categories_have_names_of_their_own(tmp_path, categories):
+    _write(tmp_path / 'train.json', 'a.jpg', categories=categories)
+    _touch(tmp_path / 'a.jpg')
+    with pytest.raises(ValueError, match='categories need names, each its'):
+        find_coco_split(tmp_path, 'train')
+
+
+def test_a_byte_order_mark_is_no_matter(tmp_path):
+    path = tmp_path / 'train.json'
+    _write(path, 'a.jpg')
+    _touch(tmp_path / 'a.jpg')
+    path.write_text(path.read_text(), encoding='utf-8-sig')
+    assert find_coco_split(tmp_path, 'train').classes == ('cat', 'dog')
+
+
+@pytest.mark.parametrize('segmentation, has', [
+    ([[0, 0, 1, 0, 1, 1]], True),
+    (dict(counts='abc', size=[3, 3]), True),
+    ([[]], False),
+    ([], False),
+    (None, False),
+])
+def test_masks(tmp_path, segmentation, has):
+    _write(
+        tmp_path / 'train.json',
+        'a.jpg',
+        annotations=[dict(id=1, segmentation=segmentation)])
+    _touch(tmp_path / 'a.jpg')
+    assert find_coco_split(tmp_path, 'train').has_masks == has
+
+
 def test_other_json_is_refused(tmp_path):
     _write(tmp_path / 'annotations/train.json', 'a.jpg', categories=[])
     with pytest.raises(ValueError, match='no categories'):

@@ -109,6 +109,11 @@ def test_training_learns_and_evaluates(trained):
     assert _scores(records)['coco/bbox_mAP_50'] > 0.02
     assert 'burn-in is over' in out
     assert '32 CBN layers: 4 iterations x 4 images = 16 examples' in out
+    table = out[out.index('Norms of the model'):].splitlines()[1:6]
+    assert table[0].startswith('part ')
+    assert table[1].startswith('backbone ') and (
+        ' 4 iterations x 4 images = 16  20 iters ' in table[1])
+    assert table[4] == 'No norm in rpn_head.'
 
 
 @pytest.mark.parametrize(

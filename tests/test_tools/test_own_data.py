@@ -1,6 +1,7 @@
 """`--data DIR`: any config of the zoo on a user's own COCO-format folder."""
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from mmengine.config import Config, ConfigDict
@@ -13,6 +14,7 @@ from mmdet_smallbn.cli.train import parse_args
 from mmdet_smallbn.data.shapes import CLASSES
 from mmdet_smallbn.errors import SetupError
 
+ROOT = Path(__file__).resolve().parents[2]
 FASTER = 'configs/cbn/faster-rcnn_r50_fpn_4conv1fc_cbn-head_1xb2-1x_coco.py'
 MASK = 'configs/cbn/mask-rcnn_r50_fpn_4conv1fc_cbn-head_4xb4-1x_coco.py'
 RETINA = 'configs/cbn/retinanet_r50_fpn_cbn-head_4xb4-1x_coco.py'
@@ -86,10 +88,11 @@ def test_heads_of_a_cascade_and_wrapped_data_sets(shapes):
     assert cfg.val_evaluator[1] == dict(type='Other')
 
 
-def test_masks_are_missed_before_training(own):
+@pytest.mark.parametrize('nothing', [[], [[]], None])
+def test_masks_are_missed_before_training(own, nothing):
 
     def boxes_alone(content):
-        content['annotations'][-1]['segmentation'] = []
+        content['annotations'][-1]['segmentation'] = nothing
 
     _edit(own, 'val', boxes_alone)
     with pytest.raises(SetupError, match='val.json has a segmentation.*Faste'):
@@ -107,14 +110,61 @@ def test_splits_must_have_the_same_classes(own):
         load_config(parse_args([FASTER, '--data', str(own)]))
 
 
+def test_testing_needs_no_training_images(own):
+    shutil.rmtree(own / 'train')
+    (own / 'annotations/instances_train.json').unlink()
+    arguments = [FASTER, 'a.pth', '--data', str(own)]
+    cfg = load_config(parse_test_args(arguments), training=False)
+    assert cfg.model.roi_head.bbox_head.num_classes == 7
+    assert cfg.test_dataloader.dataset.metainfo.classes == CLASSES
+    assert 'coco' in cfg.train_dataloader.dataset.data_root
+    with pytest.raises(FileNotFoundError, match='no train annotations'):
+        load_config(parse_args([FASTER, '--data', str(own)]))
+
+
+def test_a_relative_folder_holds_from_elsewhere(own, monkeypatch):
+    config = str(ROOT / FASTER)
+    monkeypatch.chdir(own.parent)
+    cfg = load_config(parse_args([config, '--data', 'own/']))
+    ann_file = Path(cfg.train_dataloader.dataset.ann_file)
+    assert ann_file.is_absolute() and ann_file.exists()
+
+
+def test_as_many_colours_as_classes(own):
+
+    def many(content):
+        content['categories'] = [
+            dict(id=i + 1, name=f'class {i}') for i in range(97)
+        ]
+
+    for split in ('train', 'val'):
+        _edit(own, split, many)
+    cfg = load_config(parse_args([FASTER, '--data', str(own)]))
+    assert len(cfg.test_dataloader.dataset.metainfo.palette) == 97
+
+
 def test_what_it_cannot_do_is_said(shapes):
     cfg = Config.fromfile(FASTER)
     cfg.train_dataloader.dataset.type = 'LVISV1Dataset'
-    with pytest.raises(SetupError, match='train_dataloader reads LVISV1Data'):
+    with pytest.raises(SetupError, match='train_dataloader reads a LVISV1Da'):
         use_data(cfg, shapes)
     cfg = Config.fromfile(FASTER)
     cfg.model = ConfigDict(backbone=dict(depth=50))
     with pytest.raises(SetupError, match='no num_classes to set to 7'):
         use_data(cfg, shapes)
-    with pytest.raises(FileNotFoundError, match='no data set folder at nowh'):
+    with pytest.raises(FileNotFoundError, match='no data set folder at .*now'):
         use_data(cfg, 'nowhere')
+    for change, message in ((dict(proposal_file='a.pkl'), 'proposal_file'),
+                            (dict(data_prefix=dict(img='a', seg='b')),
+                             'seg')):
+        cfg = Config.fromfile(FASTER)
+        cfg.train_dataloader.dataset.update(change)
+        with pytest.raises(SetupError, match=rf'annotations \({message}\)'):
+            use_data(cfg, shapes)
+
+
+def test_a_config_without_a_model_is_said(tmp_path):
+    path = tmp_path / 'part.py'
+    path.write_text('train_cfg = dict()')
+    with pytest.raises(SetupError, match='part.py has no model'):
+        load_config(parse_args([str(path)]))

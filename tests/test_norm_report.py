@@ -10,11 +10,12 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import nn
 
-from mmdet_smallbn import BurnInHook, set_example_weight
+from mmdet_smallbn import (BurnInHook, ExampleWeightHook,
+                           set_example_weight)
 from mmdet_smallbn.cli.print_norms import main
 from mmdet_smallbn.layers import (BRN, CBN, MABN, BatchGroupNorm, CenConv2d,
-                                  GhostBN)
-from mmdet_smallbn.norm_table import describe_norms, notes
+                                  GhostBN, NaiveCBN)
+from mmdet_smallbn.norm_report import describe_norms, norm_summary, notes
 
 ROOT = Path(__file__).resolve().parents[1]
 CBN_ALL = 'configs/cbn/faster-rcnn_r50_fpn_4conv1fc_cbn-all_4xb4-1x_coco.py'
@@ -40,6 +41,8 @@ def _said(layer, images=4, processes=2, **kwargs):
         (nn.GroupNorm(
             4, 8), '1 example, 4 groups of channels', "each example's own"),
         (nn.InstanceNorm2d(8), '1 example', "each example's own"),
+    (nn.InstanceNorm2d(8, track_running_stats=True), '1 example',
+     'running averages'),
         (nn.LayerNorm(8), '1 position', "each example's own"),
         (nn.BatchNorm2d(
             8, track_running_stats=False), '4 images', "each example's own"),
@@ -108,7 +111,7 @@ def test_a_norm_in_evaluation_has_no_burn_in():
 
     hooks = [BurnInHook(epochs=3, prefix='0'), BurnInHook(iters=0)]
     model = nn.Sequential(
-        nn.Sequential(CBN(4)), Asleep(CBN(4), BatchGroupNorm(64)), BRN(4),
+        nn.Sequential(NaiveCBN(4)), Asleep(CBN(4), BatchGroupNorm(64)), BRN(4),
         nn.BatchNorm2d(4))
     norms = describe_norms(model, 2, hooks=hooks)
     assert [n.burn_in for n in norms] == ['3 epochs', '-', '-', 'none', '-']
@@ -116,6 +119,64 @@ def test_a_norm_in_evaluation_has_no_burn_in():
     assert norms[2].statistics == "each example's own"
     said, = notes(model, norms, hooks)
     assert said.startswith('2 norms, 1.0 the first of them, would train but')
+
+
+def test_a_shared_norm_is_described_once():
+    conv, norm = nn.Conv2d(3, 4, 1), CBN(4)
+    model = nn.ModuleDict(
+        dict(
+            a=nn.Sequential(conv, norm),
+            b=nn.Sequential(nn.ReLU(), norm, nn.BatchNorm2d(4))))
+    norms = describe_norms(model, 2)
+    assert [(n.name, n.after) for n in norms] == [('a.1', 'Conv2d'),
+                                                  ('b.2', '?')]
+    notes(model, norms)
+
+
+def test_several_hooks_on_one_norm():
+    hooks = [
+        BurnInHook(epochs=3, prefix='0'),
+        BurnInHook(iters=9),
+        ExampleWeightHook(0.25, exclude='1')
+    ]
+    model = _norms(CBN(4), nn.BatchNorm2d(4), nn.GroupNorm(2, 4))
+    norms = describe_norms(model, 2, hooks=hooks)
+    assert norms[0].burn_in == '3 epochs and 9 iters'
+    mixed = "running averages, 0.25 of each example's own"
+    assert [n.inference for n in norms] == [mixed, 'running averages', mixed]
+
+
+def test_what_cbn_may_not_follow():
+    model = _norms(
+        nn.ConvTranspose2d(3, 4, 1), CBN(4), CBN(4), nn.Conv2d(4, 4, 1),
+        CBN(4), NaiveCBN(4))
+    hooks = [BurnInHook(iters=0)]
+    said, = notes(model, describe_norms(model, hooks=hooks), hooks)
+    assert said.startswith('2 CBN layers, 1 the first of them, with no conv')
+
+
+def test_a_model_without_norms():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1))
+    assert norm_summary(model, 2) == 'no norms'
+
+
+def test_detectors_within_detectors_and_labels():
+    head = nn.ModuleDict(
+        dict(
+            bbox_head=nn.Sequential(nn.Conv2d(4, 4, 1), CBN(4)),
+            mask_head=nn.Sequential(nn.Conv2d(4, 4, 1))))
+    backbone = nn.ModuleDict()
+    for name, norm in (('a', nn.BatchNorm2d(4)), ('b', CBN(4))):
+        backbone[name] = nn.ModuleDict(dict(c=nn.Conv2d(4, 4, 1), n=norm))
+    deep = nn.ModuleDict(dict(x=backbone))
+    model = nn.ModuleDict(
+        dict(student=nn.ModuleDict(dict(backbone=deep, roi_head=head))))
+    lines = norm_summary(model, 2).splitlines()
+    assert [re.split(r'  +', line)[0] for line in lines[1:4]] == [
+        'student.backbone.x (n)', 'student.backbone.x (n)',
+        'student.roi_head.bbox_head'
+    ]
+    assert lines[4] == 'No norm in student.roi_head.mask_head.'
 
 
 def test_notes_of_what_is_missing():
@@ -191,6 +252,33 @@ def test_a_row_for_each(capsys):
     lines = _table(capsys, CBN_HEAD, '--each')
     assert len(lines) == 1 + 53 + 8 + 4 + 1
     assert lines[1].startswith('backbone.bn1 ')
+
+
+def test_what_would_stop_the_training_is_said(capsys):
+    lines = _table(capsys, CBN_HEAD, '--cfg-options', 'custom_hooks.0.epochs=12')
+    assert lines[-1].startswith('Training would stop at its start: BurnInHook:'
+                                ' epochs=12 is no shorter')
+    lines = _table(capsys, CBN_HEAD, '--cfg-options',
+                   'custom_hooks.0.prefix=nek')
+    assert "'nek' of the model holds no layer that burns in" in lines[-1]
+    with pytest.raises(SystemExit):
+        main([CBN_HEAD, '--gpus', '0'])
+
+
+def test_sync_bn_and_syncbn(capsys):
+    syncbn = CBN_HEAD.replace('cbn/', 'baselines/').replace('cbn-', 'syncbn-')
+    lines = _table(capsys, syncbn, '--gpus', '4')
+    assert 'SyncBN  Conv2d' in lines[3] and '4 images x 4 GPUs' in lines[3]
+    lines = _table(capsys, syncbn, '--gpus', '1')
+    assert 'BN (was SyncBN)  Conv2d' in lines[3] and ' 4 images ' in lines[3]
+    gn = syncbn.replace('syncbn-', 'gn-')
+    lines = _table(capsys, gn, '--cfg-options', 'sync_bn=torch')
+    assert "sync_bn='torch' makes SyncBatchNorm of every" in lines[-1]
+    lines = _table(capsys, gn, '--gpus', '1', '--cfg-options', 'sync_bn=torch')
+    assert 'sync_bn' not in lines[-1]
+    with pytest.raises(SystemExit):
+        main([CBN_HEAD, '--cfg-options', 'sync_bn=torch'])
+    assert "sync_bn='torch' would turn" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,0 +1,197 @@
+"""What a norm does in a training step and at inference, in words."""
+from typing import Any, List, NamedTuple, Optional, Sequence
+
+from mmcv.cnn import is_norm
+from mmengine.registry import MODELS
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from ..hooks import BurnInHook, ExampleWeightHook
+from ..layers import BRN, MABN, SmallBatchNorm, is_under
+
+RUNNING = 'running averages'
+OWN = "each example's own"
+UNKNOWN = '?'
+# What mmengine makes of SyncBatchNorm in a single process.
+_REVERTED = '_BatchNormXd'
+# Parts of a RoI head that see whole feature maps.
+_WHOLE_IMAGES = ('semantic_head', 'fused_semantic_head', 'glbctx_head')
+
+
+class Norm(NamedTuple):
+    """A norm, and what it does, in words.
+
+    Attributes:
+        name (str): The module's name in the model.
+        kind (str): Its class, by the name that configs give it.
+        after (str): The convolution registered before it in the same module,
+            likewise; ``'?'`` if there is none.
+        mode (str): ``'train'`` or ``'eval'``, in a training step.
+        affine (str): ``'trained'``, ``'frozen'`` or ``'none'``.
+        statistics (str): What it normalises with in a training step.
+        burn_in (str): Length of its burn-in.
+        inference (str): What it normalises with in evaluation.
+    """
+    name: str
+    kind: str
+    after: str
+    mode: str
+    affine: str
+    statistics: str
+    burn_in: str
+    inference: str
+
+
+def describe_norms(model: nn.Module,
+                   images: Optional[int] = None,
+                   processes: Optional[int] = None,
+                   hooks: Sequence[Any] = ()) -> List[Norm]:
+    """Describe every norm of a model in training.
+
+    Args:
+        model (nn.Module): Is set to training mode, as a training loop does.
+        images (int, optional): Images a GPU. None: unknown.
+        processes (int, optional): GPUs. None: unknown.
+        hooks (Sequence[Hook]): The training's hooks.
+
+    Returns:
+        list[Norm]: In the order of the model. One that is used in several
+        places stands at the first.
+    """
+    model.train()
+    before = _convolutions_before(model)
+    return [
+        Norm(
+            name, registered_name(norm), before.get(norm, UNKNOWN),
+            'train' if norm.training else 'eval', _affine(norm),
+            _statistics(name, norm, images, processes),
+            _burn_in(name, norm, hooks), _inference(name, norm, hooks))
+        for name, norm in model.named_modules() if is_norm(norm)
+    ]
+
+
+def _convolutions_before(model: nn.Module) -> dict:
+    """From a norm to the kind of convolution that stands before it."""
+    found = {}
+    for parent in model.modules():
+        last = None
+        for child in parent.children():
+            if is_norm(child):
+                if last is not None:
+                    found.setdefault(child, registered_name(last))
+                last = None
+            elif isinstance(child, _ConvNd):
+                last = child
+    return found
+
+
+def registered_name(module: nn.Module) -> str:
+    """The name that a config gives a module's class."""
+    names = [
+        key for key, cls in MODELS.module_dict.items() if cls is type(module)
+    ]
+    if names:
+        return names[0]
+    name = type(module).__name__
+    return 'BN (was SyncBN)' if name == _REVERTED else name
+
+
+def _affine(norm: nn.Module) -> str:
+    parameters = list(norm.parameters(recurse=False))
+    if not parameters:
+        return 'none'
+    return 'trained' if any(p.requires_grad for p in parameters) else 'frozen'
+
+
+def _keeps_averages(norm: nn.Module) -> bool:
+    return isinstance(norm, _NormBase) and norm.running_mean is not None
+
+
+def _statistics(name: str, norm: nn.Module, images: Optional[int],
+                processes: Optional[int]) -> str:
+    if not norm.training and _keeps_averages(norm):
+        # Whatever a hook sets for validation is undone after it.
+        own = _inference(name, norm)
+        return f'{own}, fixed' if own == RUNNING else own
+    parts = name.split('.')
+    regions = 'roi_head' in parts and not set(parts) & set(_WHOLE_IMAGES)
+    examples = _count(images or 'all', 'image')
+    if regions:
+        examples = f'regions of {examples}'
+    if isinstance(norm, SmallBatchNorm):
+        return _small_batch(norm, examples, images, regions, processes)
+    if isinstance(norm, nn.SyncBatchNorm):
+        return _of_processes(examples, processes)
+    if isinstance(norm, _BatchNorm):
+        return examples
+    return _of_one_example(norm)
+
+
+def _of_processes(examples: str, processes: Optional[int]) -> str:
+    if processes is None:
+        return f'{examples} x all GPUs'
+    return f'{examples} x {_count(processes, "GPU")}'
+
+
+def _count(number: Any, unit: str) -> str:
+    return f'{number} {unit}{"" if number == 1 else "s"}'
+
+
+def _small_batch(norm: SmallBatchNorm, text: str, images: Optional[int],
+                 regions: bool, processes: Optional[int]) -> str:
+    group = getattr(norm, 'examples_per_group', None)
+    if group is not None:
+        text = f'groups of {_count(group, "region" if regions else "image")}'
+        if norm.sync:
+            text += ', of all GPUs'
+    elif norm.sync:
+        text = _of_processes(text, processes)
+    groups = norm.num_groups
+    if groups is not None and groups != norm.num_features:
+        text += f', {_count(groups, "group")} of channels'
+    if isinstance(norm, MABN):
+        text += (f', {norm.forward_statistics} forward, '
+                 f'{norm.backward_statistics} backward')
+    iterations = norm.averaged_iterations
+    if iterations > 1:
+        text = f'{iterations} iterations x {text}'
+        if images and not (regions or norm.sync or isinstance(norm, MABN)):
+            text += f' = {iterations * images}'
+    if isinstance(norm, BRN):
+        text += f', moved to the {RUNNING}'
+    return text
+
+
+def _of_one_example(norm: nn.Module) -> str:
+    if isinstance(norm, nn.GroupNorm):
+        return f'1 example, {_count(norm.num_groups, "group")} of channels'
+    if isinstance(norm, nn.LayerNorm):
+        return '1 position'
+    return '1 example'
+
+
+def _burn_in(name: str, norm: nn.Module, hooks: Sequence[Any]) -> str:
+    if not getattr(norm, 'burns_in', False) or not norm.training:
+        return '-'
+    lengths = [
+        f'{hook.length} {hook.unit}' for hook in hooks
+        if isinstance(hook, BurnInHook) and hook.covers(name) and hook.length
+    ]
+    return ' and '.join(lengths) or 'none'
+
+
+def _inference(name: str,
+               norm: nn.Module,
+               hooks: Sequence[Any] = ()) -> str:
+    weight = getattr(norm, 'example_weight', 0.)
+    if not _keeps_averages(norm):
+        weight = 1.
+    if isinstance(norm, (_BatchNorm, nn.GroupNorm)):
+        for hook in hooks:
+            if isinstance(hook, ExampleWeightHook) and not any(
+                    is_under(name, p) for p in hook.excluded):
+                weight = hook.weight
+    if weight in (0, 1):
+        return OWN if weight else RUNNING
+    return f'{RUNNING}, {weight:g} of {OWN}'

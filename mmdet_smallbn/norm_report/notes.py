@@ -1,0 +1,105 @@
+"""What looks unintended in a model's norms."""
+from typing import Any, Iterator, List, Optional, Sequence, Tuple
+
+from torch import nn
+
+from ..hooks import BurnInHook, kept_asleep
+from ..layers import CBN, MABN, CenConv2d, SmallBatchNorm, is_under
+from .describe import UNKNOWN, Norm
+
+
+def norm_types(node: Any, path: str) -> Iterator[Tuple[str, str]]:
+    """Path and type of every ``norm_cfg`` in a part of a config."""
+    if isinstance(node, (list, tuple)):
+        node = dict(enumerate(node))
+    if isinstance(node, dict):
+        if path.endswith('norm_cfg') and isinstance(node.get('type'), str):
+            yield path, node['type']
+        for key, value in node.items():
+            yield from norm_types(value, f'{path}.{key}')
+
+
+def notes(model: nn.Module,
+          norms: Sequence[Norm],
+          hooks: Sequence[Any] = (),
+          model_cfg: Optional[dict] = None) -> List[str]:
+    """What looks unintended.
+
+    Args:
+        model (nn.Module): The model.
+        norms (Sequence[Norm]): What :func:`describe_norms` found in it.
+        hooks (Sequence[Hook]): The training's hooks.
+        model_cfg (dict, optional): The config that the model was built from.
+
+    Returns:
+        list[str]: A sentence each.
+    """
+    modules = dict(model.named_modules())
+    return [
+        *_asleep(modules, norms),
+        *_uncentred(modules, norms),
+        *_not_followed(modules, norms),
+        *_without_hook(norms, hooks),
+        *_ignored(modules, norms, model_cfg),
+    ]
+
+
+def _first_of(names: Sequence[str], kind: str) -> str:
+    return (f'{len(names)} {kind}{"" if len(names) == 1 else "s"}, {names[0]} '
+            'the first of them,')
+
+
+def _asleep(modules, norms) -> Iterator[str]:
+    names = kept_asleep({
+        n.name: modules[n.name]
+        for n in norms if isinstance(modules[n.name], SmallBatchNorm)
+    })
+    if names:
+        yield (f'{_first_of(names, "norm")} would train but stay in '
+               'evaluation mode: set norm_eval=False in the backbone')
+
+
+def _uncentred(modules, norms) -> Iterator[str]:
+    names = [
+        n.name for n in norms
+        if isinstance(modules[n.name], MABN) and not modules[n.name].centered
+        and n.after not in (UNKNOWN, CenConv2d.__name__)
+    ]
+    if names:
+        yield (f'{_first_of(names, "MABN layer")} without centred weights '
+               "before it: give the part conv_cfg=dict(type='CenConv')")
+
+
+def _not_followed(modules, norms) -> Iterator[str]:
+    names = [
+        n.name for n in norms
+        if isinstance(modules[n.name], CBN) and modules[n.name].compensate
+        and n.mode == 'train' and modules[n.name].window_size > 1 and (
+            n.after == UNKNOWN or 'Transpose' in n.after
+            or n.after == 'deconv')
+    ]
+    if names:
+        yield (f'{_first_of(names, "CBN layer")} with no convolution before '
+               'it that can be seen here. Behind anything but a plain '
+               'convolution (a deformable or transposed one, a sum) it is '
+               'BatchNorm, and warns in the first iteration after burn-in: '
+               "type='NaiveCBN' needs none")
+
+
+def _without_hook(norms, hooks) -> Iterator[str]:
+    if any(n.burn_in == 'none' for n in norms) and not any(
+            isinstance(hook, BurnInHook) for hook in hooks):
+        yield ('there is no BurnInHook in custom_hooks: past iterations count '
+               'from the first, and norms cannot tell two calls of an '
+               'iteration from two iterations')
+
+
+def _ignored(modules, norms, model_cfg) -> Iterator[str]:
+    """Norms that a config asks for and a part does not build."""
+    for path, kind in norm_types(model_cfg, 'model'):
+        part = '.'.join(path.split('.')[1:-1])
+        if part in modules and not any(is_under(n.name, part) for n in norms):
+            yield (f'{path} asks for {kind}, but '
+                   f'{type(modules[part]).__name__} has no norm: it takes '
+                   'none, or has no convolutions to put one behind (for a box '
+                   'head, Shared4Conv1FCBBoxHead has)')
