@@ -235,6 +235,9 @@ def test_two_processes_train_on_the_cpu(options, tmp_path, sync):
                str(tmp_path), *options, *few, PORT=_free_port())
     assert 'Distributed training: True' in out and 'GPU number: 2' in out
     assert 'at iteration 2, epoch 0: burn-in is over' in out
+    # One of the processes says it.
+    assert out.count('Norms of the model') == 1
+    assert ('4 iterations x 4 images x 2 GPUs' in out) == sync
     images = 8 if sync else 4
     assert f'32 CBN layers: 4 iterations x {images} images' in out
     losses = [r['loss'] for r in _scalars(tmp_path) if 'loss' in r]
