@@ -20,7 +20,8 @@ def use_data(cfg: Config,
     Args:
         cfg (Config): Of a detector on COCO.
         folder (str | Path): As :func:`find_coco_split` takes it.
-        training (bool): Whether the training images are wanted.
+        training (bool): Whether the training images must be there. False:
+            they are taken if they are, for what a test gathers from them.
 
     Raises:
         FileNotFoundError: If the folder lacks annotations or images.
@@ -32,13 +33,17 @@ def use_data(cfg: Config,
     folder = Path(folder).expanduser().resolve()
     val = find_coco_split(folder, 'val')
     splits = dict(val=val, test=val)
-    if training:
+    try:
         splits['train'] = train = find_coco_split(folder, 'train')
-        if train.classes != val.classes:
-            raise ValueError(
-                f'{train.ann_file} and {val.ann_file} do not have the same '
-                'categories in the same order, which labels are numbers in: '
-                f'{train.classes} and {val.classes}')
+    except FileNotFoundError:
+        if training:
+            raise
+        train = val
+    if train.classes != val.classes:
+        raise ValueError(
+            f'{train.ann_file} and {val.ann_file} do not have the same '
+            'categories in the same order, which labels are numbers in: '
+            f'{train.classes} and {val.classes}')
     for name, split in splits.items():
         loader = cfg.get(f'{name}_dataloader')
         if loader is not None:
