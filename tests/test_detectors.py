@@ -9,10 +9,12 @@ from mmengine.hooks import Hook
 from mmengine.hub import get_config
 from mmengine.optim import OptimWrapper
 from mmengine.registry import init_default_scope
+from mmengine.runner.activation_checkpointing import \
+    turn_on_activation_checkpointing
 
 from mmdet_smallbn.cli.runtime import build_runner, load_config
 from mmdet_smallbn.cli.train import parse_args
-from mmdet_smallbn.layers import SmallBatchNorm
+from mmdet_smallbn.layers import SmallBatchNorm, remember_calls
 
 NORM = dict(type='CBN', window_size=4)
 
@@ -75,6 +77,52 @@ def test_every_norm_gathers_its_iterations(name):
     for key, norm in norms.items():
         expected = windows if key.startswith(head) else [3]
         assert [w.filled for w in norm._states] == expected, key
+
+
+@pytest.mark.parametrize('kind', ['CBN', 'MABN', 'BRN', 'BGN', 'GhostBN'])
+@pytest.mark.parametrize('by', ['with_cp', 'the runner'])
+@pytest.mark.filterwarnings('ignore:.*use_reentrant.*')
+@pytest.mark.filterwarnings('error:.*inside activation checkpointing')
+def test_a_checkpointed_backbone_trains_alike(kind, by):
+    """Losses, gradients, running statistics and windows of ten steps."""
+    init_default_scope('mmdet')
+    cfg = dict(
+        type='ResNet',
+        depth=18,
+        base_channels=32,
+        norm_cfg=dict(type=kind),
+        norm_eval=False)
+    plain = MODELS.build(cfg).double()
+    model = MODELS.build(dict(cfg, with_cp=by == 'with_cp')).double()
+    model.load_state_dict(plain.state_dict())
+    if by == 'the runner':
+        turn_on_activation_checkpointing(model, ['layer2', 'layer4'])
+    images = torch.randn(10, 2, 3, 96, 96).double()
+    results = []
+    for m in (plain, model):
+        remember_calls(m)
+        optimizer = torch.optim.SGD(m.parameters(), lr=1e-4)
+        for iteration in range(10):
+            for norm in _norms(m):
+                norm.iteration = iteration
+            optimizer.zero_grad()
+            loss = sum(out.square().mean() for out in m(images[iteration]))
+            loss.backward()
+            optimizer.step()
+            results.append(loss.item())
+    assert results[10:] == pytest.approx(results[:10], rel=1e-8)
+    for a, b in zip(plain.parameters(), model.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-8)
+    for a, b in zip(plain.buffers(), model.buffers()):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+    for norm in _norms(model):
+        assert norm.num_batches_tracked == 10
+        if kind == 'CBN':
+            assert [w.filled for w in norm._states] == [4]
+
+
+def _norms(model):
+    return [m for m in model.modules() if isinstance(m, SmallBatchNorm)]
 
 
 # A config of each detector family, and what makes 20 iterations of it, on the

@@ -179,7 +179,10 @@ def _normalize_examples(x, mean, var, weight, bias, eps, gradient):
     weight, bias = (p if p is None else p.repeat(n) for p in (weight, bias))
     out = _Normalize.apply(
         x.reshape(1, n * c, h, w), mean.flatten(), var.flatten(), weight, bias,
-        eps, None, of_examples).view(n, c, h, w)
+        eps, None, of_examples)
+    # Not a view to autograd: what follows in place, behind activation
+    # checkpointing, would be refused.
+    out = torch.ops.aten._unsafe_view(out, x.shape)
     if channels_last:
         out = out.contiguous(memory_format=torch.channels_last)
     return out

@@ -1,14 +1,15 @@
 """Burn-in: from the runner's iteration to the layers' state."""
-from typing import Dict, Optional, Sequence, Union
+from typing import Dict, List, Optional, Sequence, Union
 
 from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import SetupError
-from ..layers import (CBN, SmallBatchNorm, is_under,
+from ..layers import (CBN, SmallBatchNorm, is_under, remember_calls,
                       suggested_window_size)
 from .model import bare_model, gradient_scale, kept_asleep
 
@@ -71,6 +72,7 @@ class BurnInHook(Hook):
         self._layers: Dict[str, SmallBatchNorm] = {}
         self._told: Dict[str, SmallBatchNorm] = {}
         self._burning: Optional[bool] = None
+        self._handles: List[RemovableHandle] = []
 
     def before_train(self, runner) -> None:
         """Find the layers, and check that the burn-in makes sense."""
@@ -84,6 +86,9 @@ class BurnInHook(Hook):
             isinstance(runner.train_loop, EpochBasedTrainLoop),
             runner.max_epochs, runner.max_iters)
         self._burning = None
+        # Of an earlier training that ended in an error, too.
+        self._forget_calls()
+        self._handles = remember_calls(model)
 
     def find_layers(self, model: nn.Module) -> None:
         """Find the norms, and those of them that burn in.
@@ -123,11 +128,17 @@ class BurnInHook(Hook):
 
     def after_train(self, runner) -> None:
         """Let the layers go: who calls them next has iterations of his own."""
+        self._forget_calls()
         for layer in self._told.values():
             layer.iteration = None
             layer.gradient_scale = 1.
         for layer in self._layers.values():
             layer.burning_in = False
+
+    def _forget_calls(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def is_burning_in(self, runner) -> bool:
         """Whether the runner's present iteration lies in the burn-in."""

@@ -5,14 +5,15 @@ from .batch_group_norm import BatchGroupNorm, GhostBN
 from .batch_renorm import BRN
 from .cbn import CBN, NaiveCBN, suggested_window_size
 from .cen_conv import CenConv2d
-from .conv_call import in_backward
+from .conv_call import remember_calls
 from .example_weight import (calibrate_group_norms, lacks_averages,
                              set_example_weight, weights_as_trained)
+from .forward_pass import in_backward
 from .mabn import MABN
 
 __all__ = [
     'BRN', 'BatchGroupNorm', 'CBN', 'CenConv2d', 'GhostBN', 'MABN', 'NaiveCBN',
     'SmallBatchNorm', 'calibrate_group_norms', 'check_example_weight',
     'check_positive_int', 'in_backward', 'is_under', 'lacks_averages',
-    'set_example_weight', 'suggested_window_size', 'weights_as_trained'
+    'remember_calls', 'set_example_weight', 'suggested_window_size', 'weights_as_trained'
 ]

@@ -7,10 +7,13 @@ from torch import Tensor, nn
 
 from ..functional import (GradientStatistics, Moments, Processes,
                           batch_moments, normalize, normalize_for_inference)
-from .conv_call import graph_is_recorded, in_backward
+from .forward_pass import ForwardPass, current_pass
 
 # No model calls a layer so often: the iteration is not told any more.
 _MAX_CALLS = 64
+# Forwards in activation checkpointing that are remembered for their
+# recomputation, where it is not known when an iteration ends.
+_MAX_REMEMBERED = 8
 
 
 def check_positive_int(name: str, value: Any) -> None:
@@ -78,6 +81,13 @@ class Statistics(NamedTuple):
     d: Optional[Tensor] = None
 
 
+class _Remembered(NamedTuple):
+    """A forward in activation checkpointing: what it normalised with."""
+    batch: Batch
+    statistics: Statistics
+    shape: torch.Size
+
+
 class SmallBatchNorm(nn.BatchNorm2d):
     """Base of the norms: batch normalisation with a hole for the statistics.
 
@@ -92,6 +102,10 @@ class SmallBatchNorm(nn.BatchNorm2d):
     three differences: a recomputation in a backward pass (activation
     checkpointing) does not count twice, a non-finite batch and an empty one
     leave them untouched.
+
+    In activation checkpointing, re-entrant or not, a layer does what it does
+    without: the first pass is the training step's, and the recomputation
+    normalises with the same statistics.
 
     State beyond BatchNorm's lives in plain attributes: ``buffers()`` and
     ``state_dict()`` hold BatchNorm's three buffers and nothing else, because
@@ -161,6 +175,7 @@ class SmallBatchNorm(nn.BatchNorm2d):
         self._last_iteration: Optional[int] = None
         self._call = 0
         self._states: List[Any] = []
+        self._remembered: List[_Remembered] = []
         self._warned_of_calls = False
         self._warned_of_fallback = False
 
@@ -252,9 +267,13 @@ class SmallBatchNorm(nn.BatchNorm2d):
                 f'but got an input of shape {tuple(x.shape)}')
         if not self.training and self.running_mean is not None:
             return self.evaluate(x)
-        recomputed = in_backward()
-        if (self.keeps_states and self.training and torch.is_grad_enabled()
-                and not recomputed):
+        step = current_pass()
+        if step is ForwardPass.RECOMPUTED:
+            first = self._first_pass(x)
+            if first is not None:
+                return self._normalize(
+                    first.batch._replace(x=x), first.statistics)
+        elif self.training and step is not ForwardPass.UNTRACKED:
             self._count_call()
         processes = Processes.current() if self.sync and self.training else (
             None)
@@ -267,9 +286,11 @@ class SmallBatchNorm(nn.BatchNorm2d):
         if processes is not None:
             moments = processes.join(moments)
         batch = Batch(x, own, moments, processes)
-        statistics = self._statistics_in_use(batch)
-        if self.training and not recomputed:
+        statistics = self._statistics_in_use(batch, step)
+        if self.training and step is not ForwardPass.RECOMPUTED:
             self._update_running(moments)
+        if step is ForwardPass.CHECKPOINTED:
+            self._remember(batch, statistics)
         return self._normalize(batch, statistics)
 
     def evaluate(self, x: Tensor) -> Tensor:
@@ -282,17 +303,31 @@ class SmallBatchNorm(nn.BatchNorm2d):
                                        self.example_weight, self.num_groups,
                                        self.centered)
 
-    def _statistics_in_use(self, batch: Batch) -> Statistics:
-        if not self.training or not self.uses_past():
-            return self.batch_statistics(batch)
-        if graph_is_recorded():
+    def _statistics_in_use(self, batch: Batch,
+                           step: ForwardPass) -> Statistics:
+        if (self.training and self.uses_past()
+                and step in (ForwardPass.PLAIN, ForwardPass.CHECKPOINTED)):
             return self.statistics(batch)
-        if torch.is_grad_enabled():
-            self.warn_once(
-                'runs inside activation checkpointing, or other hooks on '
-                'saved tensors', 'Leave it out of the checkpointed parts '
-                'if it should use past iterations')
         return self.batch_statistics(batch)
+
+    def _remember(self, batch: Batch, statistics: Statistics) -> None:
+        """Keep what a forward normalises with, for its recomputation."""
+        self._remembered.append(
+            _Remembered(batch._replace(x=None), statistics, batch.x.shape))
+        if self.iteration is None:
+            del self._remembered[:-_MAX_REMEMBERED]
+
+    def _first_pass(self, x: Tensor) -> Optional[_Remembered]:
+        """The forward that is being recomputed; None if it was not seen."""
+        alike = [r for r in self._remembered if r.shape == x.shape]
+        if len(alike) < 2:
+            return alike[0] if alike else None
+        # A shared head's calls, recomputed in any order. The input repeats to
+        # the bit, or nearly so.
+        own = self.measure(x).mean
+        distance = torch.stack(
+            [(r.batch.own.mean - own).abs().sum() for r in alike])
+        return alike[int(distance.argmin())]
 
     def _normalize(self, batch: Batch, statistics: Statistics) -> Tensor:
         mean, var, share, gradient, r, d = statistics
@@ -328,10 +363,14 @@ class SmallBatchNorm(nn.BatchNorm2d):
             RuntimeError: If there are too many to be of one iteration.
         """
         if self.iteration is None or self.iteration != self._last_iteration:
+            if self.iteration is not None:
+                self._remembered = []
             self._last_iteration = self.iteration
             self._call = 0
             return
         self._call += 1
+        if not self.keeps_states:
+            return
         if self._call == 1 and not self._warned_of_calls:
             self._warned_of_calls = True
             warnings.warn(
@@ -357,6 +396,11 @@ class SmallBatchNorm(nn.BatchNorm2d):
         super()._load_from_state_dict(*args, **kwargs)
         # The weights jumped: the past has nothing to say about them.
         self.reset_state()
+
+    def __getstate__(self) -> Dict[str, Any]:
+        # What waits for a backward pass is no part of a copy, and may hold
+        # functions.
+        return dict(self.__dict__, _remembered=[])
 
     def _apply(self, fn, *args, **kwargs):
         super()._apply(fn, *args, **kwargs)

@@ -31,8 +31,8 @@ class BRN(SmallBatchNorm, _BatchNorm):
 
     with :math:`\sigma = \sqrt{\text{var} + \epsilon}`. r and d are constants
     to the gradient, and the running statistics are read before this
-    iteration's update. In burn-in r = 1 and d = 0: batch normalisation. So it
-    is inside activation checkpointing (with a warning) and under ``no_grad``.
+    iteration's update. In burn-in, and under ``no_grad``, r = 1 and d = 0:
+    batch normalisation.
 
     The paper relaxes the bounds over the first steps. Here they are fixed, as
     in the MABN paper's comparison, and burn-in is the hook's.

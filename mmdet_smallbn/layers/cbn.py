@@ -11,11 +11,13 @@ the backward is in closed form.
 from typing import Optional
 
 from mmengine.registry import MODELS
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .base import (Batch, SmallBatchNorm, Statistics,
                    check_positive_int)
 from .conv_call import FROZEN, find_producer
+from .forward_pass import ForwardPass, current_pass
 from .moment_window import MomentWindow
 
 
@@ -54,10 +56,13 @@ class CBN(SmallBatchNorm, _BatchNorm):
     - follows anything but a convolution (a sum, a pooling, a deformable or
       transposed convolution): it normalises with the present batch, as
       BatchNorm, and warns once;
-    - runs inside activation checkpointing, or hooks that pack saved tensors:
-      the same, with a warning;
-    - runs under ``no_grad`` in training mode: the same, without one. Nothing
-      enters the window;
+    - runs inside activation checkpointing, of either kind, or under hooks
+      that pack saved tensors: nothing changes if
+      :class:`mmdet_smallbn.BurnInHook` tells it of the convolution there.
+      Without the hook, or after a convolution with a forward of its own, the
+      present batch again, with a warning;
+    - runs under ``no_grad`` in training mode: the present batch, without a
+      warning. Nothing enters the window;
     - is called several times in an iteration and a hook tells the iterations
       (:class:`mmdet_smallbn.BurnInHook`): each of the calls has a window of
       its own, in their order. Without a hook every call is an iteration.
@@ -124,12 +129,7 @@ class CBN(SmallBatchNorm, _BatchNorm):
         """Eq. (9)-(11): the moments of the window at today's weight."""
         producer = find_producer(batch.x) if self.compensate else FROZEN
         if not producer.known:
-            made_by = ('a leaf' if batch.x.grad_fn is None else
-                       batch.x.grad_fn.name())
-            self.warn_once(
-                'follows no convolution whose weight it can compensate for '
-                f'(its input was made by {made_by})',
-                "Put it after a convolution, or use type='NaiveCBN'")
+            self._warn_of_producer(batch.x)
             return self.batch_statistics(batch)
         window = self.state_of_call()
         if window.size != self.window_size:
@@ -138,6 +138,21 @@ class CBN(SmallBatchNorm, _BatchNorm):
         if window.filled == 0:
             self.check_count(batch.moments.count)
         return Statistics(*window.pool(batch, producer.call))
+
+    def _warn_of_producer(self, x: Tensor) -> None:
+        if current_pass() is ForwardPass.CHECKPOINTED:
+            self.warn_once(
+                'runs inside activation checkpointing, or under other hooks '
+                'on saved tensors, and is not told there of a convolution '
+                'that it could compensate for',
+                'BurnInHook in custom_hooks tells it of all but those with a '
+                'forward of their own')
+            return
+        made_by = 'a leaf' if x.grad_fn is None else x.grad_fn.name()
+        self.warn_once(
+            'follows no convolution whose weight it can compensate for '
+            f'(its input was made by {made_by})',
+            "Put it after a convolution, or use type='NaiveCBN'")
 
     def extra_repr(self) -> str:
         return (f'{super().extra_repr()}, window_size={self.window_size}, '

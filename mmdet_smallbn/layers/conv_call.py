@@ -1,10 +1,17 @@
 """The one place that learns which convolution made a layer's input."""
-from typing import NamedTuple, Optional
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..functional import ConvCall
+from .cen_conv import CenConv2d, centred
+from .forward_pass import ForwardPass, current_pass
+
+# Attribute of a convolution's output, where the graph does not tell.
+_PRODUCER = '_smallbn_producer'
 
 
 class Producer(NamedTuple):
@@ -13,8 +20,8 @@ class Producer(NamedTuple):
     Attributes:
         known (bool): False: nothing that the layer can compensate for.
         call (ConvCall, optional): The convolution, if it is one whose weight
-            or bias trains. None with ``known``: nothing before the tensor moves its
-            statistics by a weight of its own, so they stay valid.
+            or bias trains. None with ``known``: nothing before the tensor
+            moves its statistics by a weight of its own, so they stay valid.
     """
     known: bool
     call: Optional[ConvCall] = None
@@ -24,49 +31,26 @@ UNKNOWN = Producer(known=False)
 FROZEN = Producer(known=True)
 
 
-def in_backward() -> bool:
-    """Whether a backward pass is running: the forward is a recomputation."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def graph_is_recorded() -> bool:
-    """Whether this forward is a plain one, whose autograd graph can be read.
-
-    It is not under ``no_grad`` (re-entrant checkpointing's first pass, a pass
-    that re-estimates statistics), in a recomputation, nor where hooks pack
-    the saved tensors (non-re-entrant checkpointing: reading one would
-    recompute the region).
-    """
-    return (torch.is_grad_enabled() and not in_backward()
-            and not _saved_tensors_are_packed())
-
-
-def _saved_tensors_are_packed() -> bool:
-    # Disabling the hooks is refused while there are some: the one test that
-    # every supported torch has.
-    try:
-        with torch.autograd.graph.disable_saved_tensors_hooks(''):
-            return False
-    except RuntimeError:
-        return True
-
-
 def find_producer(x: Tensor) -> Producer:
-    """Read from the autograd graph which convolution made ``x``.
+    """Which convolution made ``x``, in a forward pass of a training step.
 
-    The graph needs no wiring, and its node holds the weight as the kernel saw
-    it: centralised, standardised, in the autocast dtype. Only a plain
-    two-dimensional convolution is accepted. A transposed one, a deformable
-    one (whose node leads to its *offset* convolution), a sum, a pooling and
-    everything else are unknown.
+    The autograd graph tells without any wiring, and its node holds the weight
+    as the kernel saw it: centralised, standardised, in the autocast dtype.
+    Only a plain two-dimensional convolution is accepted. A transposed one, a
+    deformable one (whose node leads to its *offset* convolution), a sum, a
+    pooling and everything else are unknown.
+
+    Where there is no graph to be read, in activation checkpointing, it is
+    what :func:`remember_calls` has left with ``x``.
 
     Args:
-        x (Tensor): Input of a norm, shape (N, C, H, W), while
-            :func:`graph_is_recorded`.
+        x (Tensor): Input of a norm, shape (N, C, H, W).
 
     Returns:
         Producer: The convolution, ``FROZEN`` or ``UNKNOWN``.
     """
+    if current_pass() is not ForwardPass.PLAIN:
+        return getattr(x, _PRODUCER, UNKNOWN)
     if not x.requires_grad:
         return FROZEN
     node = x.grad_fn
@@ -88,3 +72,60 @@ def find_producer(x: Tensor) -> Producer:
             padding=node._saved_padding,
             dilation=node._saved_dilation,
             groups=node._saved_groups))
+
+
+def remember_calls(model: nn.Module) -> List[RemovableHandle]:
+    """Let convolutions leave with their outputs how these were made.
+
+    It is for activation checkpointing, where CBN cannot read it from the
+    autograd graph, and costs nothing elsewhere. Convolutions with a forward
+    of their own, whose weight would have to be guessed, are left unknown:
+    weight standardisation, for one.
+
+    Args:
+        model (nn.Module): Whose convolutions get a forward hook.
+
+    Returns:
+        list[RemovableHandle]: To remove the hooks with.
+    """
+    return [
+        module.register_forward_hook(_remember_call)
+        for module in model.modules() if isinstance(module, nn.Conv2d)
+    ]
+
+
+def _remember_call(conv: nn.Conv2d, inputs: Tuple[Tensor],
+                   output: Tensor) -> None:
+    if current_pass() is ForwardPass.CHECKPOINTED:
+        setattr(output, _PRODUCER, _producer(conv, inputs[0], output.dtype))
+
+
+def _producer(conv: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> Producer:
+    bias_trains = conv.bias is not None and conv.bias.requires_grad
+    if not conv.weight.requires_grad and not bias_trains:
+        return FROZEN
+    kind = type(conv)
+    if kind.forward is not nn.Conv2d.forward or kind._conv_forward not in (
+            nn.Conv2d._conv_forward, CenConv2d._conv_forward):
+        return UNKNOWN
+    weight = conv.weight.detach()
+    if isinstance(conv, CenConv2d):
+        weight = centred(weight)
+    x = x.detach()
+    left, right, top, bottom = conv._reversed_padding_repeated_twice
+    padding = (top, left)
+    if conv.padding_mode != 'zeros' or (left, top) != (right, bottom):
+        mode = (
+            'constant' if conv.padding_mode == 'zeros' else conv.padding_mode)
+        x, padding = F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
+    return Producer(
+        known=True,
+        call=ConvCall(
+            # In autocast the kernel sees both in the dtype that it gives.
+            input=x.to(dtype),
+            weight=weight.to(dtype),
+            bias_trains=bias_trains,
+            stride=conv.stride,
+            padding=padding,
+            dilation=conv.dilation,
+            groups=conv.groups))

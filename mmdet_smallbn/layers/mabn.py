@@ -123,10 +123,9 @@ class MABN(SmallBatchNorm, _BatchNorm):
     ``'ema'`` over ``'batch'`` with ``centered=True``, and there is nothing to
     renormalise where the two are the same.
 
-    Inside activation checkpointing the layer normalises with the present
-    batch, in both passes, and warns; under ``no_grad`` in training mode
-    without a warning. In neither case do the averages over ``buffer_size``
-    move.
+    Inside activation checkpointing nothing changes. Under ``no_grad`` in
+    training mode the layer normalises with the present batch, and the
+    averages over ``buffer_size`` do not move.
 
     A call has averages of its own among those of an iteration, if a hook
     tells the iterations (:class:`mmdet_smallbn.BurnInHook`). The backward

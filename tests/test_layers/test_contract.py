@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from mmdet_smallbn.functional import fold_groups
-from mmdet_smallbn.layers import SmallBatchNorm
+from mmdet_smallbn.layers import CenConv2d, SmallBatchNorm, remember_calls
 
 NORMS = sorted(name for name, cls in MODELS.module_dict.items()
                if inspect.isclass(cls) and issubclass(cls, SmallBatchNorm))
@@ -229,33 +229,74 @@ def test_no_grad_passes_leave_the_past_alone(norm):
     assert pickle.dumps(norm._states) == states
 
 
+@pytest.mark.parametrize('calls', [1, 3])
 @pytest.mark.parametrize('use_reentrant', [True, False])
-@pytest.mark.filterwarnings('ignore:.*inside activation checkpointing')
-def test_in_activation_checkpointing_the_present_batch_counts_once(
-        norm, use_reentrant):
-    """As in burn-in: outputs, gradients, running statistics."""
-    conv = _trained(norm, torch.float64)
-    plain = copy.deepcopy(norm)
-    plain.burning_in = True
-    x = torch.randn(2, 3, 5, 5).double().requires_grad_()
-    results = []
-    for layer in (norm, plain):
+@pytest.mark.filterwarnings('ignore:.*called several times')
+def test_activation_checkpointing_changes_nothing(norm, use_reentrant, calls):
+    """Outputs, gradients, running statistics, states over 10 iterations."""
+    conv = CenConv2d(3, 6, 3, padding=1).double()
+    norm.double()
+    models = [nn.ModuleList([conv, norm])]
+    models.append(copy.deepcopy(models[0]))
+    remember_calls(models[1])
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in models]
+    for iteration in range(10):
+        inputs = [torch.randn(2, 3, 5, 5).double() for _ in range(calls)]
+        results = []
+        for (conv, norm), optimizer in zip(models, optimizers):
+            norm.iteration = iteration
+            leaves = [x.clone().requires_grad_() for x in inputs]
 
-        def block(x):
-            return layer(conv(x)).relu()
+            def block(x, conv=conv, norm=norm):
+                return torch.relu_(norm(conv(x)))
 
-        out = (
-            checkpoint(block, x, use_reentrant=use_reentrant)
-            if layer is norm else block(x))
-        leaves = [x, *conv.parameters(), *layer.parameters()]
-        for leaf in leaves:
-            leaf.grad = None
-        out.square().sum().backward()
-        results.append([out, *(leaf.grad.clone() for leaf in leaves)])
-    for a, b in zip(*results):
-        torch.testing.assert_close(a, b)
-    for key, value in plain.state_dict().items():
-        torch.testing.assert_close(norm.state_dict()[key], value)
+            outs = [
+                block(x) if conv is models[0][0] else checkpoint(
+                    block, x, use_reentrant=use_reentrant) for x in leaves
+            ]
+            optimizer.zero_grad()
+            sum(out.square().sum() for out in outs).backward()
+            results.append([
+                *outs, *(leaf.grad for leaf in leaves),
+                *(p.grad.clone() for p in conv.parameters()),
+                *(p.grad.clone() for p in norm.parameters())
+            ])
+            optimizer.step()
+        for a, b in zip(*results):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+        for a, b in zip(*(m.state_dict().values() for m in models)):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+    assert models[1][1].num_batches_tracked == 10 * calls
+    for a, b in zip(*(_tensors(m[1]._states) for m in models)):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def _tensors(states):
+    """Every tensor of a layer's states, in order."""
+    for state in states:
+        values = vars(state).values() if hasattr(state, '__dict__') else state
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                yield value
+            elif value is not None and not isinstance(value, (int, float)):
+                yield from _tensors([value])
+
+
+@pytest.mark.parametrize('use_reentrant', [True, False])
+def test_checkpointed_layers_are_copied_and_saved(norm, use_reentrant):
+    """What waits for the backward pass is left behind."""
+    conv = nn.Conv2d(3, 6, 3)
+    remember_calls(conv)
+    x = torch.randn(2, 3, 5, 5).requires_grad_()
+    out = checkpoint(
+        lambda x: norm(conv(x)), x, use_reentrant=use_reentrant)
+    assert norm._remembered
+    for copied in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
+        assert not copied._remembered
+    out.sum().backward()
+    for _ in range(20):
+        checkpoint(lambda x: norm(conv(x)), x, use_reentrant=use_reentrant)
+    assert len(norm._remembered) <= 8
 
 
 def test_memory_does_not_grow(norm):

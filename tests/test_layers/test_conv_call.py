@@ -7,8 +7,11 @@ from mmcv.ops import DeformConv2dPack, ModulatedDeformConv2dPack
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from mmdet_smallbn.functional import affine_moments, batch_moments
+from mmdet_smallbn.layers import CenConv2d
 from mmdet_smallbn.layers.conv_call import (FROZEN, UNKNOWN, find_producer,
-                                            graph_is_recorded, in_backward)
+                                            remember_calls)
+from mmdet_smallbn.layers.forward_pass import ForwardPass, current_pass
 
 
 def _x():
@@ -96,16 +99,91 @@ def test_autocast_shows_the_weight_that_was_used():
 
 
 @pytest.mark.parametrize('use_reentrant', [True, False])
-def test_checkpointing_is_noticed(use_reentrant):
+def test_the_kind_of_pass(use_reentrant):
     seen = []
 
     def block(x):
-        seen.append((graph_is_recorded(), in_backward()))
+        seen.append(current_pass())
         return x.exp()
 
     x = _x().requires_grad_()
-    checkpoint(block, x, use_reentrant=use_reentrant).sum().backward()
-    assert seen == [(False, False), (False, True)]
-    assert graph_is_recorded() and not in_backward()
-    with torch.no_grad():
-        assert not graph_is_recorded()
+    out = checkpoint(block, x, use_reentrant=use_reentrant)
+    assert seen.pop() is ForwardPass.CHECKPOINTED
+    with torch.no_grad():  # validation between forward and backward
+        assert current_pass() is ForwardPass.UNTRACKED
+        # Nobody will come back for this one, but it is no matter.
+        checkpoint(block, x, use_reentrant=False)
+    assert seen.pop() is ForwardPass.UNTRACKED
+    out.sum().backward()
+    assert seen == [ForwardPass.RECOMPUTED]
+    assert current_pass() is ForwardPass.PLAIN
+    with torch.autograd.graph.save_on_cpu():
+        assert current_pass() is ForwardPass.CHECKPOINTED
+
+
+# Convolutions that are followed where there is no graph to be read.
+REMEMBERED = {
+    'plain': lambda: nn.Conv2d(4, 4, 3),
+    'strided, dilated, grouped': lambda: nn.Conv2d(
+        4, 8, 3, stride=2, padding=(2, 1), dilation=2, groups=2),
+    'no bias': lambda: nn.Conv2d(4, 4, 1, bias=False),
+    'reflecting': lambda: nn.Conv2d(
+        4, 4, 3, padding=(2, 1), padding_mode='reflect'),
+    'same': lambda: nn.Conv2d(4, 4, 3, padding='same'),
+    'same, not symmetric': lambda: nn.Conv2d(4, 4, 4, padding='same'),
+    'centred': lambda: CenConv2d(4, 4, 3),
+    'weight norm': lambda: nn.utils.parametrizations.weight_norm(
+        nn.Conv2d(4, 4, 3)),
+    'frozen weight': lambda: nn.Conv2d(4, 4, 3).requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('use_reentrant', [True, False])
+@pytest.mark.parametrize('name', REMEMBERED)
+def test_what_the_graph_tells_is_remembered(name, use_reentrant, dtype):
+    conv = REMEMBERED[name]()
+    x = _x().requires_grad_(name != 'frozen weight')
+    told = []
+
+    def block(x):
+        x = conv(x)
+        told.append(find_producer(x))
+        return x
+
+    with torch.autocast('cpu', dtype, enabled=dtype is torch.bfloat16):
+        block(x)
+        checkpoint(block, x, use_reentrant=use_reentrant)
+        assert told[1] is UNKNOWN
+        handles = remember_calls(conv)
+        checkpoint(block, x, use_reentrant=use_reentrant)
+        for handle in handles:
+            handle.remove()
+        checkpoint(block, x, use_reentrant=use_reentrant)
+    graph, _, remembered, after = told
+    assert remembered.known and after is UNKNOWN
+    if name == 'frozen weight':
+        assert remembered is FROZEN
+        return
+    out = conv(_x()).detach().to(dtype)
+    moments = batch_moments(out)
+    for a, b in zip(*(affine_moments(out, moments, producer.call)
+                      for producer in (graph, remembered))):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(graph.call.weight, remembered.call.weight)
+    assert remembered.call.input.dtype == dtype
+    assert remembered.call.bias_trains == graph.call.bias_trains
+
+
+def test_a_forward_of_its_own_is_not_guessed():
+    conv = ConvWS2d(4, 4, 3)
+    remember_calls(conv)
+    told = []
+
+    def block(x):
+        x = conv(x)
+        told.append(find_producer(x))
+        return x
+
+    checkpoint(block, _x().requires_grad_(), use_reentrant=True)
+    assert told == [UNKNOWN]
