@@ -1,7 +1,7 @@
 """Burn-in: from the runner's iteration to the layers' state."""
 from typing import Dict, List, Optional, Sequence, Union
 
-from mmengine.dist import get_world_size
+from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop
@@ -12,6 +12,9 @@ from ..errors import SetupError
 from ..layers import (CBN, SmallBatchNorm, is_under, remember_calls,
                       suggested_window_size)
 from .model import bare_model, gradient_scale, kept_asleep
+
+# The key of a checkpoint that holds what norms remember.
+_STATES = 'smallbn_states'
 
 
 @HOOKS.register_module()
@@ -34,6 +37,13 @@ class BurnInHook(Hook):
     is where it was, and ``load_from`` starts burn-in afresh. Without any hook
     the layers do not burn in.
 
+    Checkpoints hold what CBN and MABN remember of past iterations, under a
+    key of its own, and a resume takes it up, so that it goes on as if it had
+    never stopped. It is that of the main process: the norms of others, and
+    all with ``sync=True`` in several processes, fill anew, within
+    ``window_size`` or ``buffer_size`` iterations. CBN's takes ``window_size``
+    times the convolution's weight for each layer.
+
     Example:
         >>> custom_hooks = [dict(type='BurnInHook', epochs=3)]
         >>> custom_hooks = [
@@ -46,6 +56,8 @@ class BurnInHook(Hook):
         prefix (str | Sequence[str], optional): Modules of the model whose
             norms burn in, such as ``'neck'``. None: the whole model. Several
             hooks with different prefixes may be used.
+        save_states (bool): Whether checkpoints hold what the norms remember.
+            False: it fills anew after a resume.
 
     Raises:
         ValueError: If not exactly one of ``epochs`` and ``iters`` is given,
@@ -59,7 +71,8 @@ class BurnInHook(Hook):
     def __init__(self,
                  epochs: Optional[int] = None,
                  iters: Optional[int] = None,
-                 prefix: Union[str, Sequence[str], None] = None) -> None:
+                 prefix: Union[str, Sequence[str], None] = None,
+                 save_states: bool = True) -> None:
         if (epochs is None) == (iters is None):
             raise ValueError('BurnInHook takes exactly one of epochs and '
                              f'iters, but got epochs={epochs}, iters={iters}')
@@ -73,6 +86,26 @@ class BurnInHook(Hook):
         self._told: Dict[str, SmallBatchNorm] = {}
         self._burning: Optional[bool] = None
         self._handles: List[RemovableHandle] = []
+        self.save_states = save_states
+        self._loaded: Dict[str, list] = {}
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Put the norms' states into a checkpoint."""
+        if not self.save_states:
+            return
+        alone = get_world_size() == 1
+        checkpoint[_STATES] = {
+            name: layer.export_states()
+            for name, layer in self._told.items()
+            if layer.keeps_states and (alone or not layer.sync)
+        }
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Keep the norms' states of a checkpoint that is resumed."""
+        # The weights are loaded after this, and empty the norms.
+        self._loaded = {}
+        if runner._resume and is_main_process():
+            self._loaded = checkpoint.get(_STATES, {})
 
     def before_train(self, runner) -> None:
         """Find the layers, and check that the burn-in makes sense."""
@@ -86,6 +119,7 @@ class BurnInHook(Hook):
             isinstance(runner.train_loop, EpochBasedTrainLoop),
             runner.max_epochs, runner.max_iters)
         self._burning = None
+        self._restore(runner)
         # Of an earlier training that ended in an error, too.
         self._forget_calls()
         self._handles = remember_calls(model)
@@ -134,6 +168,23 @@ class BurnInHook(Hook):
             layer.gradient_scale = 1.
         for layer in self._layers.values():
             layer.burning_in = False
+
+    def _restore(self, runner) -> None:
+        alone = get_world_size() == 1
+        refused = []
+        for name, states in self._loaded.items():
+            layer = self._told.get(name)
+            if layer is None or (layer.sync and not alone):
+                continue
+            try:
+                layer.restore_states(states)
+            except (ValueError, KeyError, TypeError) as error:
+                refused.append(str(error))
+        if refused:
+            runner.logger.warning(
+                f'{len(refused)} norms do not take up what the checkpoint '
+                f'remembers of past iterations, and fill anew: {refused[0]}')
+        self._loaded = {}
 
     def _forget_calls(self) -> None:
         for handle in self._handles:

@@ -233,6 +233,35 @@ class SmallBatchNorm(nn.BatchNorm2d):
         """Forget what was gathered over past iterations."""
         self._states = []
 
+    def export_states(self) -> List[Dict[str, Any]]:
+        """What was gathered over past iterations, for a checkpoint.
+
+        Returns:
+            list[dict]: Of each call in an iteration; of tensors and numbers,
+            copied to the CPU. Empty if there is nothing.
+        """
+        return [_on(state.state_dict(), 'cpu') for state in self._states]
+
+    def restore_states(self, exported: List[Dict[str, Any]]) -> None:
+        """Take up what :meth:`export_states` gave.
+
+        Raises:
+            ValueError: If it was gathered with other settings.
+        """
+        states = []
+        for values in exported:
+            state = self.new_state()
+            try:
+                state.load_state_dict(_on(values, self._device()))
+            except ValueError as error:
+                raise ValueError(f'{self._who()}: {error}') from error
+            states.append(state)
+        self._states = states
+
+    def _device(self) -> Optional[torch.device]:
+        anchor = self.weight if self.weight is not None else self.running_mean
+        return None if anchor is None else anchor.device
+
     def state_of_call(self) -> Any:
         """The state of this forward's place among those of the iteration."""
         while len(self._states) <= self._call:
@@ -404,10 +433,10 @@ class SmallBatchNorm(nn.BatchNorm2d):
 
     def _apply(self, fn, *args, **kwargs):
         super()._apply(fn, *args, **kwargs)
-        anchor = self.weight if self.weight is not None else self.running_mean
-        if anchor is not None:
+        device = self._device()
+        if device is not None:
             for state in self._states:
-                state.to(anchor.device)
+                state.to(device)
         return self
 
     def extra_repr(self) -> str:
@@ -418,3 +447,13 @@ def _affine(x: Tensor, weight: Optional[Tensor],
             bias: Optional[Tensor]) -> Tensor:
     x = x if weight is None else x * weight
     return x if bias is None else x + bias
+
+
+def _on(values: Dict[str, Any], device) -> Dict[str, Any]:
+    """Copies of the tensors in a nested dict on a device."""
+    return {
+        key: _on(value, device) if isinstance(value, dict) else
+        value.detach().to(device, copy=True)
+        if isinstance(value, Tensor) else value
+        for key, value in values.items()
+    }

@@ -12,7 +12,7 @@ the paper's Eq. (19): it is the mean square that is averaged exponentially,
 not its root, as in the code, so that evaluation is batch normalisation.
 """
 import warnings
-from typing import Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from mmengine.registry import MODELS
@@ -33,6 +33,19 @@ class _MovingStatistics:
     def __init__(self, buffer_size: int, backward) -> None:
         self.forward = SimpleMovingAverage(buffer_size)
         self.backward = backward
+
+    def state_dict(self) -> Dict[str, Any]:
+        backward = self.backward
+        return dict(
+            forward=self.forward.state_dict(),
+            backward=backward if backward is None else backward.state_dict())
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        self.forward.load_state_dict(state['forward'])
+        if (self.backward is None) != (state['backward'] is None):
+            raise ValueError('backward_statistics are of another kind')
+        if self.backward is not None:
+            self.backward.load_state_dict(state['backward'])
 
     def to(self, device: torch.device) -> None:
         self.forward.to(device)
@@ -134,8 +147,9 @@ class MABN(SmallBatchNorm, _BatchNorm):
     place of the first (with ``'ema'`` if no other came between). The hook
     also tells the layer a loss scale, which dynamic loss scaling needs.
 
-    Loading a state dict empties the averages; a checkpoint does not hold
-    those of the last ``buffer_size`` iterations.
+    Loading a state dict empties the averages. Those of the last
+    ``buffer_size`` iterations are in no state dict; the hook puts them into
+    its checkpoints, for a resume.
 
     Args:
         num_features (int): Channels C.

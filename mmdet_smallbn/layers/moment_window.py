@@ -1,5 +1,5 @@
 """The moments of a layer's last iterations."""
-from typing import Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -116,6 +116,31 @@ class MomentWindow:
         self._parts = present.centre.new_ones((self.size, 1))
         self._cursor = -1
         self.filled = 0
+
+    def state_dict(self) -> Dict[str, Any]:
+        """What is held, for a checkpoint."""
+        return dict(
+            size=self.size,
+            filled=self.filled,
+            cursor=self._cursor,
+            parts=self._parts,
+            entries=None
+            if self._entries is None else self._entries._asdict())
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Hold what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: If it is of another size.
+        """
+        if state['size'] != self.size:
+            raise ValueError(f'a window of {state["size"]} iterations is not '
+                             f'one of {self.size}')
+        self.filled, self._cursor = state['filled'], state['cursor']
+        self._parts = state['parts']
+        entries = state['entries']
+        self._entries = (
+            entries if entries is None else AffineMoments(**entries))
 
     def to(self, device: torch.device) -> None:
         """Move to a device. The dtype stays: statistics are not halved."""

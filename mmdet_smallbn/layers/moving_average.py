@@ -1,5 +1,5 @@
 """Averages of a statistic over a layer's last iterations or backwards."""
-from typing import Optional
+from typing import Any, Dict, Optional
 
 import torch
 from torch import Tensor
@@ -56,6 +56,21 @@ class SimpleMovingAverage:
         """The average, in the shape of a value; NaN if nothing is in it."""
         return self._ring[:self.pushes].nanmean(0)
 
+    def state_dict(self) -> Dict[str, Any]:
+        """What is held, for a checkpoint."""
+        return dict(size=self.size, pushes=self.pushes, ring=self._ring)
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Hold what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: If it is of another size.
+        """
+        if state['size'] != self.size:
+            raise ValueError(f'an average of {state["size"]} values is not '
+                             f'one of {self.size}')
+        self.pushes, self._ring = state['pushes'], state['ring']
+
     def to(self, device: torch.device) -> None:
         """Move to a device. The dtype stays: statistics are not halved."""
         if self._ring is not None:
@@ -99,6 +114,16 @@ class ExponentialMovingAverage:
     def mean(self) -> Tensor:
         """The average, in the shape of a value."""
         return self._average
+
+    def state_dict(self) -> Dict[str, Any]:
+        """What is held, for a checkpoint."""
+        return dict(
+            pushes=self.pushes, average=self._average, before=self._before)
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Hold what :meth:`state_dict` gave."""
+        self.pushes = state['pushes']
+        self._average, self._before = state['average'], state['before']
 
     def to(self, device: torch.device) -> None:
         """Move to a device. The dtype stays: statistics are not halved."""

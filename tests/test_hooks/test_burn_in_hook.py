@@ -1,4 +1,5 @@
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -6,7 +7,8 @@ from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from torch import nn
 
-from mmdet_smallbn import BRN, CBN, MABN, BatchGroupNorm, BurnInHook
+from mmdet_smallbn import (BRN, CBN, MABN, BatchGroupNorm, BurnInHook,
+                           NaiveCBN)
 from mmdet_smallbn.cli.runtime import register_checkpoint_loader
 from mmdet_smallbn.errors import SetupError
 from tests.toy import Images, LossScale, Toy, read_log, toy_runner
@@ -90,6 +92,103 @@ def test_resume_continues_where_it_was(tmp_path, by_epoch):
         tmp_path, [hook], by_epoch=by_epoch, load_from=str(tmp_path / name))
     fresh.train()
     assert phases.seen == whole.seen
+
+
+class Losses(Hook):
+
+    def __init__(self):
+        self.values = []
+
+    def after_train_iter(self, runner, batch_idx, data_batch, outputs):
+        self.values.append(outputs['loss'].item())
+
+
+# Norms, and whether they remember what a state dict does not hold.
+KINDS = {
+    'CBN': (CBN, True),
+    'NaiveCBN': (NaiveCBN, True),
+    'MABN': (MABN, True),
+    'MABN, ema backward':
+    (partial(MABN, backward_statistics='ema', centered=True), True),
+    'BRN': (BRN, False),
+    'BGN': (partial(BatchGroupNorm, num_groups=2), False),
+}
+
+
+@pytest.mark.parametrize('save', [True, False])
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, kind, save):
+    """To the last bit of the losses, weights and buffers."""
+    register_checkpoint_loader()
+    norm, remembers = KINDS[kind]
+    hooks = [] if kind == 'BGN' else [
+        dict(type='BurnInHook', iters=2, save_states=save)
+    ]
+    runs = []
+    for resumed in (False, True):
+        torch.manual_seed(0)
+        losses = Losses()
+        kwargs = dict(
+            resume=True,
+            load_from=str(tmp_path / 'epoch_3.pth')) if resumed else {}
+        runner = toy_runner(
+            tmp_path, [*hooks, losses],
+            Toy(norm),
+            train_cfg=dict(by_epoch=True, max_epochs=6),
+            optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.3)),
+            randomness=dict(seed=0),
+            **kwargs)
+        runner.train()
+        runs.append((losses.values, runner.model))
+    (whole, first), (rest, second) = runs
+    same = rest == whole[6:] and all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(),
+                                          second.state_dict().values()))
+    assert same == (save or not remembers)
+    assert len(rest) == 6 and max(rest) - min(rest) > 0
+
+
+def test_what_does_not_fit_fills_anew(tmp_path):
+    register_checkpoint_loader()
+    hooks = [dict(type='BurnInHook', epochs=0)]
+    toy_runner(tmp_path, hooks).train()
+    runner = toy_runner(
+        tmp_path,
+        hooks,
+        Toy(partial(CBN, window_size=3)),
+        train_cfg=dict(by_epoch=True, max_epochs=4),
+        resume=True,
+        load_from=str(tmp_path / 'epoch_3.pth'))
+    runner.train()
+    assert ("2 norms do not take up what the checkpoint remembers of past "
+            "iterations, and fill anew: CBN 'backbone.1': a window of 4 "
+            'iterations is not one of 3') in read_log(tmp_path)
+    assert runner.model.head[1]._states[0].filled == 2
+
+
+def test_states_in_a_checkpoint_load_safely_and_fine_tuning_forgets(tmp_path):
+    register_checkpoint_loader()
+    hooks = [dict(type='BurnInHook', epochs=0)]
+    runner = toy_runner(tmp_path, hooks)
+    runner.train()
+    path = tmp_path / 'epoch_3.pth'
+    states = torch.load(path, weights_only=False)['smallbn_states']
+    assert set(states) == {'backbone.1', 'head.1'}
+    assert states['head.1'][0]['filled'] == 4
+    torch.save(states, tmp_path / 'states.pth')
+    torch.load(tmp_path / 'states.pth', weights_only=True)
+    # Copies: what training does next is not in them.
+    before = states['head.1'][0]['entries']['mean_offset'].clone()
+    exported = runner.model.head[1].export_states()[0]
+    runner.model.head[1]._states[0]._entries.mean_offset.zero_()
+    torch.testing.assert_close(exported['entries']['mean_offset'], before)
+    tuned = toy_runner(
+        tmp_path,
+        hooks,
+        load_from=str(path),
+        train_cfg=dict(by_epoch=True, max_epochs=1))
+    tuned.train()
+    assert tuned.model.head[1]._states[0].filled == 2
 
 
 def test_examples_and_suggestion_are_logged(tmp_path):
