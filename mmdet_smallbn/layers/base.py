@@ -176,6 +176,7 @@ class SmallBatchNorm(nn.BatchNorm2d):
         self._call = 0
         self._states: List[Any] = []
         self._remembered: List[_Remembered] = []
+        self._last_seen: Optional[Tuple[int, torch.Size]] = None
         self._warned_of_calls = False
         self._warned_of_fallback = False
 
@@ -289,6 +290,7 @@ class SmallBatchNorm(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` of shape (N, C, H, W); same shape and dtype."""
+        self._refuse_what_would_go_wrong(x)
         self._check_input_dim(x)
         if x.size(1) != self.num_features:
             raise ValueError(
@@ -303,7 +305,7 @@ class SmallBatchNorm(nn.BatchNorm2d):
                 return self._normalize(
                     first.batch._replace(x=x), first.statistics)
         elif self.training and step is not ForwardPass.UNTRACKED:
-            self._count_call()
+            self._count_call(x)
         processes = Processes.current() if self.sync and self.training else (
             None)
         own = self.measure(x)
@@ -385,12 +387,26 @@ class SmallBatchNorm(nn.BatchNorm2d):
         for running, value in zip((self.running_mean, self.running_var), new):
             running.copy_(torch.where(value.isfinite(), value, running))
 
-    def _count_call(self) -> None:
+    def _refuse_what_would_go_wrong(self, x: Tensor) -> None:
+        if isinstance(x, torch.fx.Proxy):
+            raise TypeError(
+                f'{self._who()} cannot be traced symbolically, which would '
+                'make one of its branches the only one. Remove '
+                'efficient_conv_bn_eval from the config')
+        if self.training and getattr(self, '_is_replica', False):
+            raise RuntimeError(
+                f'{self._who()} was copied for one forward by DataParallel, '
+                'and what it gathers would be lost. Use '
+                'DistributedDataParallel')
+
+    def _count_call(self, x: Tensor) -> None:
         """Set the index of this forward among those of the iteration.
 
         Raises:
             RuntimeError: If there are too many to be of one iteration.
         """
+        if self.iteration is None:
+            self._watch_for_levels(x)
         if self.iteration is None or self.iteration != self._last_iteration:
             if self.iteration is not None:
                 self._remembered = []
@@ -412,6 +428,26 @@ class SmallBatchNorm(nn.BatchNorm2d):
                 f'{self._who()} was called {_MAX_CALLS} times in iteration '
                 f'{self.iteration}. If training was interrupted and the model '
                 'is now used otherwise, set .iteration = None on its norms')
+
+    def _watch_for_levels(self, x: Tensor) -> None:
+        """Warn of levels of a pyramid that pose as iterations.
+
+        Where the iteration is not known, maps of another size at weights that
+        no step has moved are the sign.
+        """
+        if not self.keeps_states or self._warned_of_calls or (
+                self.weight is None or not self.weight.requires_grad):
+            return
+        seen = (self.weight._version, x.shape[2:])
+        last, self._last_seen = self._last_seen, seen
+        if last is not None and last[0] == seen[0] and last[1] != seen[1]:
+            self._warned_of_calls = True
+            warnings.warn(
+                f'{self._who()} is called with maps of several sizes between '
+                'two steps, as a head that pyramid levels share, and takes '
+                'every call for an iteration. Take a head with a norm for '
+                'each level (RetinaSepBNHead), or let BurnInHook tell the '
+                'iterations')
 
     def _who(self) -> str:
         kind = type(self).__name__

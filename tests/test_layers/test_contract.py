@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from mmcv.cnn import ConvModule, build_norm_layer, is_norm
+from mmengine.analysis import get_model_complexity_info
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -297,6 +298,76 @@ def test_checkpointed_layers_are_copied_and_saved(norm, use_reentrant):
     for _ in range(20):
         checkpoint(lambda x: norm(conv(x)), x, use_reentrant=use_reentrant)
     assert len(norm._remembered) <= 8
+
+
+def test_data_parallel_is_refused_in_training(norm):
+    assert norm._replicate_for_data_parallel()._is_replica
+    replica = copy.copy(norm)
+    replica._is_replica = True
+    with pytest.raises(RuntimeError, match='DistributedDataParallel'):
+        replica(torch.randn(2, 6, 3, 3))
+    replica.eval()
+    replica(torch.randn(2, 6, 3, 3))
+
+
+def test_symbolic_tracing_is_refused(norm):
+    with pytest.raises(TypeError, match='efficient_conv_bn_eval'):
+        torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 6, 1), norm))
+
+
+def test_levels_that_pose_as_iterations_are_told(norm):
+    conv = nn.Conv2d(3, 6, 1)
+    optimizer = torch.optim.SGD([*conv.parameters(), *norm.parameters()], 0.1)
+
+    def forward(size):
+        norm(conv(torch.randn(2, 3, size, size))).square().sum().backward()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for size in (4, 6, 5):  # multi-scale training
+            forward(size)
+            optimizer.step()
+        forward(5)  # accumulation
+        forward(5)
+    if not norm.keeps_states:
+        return
+    with pytest.warns(UserWarning, match='several sizes between two steps'):
+        forward(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        forward(2)
+
+
+@pytest.mark.filterwarnings('ignore:.*does not have a deterministic')
+def test_deterministic_algorithms_change_nothing(norm):
+    """Uninitialised memory is filled with NaN there."""
+    conv = nn.Conv2d(3, 6, 3)
+    other, x = copy.deepcopy(nn.Sequential(conv, norm)), torch.randn(
+        3, 2, 3, 6, 6)
+    for batch in x:
+        norm(conv(batch)).square().sum().backward()
+    torch.use_deterministic_algorithms(True)
+    try:
+        for batch in x:
+            other(batch).square().sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(other[0].weight.grad, conv.weight.grad)
+    for a, b in zip(other[1].buffers(), norm.buffers()):
+        torch.testing.assert_close(a, b)
+
+
+def test_complexity_is_batch_norms_and_counting_is_no_training(norm):
+    if norm.registered_as == 'BGN':
+        norm.example_weight = 0.
+    flops = []
+    for layer in (norm, nn.BatchNorm2d(6)):
+        model = nn.Sequential(nn.Conv2d(3, 6, 3), layer).eval()
+        flops.append(
+            get_model_complexity_info(
+                model, (3, 8, 8), show_table=False, show_arch=False)['flops'])
+    assert flops[0] == flops[1] > 0
+    assert norm.num_batches_tracked == 0 and not norm._states
 
 
 def test_memory_does_not_grow(norm):
