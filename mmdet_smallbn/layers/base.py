@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..functional import (GradientStatistics, Moments, Processes,
                           batch_moments, normalize, normalize_for_inference)
-from .forward_pass import ForwardPass, current_pass
+from .forward_pass import ForwardPass, current_pass, run_eagerly
 
 # No model calls a layer so often: the iteration is not told any more.
 _MAX_CALLS = 64
@@ -298,6 +298,11 @@ class SmallBatchNorm(nn.BatchNorm2d):
                 f'but got an input of shape {tuple(x.shape)}')
         if not self.training and self.running_mean is not None:
             return self.evaluate(x)
+        return self._forward_of_batch(x)
+
+    @run_eagerly
+    def _forward_of_batch(self, x: Tensor) -> Tensor:
+        """The forward pass with statistics of the input's own."""
         step = current_pass()
         if step is ForwardPass.RECOMPUTED:
             first = self._first_pass(x)

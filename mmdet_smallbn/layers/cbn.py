@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .base import (Batch, SmallBatchNorm, Statistics,
                    check_positive_int)
-from .conv_call import FROZEN, find_producer
+from .conv_call import FROZEN, find_producer, is_compiled
 from .forward_pass import ForwardPass, current_pass
 from .moment_window import MomentWindow
 
@@ -56,8 +56,8 @@ class CBN(SmallBatchNorm, _BatchNorm):
     - follows anything but a convolution (a sum, a pooling, a deformable or
       transposed convolution): it normalises with the present batch, as
       BatchNorm, and warns once;
-    - runs inside activation checkpointing, of either kind, or under hooks
-      that pack saved tensors: nothing changes if
+    - runs inside activation checkpointing, of either kind, under hooks that
+      pack saved tensors, or in torch.compile: nothing changes if
       :class:`mmdet_smallbn.BurnInHook` tells it of the convolution there.
       Without the hook, or after a convolution with a forward of its own, the
       present batch again, with a warning;
@@ -141,11 +141,11 @@ class CBN(SmallBatchNorm, _BatchNorm):
         return Statistics(*window.pool(batch, producer.call))
 
     def _warn_of_producer(self, x: Tensor) -> None:
-        if current_pass() is ForwardPass.CHECKPOINTED:
+        if current_pass() is ForwardPass.CHECKPOINTED or is_compiled(x):
             self.warn_once(
-                'runs inside activation checkpointing, or under other hooks '
-                'on saved tensors, and is not told there of a convolution '
-                'that it could compensate for',
+                'runs inside activation checkpointing, under other hooks on '
+                'saved tensors or in torch.compile, and is not told there of '
+                'a convolution that it could compensate for',
                 'BurnInHook in custom_hooks tells it of all but those with a '
                 'forward of their own')
             return

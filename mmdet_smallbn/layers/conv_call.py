@@ -8,7 +8,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..functional import ConvCall
 from .cen_conv import CenConv2d, centred
-from .forward_pass import ForwardPass, current_pass
+from .forward_pass import ForwardPass, current_pass, run_eagerly
 
 # Attribute of a convolution's output, where the graph does not tell.
 _PRODUCER = '_smallbn_producer'
@@ -40,8 +40,8 @@ def find_producer(x: Tensor) -> Producer:
     deformable one (whose node leads to its *offset* convolution), a sum, a
     pooling and everything else are unknown.
 
-    Where there is no graph to be read, in activation checkpointing, it is
-    what :func:`remember_calls` has left with ``x``.
+    Where the graph does not tell, in activation checkpointing and behind
+    torch.compile, it is what :func:`remember_calls` has left with ``x``.
 
     Args:
         x (Tensor): Input of a norm, shape (N, C, H, W).
@@ -55,7 +55,7 @@ def find_producer(x: Tensor) -> Producer:
         return FROZEN
     node = x.grad_fn
     if node is None or node.name() != 'ConvolutionBackward0':
-        return UNKNOWN
+        return getattr(x, _PRODUCER, UNKNOWN)
     if node._saved_transposed:
         return UNKNOWN
     weight_trains, bias_trains = (
@@ -77,10 +77,10 @@ def find_producer(x: Tensor) -> Producer:
 def remember_calls(model: nn.Module) -> List[RemovableHandle]:
     """Let convolutions leave with their outputs how these were made.
 
-    It is for activation checkpointing, where CBN cannot read it from the
-    autograd graph, and costs nothing elsewhere. Convolutions with a forward
-    of their own, whose weight would have to be guessed, are left unknown:
-    weight standardisation, for one.
+    It is for activation checkpointing and torch.compile, where CBN cannot
+    read it from the autograd graph, and costs nothing elsewhere. Convolutions
+    with a forward of their own, whose weight would have to be guessed, are
+    left unknown: weight standardisation, for one.
 
     Args:
         model (nn.Module): Whose convolutions get a forward hook.
@@ -94,10 +94,18 @@ def remember_calls(model: nn.Module) -> List[RemovableHandle]:
     ]
 
 
+@run_eagerly
 def _remember_call(conv: nn.Conv2d, inputs: Tuple[Tensor],
                    output: Tensor) -> None:
-    if current_pass() is ForwardPass.CHECKPOINTED:
+    step = current_pass()
+    if step is ForwardPass.CHECKPOINTED or (
+            step is ForwardPass.PLAIN and is_compiled(output)):
         setattr(output, _PRODUCER, _producer(conv, inputs[0], output.dtype))
+
+
+def is_compiled(x: Tensor) -> bool:
+    """Whether torch.compile hides in one node what made a tensor."""
+    return x.grad_fn is not None and x.grad_fn.name().startswith('Compiled')
 
 
 def _producer(conv: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> Producer:

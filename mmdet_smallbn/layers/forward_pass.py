@@ -8,6 +8,12 @@ from torch.utils.checkpoint import CheckpointFunction
 _REENTRANT_FORWARD = CheckpointFunction.forward.__code__
 
 
+# Which pass it is, and what was gathered in the past, are no constants that
+# torch.compile could take into a graph.
+run_eagerly = getattr(
+    getattr(torch, 'compiler', None), 'disable', lambda function: function)
+
+
 class ForwardPass(enum.Enum):
     """Kinds of forward passes that a layer in training mode may be in.
 

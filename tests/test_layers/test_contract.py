@@ -370,6 +370,36 @@ def test_complexity_is_batch_norms_and_counting_is_no_training(norm):
     assert norm.num_batches_tracked == 0 and not norm._states
 
 
+def test_torch_compile_changes_nothing(norm):
+    """Losses and states of 12 steps, and nothing is compiled anew."""
+    plain = nn.Sequential(
+        CenConv2d(3, 6, 3), norm, nn.ReLU(), nn.Conv2d(6, 6, 3),
+        copy.deepcopy(norm), nn.ReLU()).double()
+    model = copy.deepcopy(plain)
+    remember_calls(model)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, backend='aot_eager')
+    optimizers = [torch.optim.SGD(m.parameters(), 0.01) for m in (plain, model)]
+    for _ in range(12):
+        x = torch.randn(2, 3, 9, 9).double()
+        losses = []
+        for forward, optimizer in zip((plain, compiled), optimizers):
+            optimizer.zero_grad()
+            losses.append(forward(x).square().sum())
+            losses[-1].backward()
+            optimizer.step()
+        torch.testing.assert_close(*losses, rtol=1e-9, atol=1e-9)
+    for a, b in zip(plain.buffers(), model.buffers()):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(*(_tensors(m[1]._states) for m in (plain, model))):
+        torch.testing.assert_close(a, b)
+    assert 0 < torch._dynamo.utils.counters['stats']['unique_graphs'] < 8
+    plain.eval()
+    model.eval()
+    torch.testing.assert_close(plain(x), compiled(x))
+
+
 def test_memory_does_not_grow(norm):
     conv = nn.Conv2d(3, 6, 3)
     sizes = []
