@@ -10,7 +10,10 @@ import pytest
 from mmdet_smallbn.cli import print_norms
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / 'README.md', *sorted((ROOT / 'configs').rglob('README.md'))]
+PAGES = [
+    ROOT / 'README.md', ROOT / 'docs' / 'training_features.md',
+    *sorted((ROOT / 'configs').rglob('README.md'))
+]
 COMMAND = re.compile(
     r'^(?:[A-Z_]+=\S+ )*(?:python )?(tools/\w+\.(?:py|sh)) (.*)$', re.M)
 # What stands for a user's own.
