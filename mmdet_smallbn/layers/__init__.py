@@ -15,5 +15,6 @@ __all__ = [
     'BRN', 'BatchGroupNorm', 'CBN', 'CenConv2d', 'GhostBN', 'MABN', 'NaiveCBN',
     'SmallBatchNorm', 'calibrate_group_norms', 'check_example_weight',
     'check_positive_int', 'in_backward', 'is_under', 'lacks_averages',
-    'remember_calls', 'set_example_weight', 'suggested_window_size', 'weights_as_trained'
+    'remember_calls', 'set_example_weight', 'suggested_window_size',
+    'weights_as_trained'
 ]

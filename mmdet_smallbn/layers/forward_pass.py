@@ -1,4 +1,4 @@
-"""What a forward pass is part of: a training step, a recomputation, neither."""
+"""What a forward pass belongs to: a training step, a recomputation."""
 import enum
 import sys
 

@@ -380,7 +380,9 @@ def test_torch_compile_changes_nothing(norm):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model, backend='aot_eager')
-    optimizers = [torch.optim.SGD(m.parameters(), 0.01) for m in (plain, model)]
+    optimizers = [
+        torch.optim.SGD(m.parameters(), 0.01) for m in (plain, model)
+    ]
     for _ in range(12):
         x = torch.randn(2, 3, 9, 9).double()
         losses = []
