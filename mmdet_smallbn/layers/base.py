@@ -449,10 +449,10 @@ class SmallBatchNorm(nn.BatchNorm2d):
             self._warned_of_calls = True
             warnings.warn(
                 f'{self._who()} is called with maps of several sizes between '
-                'two steps, as a head that pyramid levels share, and takes '
-                'every call for an iteration. Take a head with a norm for '
-                'each level (RetinaSepBNHead), or let BurnInHook tell the '
-                'iterations')
+                'two steps, and takes every call for an iteration. If they '
+                'are levels of a pyramid that share a head, take one with a '
+                'norm for each level (RetinaSepBNHead), or let BurnInHook '
+                'tell the iterations')
 
     def _who(self) -> str:
         kind = type(self).__name__

@@ -75,7 +75,7 @@ def find_producer(x: Tensor) -> Producer:
 
 
 def remember_calls(model: nn.Module) -> List[RemovableHandle]:
-    """Let convolutions leave with their outputs how these were made.
+    """Let convolutions beside CBN leave with an output how it was made.
 
     It is for activation checkpointing and torch.compile, where CBN cannot
     read it from the autograd graph, and costs nothing elsewhere. Convolutions
@@ -83,15 +83,30 @@ def remember_calls(model: nn.Module) -> List[RemovableHandle]:
     left unknown: weight standardisation, for one.
 
     Args:
-        model (nn.Module): Whose convolutions get a forward hook.
+        model (nn.Module): Whose convolutions get a forward hook: those in the
+            blocks that hold a CBN.
 
     Returns:
         list[RemovableHandle]: To remove the hooks with.
     """
-    return [
-        module.register_forward_hook(_remember_call)
-        for module in model.modules() if isinstance(module, nn.Conv2d)
+    convolutions = {
+        module: None
+        for block in model.modules() if _holds_cbn(block)
+        for module in block.modules() if isinstance(module, nn.Conv2d)
+    }
+    return [conv.register_forward_hook(_remember_call)
+            for conv in convolutions]
+
+
+def _holds_cbn(block: nn.Module) -> bool:
+    """Whether a CBN is among a block's children, or in one of its lists."""
+    lists = [
+        child for child in block.children()
+        if isinstance(child, (nn.ModuleList, nn.Sequential))
     ]
+    return any(
+        getattr(child, 'compensate', False) for holder in (block, *lists)
+        for child in holder.children())
 
 
 @run_eagerly

@@ -287,7 +287,7 @@ def _tensors(states):
 def test_checkpointed_layers_are_copied_and_saved(norm, use_reentrant):
     """What waits for the backward pass is left behind."""
     conv = nn.Conv2d(3, 6, 3)
-    remember_calls(conv)
+    remember_calls(nn.Sequential(conv, norm))
     x = torch.randn(2, 3, 5, 5).requires_grad_()
     out = checkpoint(
         lambda x: norm(conv(x)), x, use_reentrant=use_reentrant)

@@ -2,13 +2,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from mmcv.cnn import ConvWS2d
+from mmcv.cnn import ConvModule, ConvWS2d
 from mmcv.ops import DeformConv2dPack, ModulatedDeformConv2dPack
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mmdet_smallbn.functional import affine_moments, batch_moments
-from mmdet_smallbn.layers import CenConv2d
+from mmdet_smallbn.layers import CBN, MABN, CenConv2d, NaiveCBN
 from mmdet_smallbn.layers.conv_call import (FROZEN, UNKNOWN, find_producer,
                                             remember_calls)
 from mmdet_smallbn.layers.forward_pass import ForwardPass, current_pass
@@ -155,7 +155,8 @@ def test_what_the_graph_tells_is_remembered(name, use_reentrant, dtype):
         block(x)
         checkpoint(block, x, use_reentrant=use_reentrant)
         assert told[1] is UNKNOWN
-        handles = remember_calls(conv)
+        handles = remember_calls(nn.Sequential(conv, CBN(conv.out_channels)))
+        assert len(handles) == 1
         checkpoint(block, x, use_reentrant=use_reentrant)
         for handle in handles:
             handle.remove()
@@ -177,7 +178,7 @@ def test_what_the_graph_tells_is_remembered(name, use_reentrant, dtype):
 
 def test_a_forward_of_its_own_is_not_guessed():
     conv = ConvWS2d(4, 4, 3)
-    remember_calls(conv)
+    assert remember_calls(nn.Sequential(conv, CBN(4)))
     told = []
 
     def block(x):
@@ -187,3 +188,22 @@ def test_a_forward_of_its_own_is_not_guessed():
 
     checkpoint(block, _x().requires_grad_(), use_reentrant=True)
     assert told == [UNKNOWN]
+
+
+def test_only_what_cbn_may_follow_is_remembered():
+    """A hook on a convolution parts the graphs of torch.compile."""
+
+    def conv():
+        return nn.Conv2d(4, 4, 1)
+
+    lists = nn.Module()
+    lists.convs = nn.ModuleList([conv(), conv()])
+    lists.bns = nn.ModuleList([CBN(4), CBN(4)])
+    for model, count in ((nn.Sequential(conv(), MABN(4)), 0),
+                         (nn.Sequential(conv(), NaiveCBN(4)), 0),
+                         (nn.Sequential(conv(), CBN(4)), 1),
+                         (nn.ModuleList(
+                             [ConvModule(4, 4, 1, norm_cfg=dict(type='CBN')),
+                              ConvModule(4, 4, 1, norm_cfg=dict(type='BN')),
+                              conv()]), 1), (lists, 2)):
+        assert len(remember_calls(model)) == count
