@@ -103,7 +103,6 @@ class BurnInHook(Hook):
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         """Keep the norms' states of a checkpoint that is resumed."""
         # The weights are loaded after this, and empty the norms.
-        self._loaded = {}
         if runner._resume and is_main_process():
             self._loaded = checkpoint.get(_STATES, {})
 
@@ -178,7 +177,7 @@ class BurnInHook(Hook):
                 continue
             try:
                 layer.restore_states(states)
-            except (ValueError, KeyError, TypeError) as error:
+            except ValueError as error:
                 refused.append(str(error))
         if refused:
             runner.logger.warning(

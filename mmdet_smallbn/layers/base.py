@@ -11,9 +11,6 @@ from .forward_pass import ForwardPass, current_pass, run_eagerly
 
 # No model calls a layer so often: the iteration is not told any more.
 _MAX_CALLS = 64
-# Forwards in activation checkpointing that are remembered for their
-# recomputation, where it is not known when an iteration ends.
-_MAX_REMEMBERED = 8
 
 
 def check_positive_int(name: str, value: Any) -> None:
@@ -81,11 +78,20 @@ class Statistics(NamedTuple):
     d: Optional[Tensor] = None
 
 
-class _Remembered(NamedTuple):
+class _Remembered:
     """A forward in activation checkpointing: what it normalised with."""
-    batch: Batch
-    statistics: Statistics
-    shape: torch.Size
+
+    def __init__(self, batch: Batch, statistics: Statistics) -> None:
+        self.batch = batch._replace(x=None)
+        self.statistics = statistics
+        self.shape = batch.x.shape
+        self.recomputed = 0
+
+    def distance(self, own: Moments) -> Tensor:
+        """How far a recomputed input is from this one: about 0 if it is."""
+        mine = self.batch.own
+        away = (mine.mean - own.mean).abs() + (mine.var - own.var).abs()
+        return away.sum().nan_to_num(nan=torch.inf)
 
 
 class SmallBatchNorm(nn.BatchNorm2d):
@@ -178,6 +184,7 @@ class SmallBatchNorm(nn.BatchNorm2d):
         self._remembered: List[_Remembered] = []
         self._last_seen: Optional[Tuple[int, torch.Size]] = None
         self._warned_of_calls = False
+        self._warned_of_levels = False
         self._warned_of_fallback = False
 
     @property
@@ -239,23 +246,27 @@ class SmallBatchNorm(nn.BatchNorm2d):
 
         Returns:
             list[dict]: Of each call in an iteration; of tensors and numbers,
-            copied to the CPU. Empty if there is nothing.
+            copied to the CPU, beside the layer's settings. Empty if there is
+            nothing.
         """
-        return [_on(state.state_dict(), 'cpu') for state in self._states]
+        return [
+            dict(layer=repr(self), state=_on(state.state_dict(), 'cpu'))
+            for state in self._states
+        ]
 
     def restore_states(self, exported: List[Dict[str, Any]]) -> None:
         """Take up what :meth:`export_states` gave.
 
         Raises:
-            ValueError: If it was gathered with other settings.
+            ValueError: If it was gathered by a layer with other settings.
         """
         states = []
         for values in exported:
+            if values['layer'] != repr(self):
+                raise ValueError(f'{self._who()}: it was {values["layer"]}, '
+                                 f'and is {self!r}')
             state = self.new_state()
-            try:
-                state.load_state_dict(_on(values, self._device()))
-            except ValueError as error:
-                raise ValueError(f'{self._who()}: {error}') from error
+            state.load_state_dict(_on(values['state'], self._device()))
             states.append(state)
         self._states = states
 
@@ -309,6 +320,10 @@ class SmallBatchNorm(nn.BatchNorm2d):
             if first is not None:
                 return self._normalize(
                     first.batch._replace(x=x), first.statistics)
+            if self.training and self.uses_past() and x.numel():
+                self.warn_once(
+                    'runs in a backward pass, and not as the repetition of '
+                    'a forward that it knows', 'Report how it came to that')
         elif self.training and step is not ForwardPass.UNTRACKED:
             self._count_call(x)
         processes = Processes.current() if self.sync and self.training else (
@@ -325,7 +340,7 @@ class SmallBatchNorm(nn.BatchNorm2d):
         statistics = self._statistics_in_use(batch, step)
         if self.training and step is not ForwardPass.RECOMPUTED:
             self._update_running(moments)
-        if step is ForwardPass.CHECKPOINTED:
+        if step is ForwardPass.CHECKPOINTED and self.training:
             self._remember(batch, statistics)
         return self._normalize(batch, statistics)
 
@@ -348,22 +363,28 @@ class SmallBatchNorm(nn.BatchNorm2d):
 
     def _remember(self, batch: Batch, statistics: Statistics) -> None:
         """Keep what a forward normalises with, for its recomputation."""
-        self._remembered.append(
-            _Remembered(batch._replace(x=None), statistics, batch.x.shape))
-        if self.iteration is None:
-            del self._remembered[:-_MAX_REMEMBERED]
+        self._remembered.append(_Remembered(batch, statistics))
+        del self._remembered[:-_MAX_CALLS]
 
     def _first_pass(self, x: Tensor) -> Optional[_Remembered]:
         """The forward that is being recomputed; None if it was not seen."""
         alike = [r for r in self._remembered if r.shape == x.shape]
-        if len(alike) < 2:
-            return alike[0] if alike else None
-        # A shared head's calls, recomputed in any order. The input repeats to
-        # the bit, or nearly so.
-        own = self.measure(x).mean
-        distance = torch.stack(
-            [(r.batch.own.mean - own).abs().sum() for r in alike])
-        return alike[int(distance.argmin())]
+        if len(alike) > 1:
+            # A shared head's calls, or iterations that nobody told: the input
+            # repeats, to the bit or nearly so.
+            own = self.measure(x)
+            distances = torch.stack([r.distance(own) for r in alike]).tolist()
+            least = min(distances)
+            alike = [
+                r for r, d in zip(alike, distances) if d <= 1.01 * least
+            ]
+            # Of equals the last that waits: backward passes go backwards.
+            waiting = min(r.recomputed for r in alike)
+            alike = [r for r in alike if r.recomputed == waiting]
+        if not alike:
+            return None
+        alike[-1].recomputed += 1
+        return alike[-1]
 
     def _normalize(self, batch: Batch, statistics: Statistics) -> Tensor:
         mean, var, share, gradient, r, d = statistics
@@ -440,13 +461,13 @@ class SmallBatchNorm(nn.BatchNorm2d):
         Where the iteration is not known, maps of another size at weights that
         no step has moved are the sign.
         """
-        if not self.keeps_states or self._warned_of_calls or (
+        if not self.keeps_states or self._warned_of_levels or (
                 self.weight is None or not self.weight.requires_grad):
             return
         seen = (self.weight._version, x.shape[2:])
         last, self._last_seen = self._last_seen, seen
         if last is not None and last[0] == seen[0] and last[1] != seen[1]:
-            self._warned_of_calls = True
+            self._warned_of_levels = True
             warnings.warn(
                 f'{self._who()} is called with maps of several sizes between '
                 'two steps, and takes every call for an iteration. If they '

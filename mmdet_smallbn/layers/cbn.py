@@ -147,7 +147,7 @@ class CBN(SmallBatchNorm, _BatchNorm):
                 'saved tensors or in torch.compile, and is not told there of '
                 'a convolution that it could compensate for',
                 'BurnInHook in custom_hooks tells it of all but those with a '
-                'forward of their own')
+                'forward or a computed weight of their own')
             return
         made_by = 'a leaf' if x.grad_fn is None else x.grad_fn.name()
         self.warn_once(

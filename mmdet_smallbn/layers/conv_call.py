@@ -10,8 +10,8 @@ from ..functional import ConvCall
 from .cen_conv import CenConv2d, centred
 from .forward_pass import ForwardPass, current_pass, run_eagerly
 
-# Attribute of a convolution's output, where the graph does not tell.
-_PRODUCER = '_smallbn_producer'
+# Attribute of a convolution's output: how it was made.
+_CALL = '_smallbn_call'
 
 
 class Producer(NamedTuple):
@@ -40,8 +40,9 @@ def find_producer(x: Tensor) -> Producer:
     deformable one (whose node leads to its *offset* convolution), a sum, a
     pooling and everything else are unknown.
 
-    Where the graph does not tell, in activation checkpointing and behind
-    torch.compile, it is what :func:`remember_calls` has left with ``x``.
+    What :func:`remember_calls` has left with ``x`` comes first: in activation
+    checkpointing and behind torch.compile the graph does not tell, or reading
+    it would recompute a region.
 
     Args:
         x (Tensor): Input of a norm, shape (N, C, H, W).
@@ -49,13 +50,16 @@ def find_producer(x: Tensor) -> Producer:
     Returns:
         Producer: The convolution, ``FROZEN`` or ``UNKNOWN``.
     """
-    if current_pass() is not ForwardPass.PLAIN:
-        return getattr(x, _PRODUCER, UNKNOWN)
-    if not x.requires_grad:
+    call = getattr(x, _CALL, None)
+    if call is not None and call.version == x._version:
+        return _producer(call.conv, call.input, x.dtype)
+    if torch.is_grad_enabled() and not x.requires_grad:
         return FROZEN
+    if current_pass() is not ForwardPass.PLAIN:
+        return UNKNOWN
     node = x.grad_fn
     if node is None or node.name() != 'ConvolutionBackward0':
-        return getattr(x, _PRODUCER, UNKNOWN)
+        return UNKNOWN
     if node._saved_transposed:
         return UNKNOWN
     weight_trains, bias_trains = (
@@ -78,9 +82,9 @@ def remember_calls(model: nn.Module) -> List[RemovableHandle]:
     """Let convolutions beside CBN leave with an output how it was made.
 
     It is for activation checkpointing and torch.compile, where CBN cannot
-    read it from the autograd graph, and costs nothing elsewhere. Convolutions
-    with a forward of their own, whose weight would have to be guessed, are
-    left unknown: weight standardisation, for one.
+    read it from the autograd graph. Convolutions with a forward or a computed
+    weight of their own, which would have to be guessed, are left unknown:
+    weight standardisation, spectral norm.
 
     Args:
         model (nn.Module): Whose convolutions get a forward hook: those in the
@@ -94,8 +98,10 @@ def remember_calls(model: nn.Module) -> List[RemovableHandle]:
         for block in model.modules() if _holds_cbn(block)
         for module in block.modules() if isinstance(module, nn.Conv2d)
     }
-    return [conv.register_forward_hook(_remember_call)
-            for conv in convolutions]
+    return [
+        conv.register_forward_hook(_remember_call) for conv in convolutions
+        if _remember_call not in conv._forward_hooks.values()
+    ]
 
 
 def _holds_cbn(block: nn.Module) -> bool:
@@ -109,13 +115,27 @@ def _holds_cbn(block: nn.Module) -> bool:
         for child in holder.children())
 
 
+class _Call(NamedTuple):
+    """What a convolution leaves with its output."""
+    conv: nn.Conv2d
+    input: Optional[Tensor]  # None: nothing of the convolution trains
+    version: int  # of the output: what works in place on it ends its validity
+
+
 @run_eagerly
 def _remember_call(conv: nn.Conv2d, inputs: Tuple[Tensor],
                    output: Tensor) -> None:
-    step = current_pass()
-    if step is ForwardPass.CHECKPOINTED or (
-            step is ForwardPass.PLAIN and is_compiled(output)):
-        setattr(output, _PRODUCER, _producer(conv, inputs[0], output.dtype))
+    kind = type(conv)
+    if (current_pass() in (ForwardPass.PLAIN, ForwardPass.CHECKPOINTED)
+            and kind.forward is nn.Conv2d.forward and kind._conv_forward in (
+                nn.Conv2d._conv_forward, CenConv2d._conv_forward)
+            # Another weight than a parameter is computed, and under no_grad
+            # it does not tell whether it trains.
+            and 'weight' in conv._parameters):
+        trains = any(p.requires_grad for p in conv.parameters())
+        # Of what is frozen nobody keeps the input.
+        x = inputs[0].detach() if trains else None
+        setattr(output, _CALL, _Call(conv, x, output._version))
 
 
 def is_compiled(x: Tensor) -> bool:
@@ -123,18 +143,14 @@ def is_compiled(x: Tensor) -> bool:
     return x.grad_fn is not None and x.grad_fn.name().startswith('Compiled')
 
 
-def _producer(conv: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> Producer:
-    bias_trains = conv.bias is not None and conv.bias.requires_grad
-    if not conv.weight.requires_grad and not bias_trains:
+def _producer(conv: nn.Conv2d, x: Optional[Tensor],
+              dtype: torch.dtype) -> Producer:
+    if x is None:
         return FROZEN
-    kind = type(conv)
-    if kind.forward is not nn.Conv2d.forward or kind._conv_forward not in (
-            nn.Conv2d._conv_forward, CenConv2d._conv_forward):
-        return UNKNOWN
+    bias_trains = conv.bias is not None and conv.bias.requires_grad
     weight = conv.weight.detach()
     if isinstance(conv, CenConv2d):
         weight = centred(weight)
-    x = x.detach()
     left, right, top, bottom = conv._reversed_padding_repeated_twice
     padding = (top, left)
     if conv.padding_mode != 'zeros' or (left, top) != (right, bottom):

@@ -42,8 +42,6 @@ class _MovingStatistics:
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         self.forward.load_state_dict(state['forward'])
-        if (self.backward is None) != (state['backward'] is None):
-            raise ValueError('backward_statistics are of another kind')
         if self.backward is not None:
             self.backward.load_state_dict(state['backward'])
 

@@ -120,7 +120,6 @@ class MomentWindow:
     def state_dict(self) -> Dict[str, Any]:
         """What is held, for a checkpoint."""
         return dict(
-            size=self.size,
             filled=self.filled,
             cursor=self._cursor,
             parts=self._parts,
@@ -128,14 +127,7 @@ class MomentWindow:
             if self._entries is None else self._entries._asdict())
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Hold what :meth:`state_dict` gave.
-
-        Raises:
-            ValueError: If it is of another size.
-        """
-        if state['size'] != self.size:
-            raise ValueError(f'a window of {state["size"]} iterations is not '
-                             f'one of {self.size}')
+        """Hold what :meth:`state_dict` of one of the same size gave."""
         self.filled, self._cursor = state['filled'], state['cursor']
         self._parts = state['parts']
         entries = state['entries']

@@ -58,17 +58,10 @@ class SimpleMovingAverage:
 
     def state_dict(self) -> Dict[str, Any]:
         """What is held, for a checkpoint."""
-        return dict(size=self.size, pushes=self.pushes, ring=self._ring)
+        return dict(pushes=self.pushes, ring=self._ring)
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Hold what :meth:`state_dict` gave.
-
-        Raises:
-            ValueError: If it is of another size.
-        """
-        if state['size'] != self.size:
-            raise ValueError(f'an average of {state["size"]} values is not '
-                             f'one of {self.size}')
+        """Hold what :meth:`state_dict` of one of the same size gave."""
         self.pushes, self._ring = state['pushes'], state['ring']
 
     def to(self, device: torch.device) -> None:

@@ -295,9 +295,73 @@ def test_checkpointed_layers_are_copied_and_saved(norm, use_reentrant):
     for copied in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
         assert not copied._remembered
     out.sum().backward()
-    for _ in range(20):
+    for _ in range(80):
         checkpoint(lambda x: norm(conv(x)), x, use_reentrant=use_reentrant)
-    assert len(norm._remembered) <= 8
+    assert len(norm._remembered) <= 64
+
+
+@pytest.mark.parametrize('use_reentrant', [True, False])
+@pytest.mark.parametrize('calls', [1, 12])
+def test_a_repeated_batch_is_not_taken_for_the_last_one(
+        norm, use_reentrant, calls):
+    """Without a hook, and with the same input in every iteration."""
+    conv = nn.Conv2d(3, 6, 3).double()
+    models = [nn.Sequential(conv, norm).double()]
+    models.append(copy.deepcopy(models[0]))
+    remember_calls(models[1])
+    inputs = torch.randn(2, 3, 5, 5).double().expand(calls, -1, -1, -1, -1)
+    for _ in range(4):
+        gradients = []
+        for model in models:
+            model.zero_grad()
+            leaf = inputs.clone().requires_grad_()
+            outs = [
+                model(x) if model is models[0] else checkpoint(
+                    model, x, use_reentrant=use_reentrant) for x in leaf
+            ]
+            sum(i * out.pow(3).sum()
+                for i, out in enumerate(outs, 1)).backward()
+            gradients.append([leaf.grad, model[0].weight.grad])
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.sub_(p.grad.sign(), alpha=0.01)
+        for a, b in zip(*gradients):
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize('use_reentrant', [True, False])
+@pytest.mark.parametrize('outside', ['convolution', 'norm'])
+def test_regions_that_part_convolution_and_norm(norm, use_reentrant, outside):
+    first, conv = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3)
+    inner = copy.deepcopy(norm)
+    models = [nn.ModuleList([first, inner, conv, norm]).double()]
+    models.append(copy.deepcopy(models[0]))
+    remember_calls(models[1])
+    for iteration in range(4):
+        x = torch.randn(2, 3, 5, 5).double().requires_grad_()
+        outs = []
+        for model in models:
+            a, b, c, d = model
+            b.iteration = d.iteration = iteration
+
+            def region(x, run=(lambda x: d(x)) if outside == 'convolution' else
+                       (lambda x: c(b(a(x))))):
+                return run(x)
+
+            before = (lambda x: c(b(a(x)))) if outside == 'convolution' else (
+                lambda x: x)
+            after = (lambda x: x) if outside == 'convolution' else d
+            x_in = before(x)
+            out = (
+                region(x_in) if model is models[0] else checkpoint(
+                    region, x_in, use_reentrant=use_reentrant))
+            outs.append(after(out))
+            outs[-1].square().sum().backward()
+        torch.testing.assert_close(*outs)
+    for a, b in zip(*(m.buffers() for m in models)):
+        torch.testing.assert_close(a, b)
+    for i in (1, 3):
+        assert len(models[0][i]._states) == len(models[1][i]._states)
 
 
 def test_data_parallel_is_refused_in_training(norm):

@@ -132,8 +132,6 @@ REMEMBERED = {
     'same': lambda: nn.Conv2d(4, 4, 3, padding='same'),
     'same, not symmetric': lambda: nn.Conv2d(4, 4, 4, padding='same'),
     'centred': lambda: CenConv2d(4, 4, 3),
-    'weight norm': lambda: nn.utils.parametrizations.weight_norm(
-        nn.Conv2d(4, 4, 3)),
     'frozen weight': lambda: nn.Conv2d(4, 4, 3).requires_grad_(False),
 }
 
@@ -154,18 +152,17 @@ def test_what_the_graph_tells_is_remembered(name, use_reentrant, dtype):
     with torch.autocast('cpu', dtype, enabled=dtype is torch.bfloat16):
         block(x)
         checkpoint(block, x, use_reentrant=use_reentrant)
-        assert told[1] is UNKNOWN
         handles = remember_calls(nn.Sequential(conv, CBN(conv.out_channels)))
         assert len(handles) == 1
         checkpoint(block, x, use_reentrant=use_reentrant)
         for handle in handles:
             handle.remove()
         checkpoint(block, x, use_reentrant=use_reentrant)
-    graph, _, remembered, after = told
-    assert remembered.known and after is UNKNOWN
+    graph, before, remembered, after = told
     if name == 'frozen weight':
-        assert remembered is FROZEN
+        assert graph is remembered is FROZEN
         return
+    assert before is after is UNKNOWN and remembered.known
     out = conv(_x()).detach().to(dtype)
     moments = batch_moments(out)
     for a, b in zip(*(affine_moments(out, moments, producer.call)
@@ -176,8 +173,19 @@ def test_what_the_graph_tells_is_remembered(name, use_reentrant, dtype):
     assert remembered.call.bias_trains == graph.call.bias_trains
 
 
-def test_a_forward_of_its_own_is_not_guessed():
-    conv = ConvWS2d(4, 4, 3)
+OF_THEIR_OWN = {
+    'standardised': lambda: ConvWS2d(4, 4, 3),
+    'weight norm': lambda: nn.utils.parametrizations.weight_norm(
+        nn.Conv2d(4, 4, 3, bias=False)),
+    'spectral norm': lambda: nn.utils.spectral_norm(
+        nn.Conv2d(4, 4, 3, bias=False)),
+}
+
+
+@pytest.mark.parametrize('use_reentrant', [True, False])
+@pytest.mark.parametrize('name', OF_THEIR_OWN)
+def test_another_weight_than_a_parameter_is_not_guessed(name, use_reentrant):
+    conv = OF_THEIR_OWN[name]()
     assert remember_calls(nn.Sequential(conv, CBN(4)))
     told = []
 
@@ -186,8 +194,29 @@ def test_a_forward_of_its_own_is_not_guessed():
         told.append(find_producer(x))
         return x
 
-    checkpoint(block, _x().requires_grad_(), use_reentrant=True)
+    x = _x().requires_grad_()
+    checkpoint(block, x, use_reentrant=use_reentrant)
     assert told == [UNKNOWN]
+    block(x)  # where the graph tells
+    assert told[1].known and told[1].call is not None
+
+
+@pytest.mark.parametrize('change', [
+    lambda x: x.relu_(), lambda x: x.add_(1), lambda x: x.clone()
+])
+def test_what_works_on_the_output_ends_what_was_remembered(change):
+    conv = nn.Conv2d(4, 4, 3)
+    remember_calls(nn.Sequential(conv, CBN(4)))
+    told = []
+
+    def block(x):
+        x = change(conv(x))
+        told.append(find_producer(x))
+        return x
+
+    for use_reentrant in (True, False):
+        checkpoint(block, _x().requires_grad_(), use_reentrant=use_reentrant)
+    assert told == [UNKNOWN, UNKNOWN]
 
 
 def test_only_what_cbn_may_follow_is_remembered():
