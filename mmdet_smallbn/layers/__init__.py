@@ -1,10 +1,10 @@
 """The norms. Importing this registers them in mmengine's root registry."""
-from .base import (SmallBatchNorm, check_example_weight,
-                   check_positive_int, is_under)
+from .base import SmallBatchNorm
 from .batch_group_norm import BatchGroupNorm, GhostBN
 from .batch_renorm import BRN
 from .cbn import CBN, NaiveCBN, suggested_window_size
 from .cen_conv import CenConv2d
+from .checks import check_example_weight, check_positive_int, is_under
 from .conv_call import remember_calls
 from .example_weight import (calibrate_group_norms, lacks_averages,
                              set_example_weight, weights_as_trained)

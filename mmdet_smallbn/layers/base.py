@@ -1,97 +1,18 @@
 """What every small-batch norm shares."""
 import warnings
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
-from ..functional import (GradientStatistics, Moments, Processes,
-                          batch_moments, normalize, normalize_for_inference)
+from ..functional import (Moments, Processes, batch_moments, normalize,
+                          normalize_for_inference)
 from .forward_pass import ForwardPass, current_pass, run_eagerly
+from .recomputation import FirstPasses
+from .statistics import Batch, Statistics
 
 # No model calls a layer so often: the iteration is not told any more.
 _MAX_CALLS = 64
-
-
-def check_positive_int(name: str, value: Any) -> None:
-    """Refuse what is not an integer of at least 1, by name."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(
-            f'{name} must be an integer of at least 1, but got {value!r}')
-
-
-def check_at_least(name: str, value: Any, least: float) -> None:
-    """Refuse what is not a number of at least ``least``, by name."""
-    if not isinstance(value, (int, float)) or isinstance(
-            value, bool) or not value >= least:
-        raise ValueError(
-            f'{name} must be a number of at least {least}, but got {value!r}')
-
-
-def check_example_weight(value: Any) -> None:
-    """Refuse what is not a number from 0 to 1."""
-    if not isinstance(value, (int, float)) or isinstance(
-            value, bool) or not 0 <= value <= 1:
-        raise ValueError('the weight of an example must be a number from 0 to '
-                         f'1, but got {value!r}')
-
-
-def is_under(name: str, prefix: str) -> bool:
-    """Whether a module's name is the prefix, or of a part of that module."""
-    return name == prefix or name.startswith(f'{prefix}.')
-
-
-class Batch(NamedTuple):
-    """What a layer sees of the present iteration.
-
-    Attributes:
-        x (Tensor): The input, shape (N, C, H, W).
-        own (Moments): Its moments as the layer measures them: of shape (C,),
-            or (N, C) of each example.
-        moments (Moments): Moments of shape (C,) of the batch, all processes'
-            parts of it under ``sync``.
-        processes (Processes, optional): Who has the other parts.
-    """
-    x: Tensor
-    own: Moments
-    moments: Moments
-    processes: Optional[Processes] = None
-
-
-class Statistics(NamedTuple):
-    """What a training forward normalises with.
-
-    Attributes:
-        mean, var (Tensor): Shape (C,), or (N, C) for each example.
-        share (Tensor, optional): This batch's part in them, shape (C,).
-        gradient (callable, optional): What the backward pass makes of the
-            batch's own gradient statistics; see
-            :func:`mmdet_smallbn.functional.normalize`.
-        r, d (Tensor, optional): Factor and shift of the normalised values
-            before the affine parameters, shape (C,), constants to autograd.
-    """
-    mean: Tensor
-    var: Tensor
-    share: Optional[Tensor] = None
-    gradient: Optional[GradientStatistics] = None
-    r: Optional[Tensor] = None
-    d: Optional[Tensor] = None
-
-
-class _Remembered:
-    """A forward in activation checkpointing: what it normalised with."""
-
-    def __init__(self, batch: Batch, statistics: Statistics) -> None:
-        self.batch = batch._replace(x=None)
-        self.statistics = statistics
-        self.shape = batch.x.shape
-        self.recomputed = 0
-
-    def distance(self, own: Moments) -> Tensor:
-        """How far a recomputed input is from this one: about 0 if it is."""
-        mine = self.batch.own
-        away = (mine.mean - own.mean).abs() + (mine.var - own.var).abs()
-        return away.sum().nan_to_num(nan=torch.inf)
 
 
 class SmallBatchNorm(nn.BatchNorm2d):
@@ -181,7 +102,7 @@ class SmallBatchNorm(nn.BatchNorm2d):
         self._last_iteration: Optional[int] = None
         self._call = 0
         self._states: List[Any] = []
-        self._remembered: List[_Remembered] = []
+        self._first_passes = FirstPasses(_MAX_CALLS)
         self._last_seen: Optional[Tuple[int, torch.Size]] = None
         self._warned_of_calls = False
         self._warned_of_levels = False
@@ -316,7 +237,7 @@ class SmallBatchNorm(nn.BatchNorm2d):
         """The forward pass with statistics of the input's own."""
         step = current_pass()
         if step is ForwardPass.RECOMPUTED:
-            first = self._first_pass(x)
+            first = self._first_passes.find(x, self.measure)
             if first is not None:
                 return self._normalize(
                     first.batch._replace(x=x), first.statistics)
@@ -341,7 +262,7 @@ class SmallBatchNorm(nn.BatchNorm2d):
         if self.training and step is not ForwardPass.RECOMPUTED:
             self._update_running(moments)
         if step is ForwardPass.CHECKPOINTED and self.training:
-            self._remember(batch, statistics)
+            self._first_passes.add(batch, statistics)
         return self._normalize(batch, statistics)
 
     def evaluate(self, x: Tensor) -> Tensor:
@@ -360,31 +281,6 @@ class SmallBatchNorm(nn.BatchNorm2d):
                 and step in (ForwardPass.PLAIN, ForwardPass.CHECKPOINTED)):
             return self.statistics(batch)
         return self.batch_statistics(batch)
-
-    def _remember(self, batch: Batch, statistics: Statistics) -> None:
-        """Keep what a forward normalises with, for its recomputation."""
-        self._remembered.append(_Remembered(batch, statistics))
-        del self._remembered[:-_MAX_CALLS]
-
-    def _first_pass(self, x: Tensor) -> Optional[_Remembered]:
-        """The forward that is being recomputed; None if it was not seen."""
-        alike = [r for r in self._remembered if r.shape == x.shape]
-        if len(alike) > 1:
-            # A shared head's calls, or iterations that nobody told: the input
-            # repeats, to the bit or nearly so.
-            own = self.measure(x)
-            distances = torch.stack([r.distance(own) for r in alike]).tolist()
-            least = min(distances)
-            alike = [
-                r for r, d in zip(alike, distances) if d <= 1.01 * least
-            ]
-            # Of equals the last that waits: backward passes go backwards.
-            waiting = min(r.recomputed for r in alike)
-            alike = [r for r in alike if r.recomputed == waiting]
-        if not alike:
-            return None
-        alike[-1].recomputed += 1
-        return alike[-1]
 
     def _normalize(self, batch: Batch, statistics: Statistics) -> Tensor:
         mean, var, share, gradient, r, d = statistics
@@ -435,7 +331,7 @@ class SmallBatchNorm(nn.BatchNorm2d):
             self._watch_for_levels(x)
         if self.iteration is None or self.iteration != self._last_iteration:
             if self.iteration is not None:
-                self._remembered = []
+                self._first_passes.clear()
             self._last_iteration = self.iteration
             self._call = 0
             return
@@ -487,11 +383,6 @@ class SmallBatchNorm(nn.BatchNorm2d):
         super()._load_from_state_dict(*args, **kwargs)
         # The weights jumped: the past has nothing to say about them.
         self.reset_state()
-
-    def __getstate__(self) -> Dict[str, Any]:
-        # What waits for a backward pass is no part of a copy, and may hold
-        # functions.
-        return dict(self.__dict__, _remembered=[])
 
     def _apply(self, fn, *args, **kwargs):
         super()._apply(fn, *args, **kwargs)

@@ -13,8 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional import (Moments, average_groups, example_moments,
                           mix_moments, pool_groups)
-from .base import (Batch, SmallBatchNorm, Statistics, check_example_weight,
-                   check_positive_int)
+from .base import SmallBatchNorm
+from .checks import check_example_weight, check_positive_int
+from .statistics import Batch, Statistics
 
 
 @MODELS.register_module('BGN')

@@ -10,7 +10,9 @@ from mmengine.registry import MODELS
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional import renormalization
-from .base import Batch, SmallBatchNorm, Statistics, check_at_least
+from .base import SmallBatchNorm
+from .checks import check_at_least
+from .statistics import Batch, Statistics
 
 
 @MODELS.register_module()

@@ -14,11 +14,12 @@ from mmengine.registry import MODELS
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .base import (Batch, SmallBatchNorm, Statistics,
-                   check_positive_int)
+from .base import SmallBatchNorm
+from .checks import check_positive_int
 from .conv_call import FROZEN, find_producer, is_compiled
 from .forward_pass import ForwardPass, current_pass
 from .moment_window import MomentWindow
+from .statistics import Batch, Statistics
 
 
 @MODELS.register_module()

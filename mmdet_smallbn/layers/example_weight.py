@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional import (Moments, Processes, example_moments, mix_moments,
                           normalize_for_inference)
-from .base import SmallBatchNorm, check_example_weight, is_under
+from .base import SmallBatchNorm
+from .checks import check_example_weight, is_under
 
 
 class _WeighsExamples:

@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional import Moments, renormalization
-from .base import (Batch, SmallBatchNorm, Statistics, check_at_least,
-                   check_positive_int)
+from .base import SmallBatchNorm
+from .checks import check_at_least, check_positive_int
 from .moving_average import ExponentialMovingAverage, SimpleMovingAverage
+from .statistics import Batch, Statistics
 
 _KINDS = ('batch', 'sma', 'ema')
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from ..functional import (AffineMoments, ConvCall, Moments, Processes,
                           affine_moments, moments_at_weight, pool_moments,
                           variance_about)
-from .base import Batch
 from .moving_average import alike
+from .statistics import Batch
 
 
 class MomentWindow:

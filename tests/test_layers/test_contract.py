@@ -291,13 +291,13 @@ def test_checkpointed_layers_are_copied_and_saved(norm, use_reentrant):
     x = torch.randn(2, 3, 5, 5).requires_grad_()
     out = checkpoint(
         lambda x: norm(conv(x)), x, use_reentrant=use_reentrant)
-    assert norm._remembered
+    assert len(norm._first_passes) == 1
     for copied in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
-        assert not copied._remembered
+        assert len(copied._first_passes) == 0
     out.sum().backward()
     for _ in range(80):
         checkpoint(lambda x: norm(conv(x)), x, use_reentrant=use_reentrant)
-    assert len(norm._remembered) <= 64
+    assert len(norm._first_passes) <= 64
 
 
 @pytest.mark.parametrize('use_reentrant', [True, False])
