@@ -91,8 +91,8 @@ class BurnInHook(Hook):
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Put the norms' states into a checkpoint."""
-        if not self.save_states:
-            return
+        if not self.save_states or _STATES in checkpoint:
+            return  # or another of these hooks has put them there
         alone = get_world_size() == 1
         checkpoint[_STATES] = {
             name: layer.export_states()
