@@ -58,7 +58,7 @@ class LiteralCBN:
 
     def _remember(self, today, x):
         d_mu, d_nu = jacobian(lambda *p: self.moments(p, x), tuple(today))
-        mu, nu = self.moments(today, x)
+        mu, nu = (m.detach() for m in self.moments(today, x))
         self.history.append((mu, nu, d_mu, d_nu, [p.clone() for p in today]))
         self.history = self.history[1 - self.window_size:]
         if self.window_size == 1:

@@ -1,6 +1,7 @@
 """The mathematics: tensors in, tensors out. Imports torch alone."""
-from .compensate import (AffineMoments, ConvCall, affine_moments,
-                         moments_at_weight, variance_about)
+from .calls import ConvCall, DeformCall, LinearCall
+from .compensate import (AffineMoments, affine_moments, moments_at_weight,
+                         variance_about)
 from .moments import (Moments, average_groups, batch_moments, example_moments,
                       mix_moments, pool_groups, pool_moments,
                       statistics_dtype)
@@ -9,8 +10,8 @@ from .normalize import (GradientStatistics, fold_groups, normalize,
 from .sync import Processes
 
 __all__ = [
-    'AffineMoments', 'ConvCall', 'GradientStatistics', 'Moments', 'Processes',
-    'affine_moments', 'average_groups', 'batch_moments', 'example_moments',
+    'AffineMoments', 'ConvCall', 'DeformCall', 'GradientStatistics',
+    'LinearCall', 'Moments', 'Processes', 'affine_moments', 'average_groups', 'batch_moments', 'example_moments',
     'fold_groups', 'mix_moments', 'moments_at_weight', 'normalize',
     'normalize_for_inference', 'pool_groups', 'pool_moments',
     'renormalization', 'statistics_dtype', 'variance_about'

@@ -4,27 +4,8 @@ from typing import NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
+from .calls import LinearCall
 from .moments import Moments
-
-
-class ConvCall(NamedTuple):
-    """One call x = conv(input; weight) + bias, all tensors detached.
-
-    Attributes:
-        input (Tensor): Shape (N, C_in, H_in, W_in).
-        weight (Tensor): The weight as used (after centralisation, in the
-            autocast dtype), shape (C, C_in / groups, kh, kw).
-        bias_trains (bool): Whether a bias is added that may move.
-        stride, padding, dilation (tuple[int, int]): As in ``nn.Conv2d``.
-        groups (int): As in ``nn.Conv2d``.
-    """
-    input: Tensor
-    weight: Tensor
-    bias_trains: bool
-    stride: Tuple[int, int]
-    padding: Tuple[int, int]
-    dilation: Tuple[int, int]
-    groups: int
 
 
 class AffineMoments(NamedTuple):
@@ -47,7 +28,7 @@ class AffineMoments(NamedTuple):
         mean_offset (Tensor): Shape (C,).
         square_offset (Tensor): Shape (C,).
         d_mean (Tensor): One patch for each group of output channels, shape
-            (groups, F) with F = C_in / groups * kh * kw.
+            (groups, F) with F = C_in / groups * kh * kw for convolutions.
         d_square (Tensor): Shape (C, F).
     """
     centre: Tensor
@@ -57,21 +38,10 @@ class AffineMoments(NamedTuple):
     d_square: Tensor
 
 
-def _weight_gradient(grad: Tensor, input: Tensor, call: ConvCall,
-                     channels: int) -> Tensor:
-    """Gradient by a weight of ``channels`` filters, shape (channels, F)."""
-    weight = call.weight[:1].to(input.dtype).expand(
-        channels, *call.weight.shape[1:])
-    _, result, _ = torch.ops.aten.convolution_backward(
-        grad, input, weight, None, call.stride, call.padding, call.dilation,
-        False, (0, 0), call.groups, (False, True, False))
-    return result.flatten(1)
-
-
 @torch.no_grad()
 def affine_moments(x: Tensor,
                    moments: Moments,
-                   call: ConvCall,
+                   call: LinearCall,
                    centre: Optional[Tensor] = None) -> AffineMoments:
     r"""Derivatives of the moments of ``x`` by the weight that made it.
 
@@ -89,7 +59,7 @@ def affine_moments(x: Tensor,
     Args:
         x (Tensor): Output of the convolution, shape (N, C, H, W).
         moments (Moments): Moments of ``x``.
-        call (ConvCall): The call that made ``x``.
+        call (LinearCall): The call that made ``x``.
         centre (Tensor, optional): Shape (C,). None: the mean of ``x``.
 
     Returns:
@@ -98,40 +68,33 @@ def affine_moments(x: Tensor,
     dtype = moments.mean.dtype
     if centre is None:
         centre = moments.mean
-    # The mean patch is linear in the input: examples are summed before the
-    # convolution, which then sees a batch of one.
-    ones = torch.ones((), dtype=dtype, device=x.device)
-    d_mean = _weight_gradient(
-        ones.expand(1, call.groups, *x.shape[2:]),
-        call.input.sum(0, keepdim=True, dtype=dtype), call,
-        call.groups) / moments.count
-
     # 1 / m, half before and half after the sum: neither the terms underflow
     # in float16 nor, but for the largest maps, the sum overflows.
     scale = moments.count**-0.5
     rounded = centre.to(x.dtype)
     centred = (x - rounded.view(1, -1, 1, 1)) * scale
-    d_square = _weight_gradient(centred, call.input, call,
-                                x.size(1)).to(dtype) * (2 * scale)
+    patches, products = call.patch_sums(centred, dtype)
+    d_mean = patches / moments.count
+    d_square = products.to(dtype) * (2 * scale)
     if rounded.dtype != dtype:
         # What rounding moved the centre by.
         off = (centre - rounded.to(dtype)).view(call.groups, -1, 1)
         d_square -= (2 * off * d_mean.unsqueeze(1)).flatten(0, 1)
 
-    mean, square = _inner_products(d_mean[None], d_square[None], call.weight)
+    mean, square = _inner_products(d_mean[None], d_square[None], call.filters)
     own_square = moments.var + (moments.mean - centre).square()
     return AffineMoments(centre, moments.mean - mean[0],
                          own_square - square[0], d_mean, d_square)
 
 
 def _inner_products(d_mean: Tensor, d_square: Tensor,
-                    weight: Tensor) -> Tuple[Tensor, Tensor]:
-    """Inner products of k derivatives with a weight, two tensors (k, C)."""
+                    filters: Tensor) -> Tuple[Tensor, Tensor]:
+    """Inner products of k derivatives with filters, two tensors (k, C)."""
     k, groups, _ = d_mean.shape
-    filters = weight.detach().to(d_mean.dtype).flatten(1)
+    filters = filters.detach().to(d_mean.dtype)
     by_group = filters.view(groups, -1, filters.size(1)).transpose(1, 2)
     # Autocast would run the products in half precision.
-    with torch.autocast(weight.device.type, enabled=False):
+    with torch.autocast(filters.device.type, enabled=False):
         mean = torch.bmm(d_mean.transpose(0, 1), by_group)
         square = torch.bmm(d_square.transpose(0, 1), filters.unsqueeze(2))
     return (mean.transpose(0, 1).reshape(k, -1),
@@ -140,14 +103,15 @@ def _inner_products(d_mean: Tensor, d_square: Tensor,
 
 @torch.no_grad()
 def moments_at_weight(past: AffineMoments,
-                      weight: Tensor,
+                      filters: Tensor,
                       bias: Optional[Tensor] = None
                       ) -> Tuple[Tensor, Tensor]:
     r"""Yesterday's moments at today's weight, CBN Eq. (7) and (8).
 
     Args:
         past (AffineMoments): k of them, stacked along a new first dimension.
-        weight (Tensor): Today's weight, shape (C, C_in / groups, kh, kw).
+        filters (Tensor): Today's weight, a row for each channel, shape (C,
+            F).
         bias (Tensor, optional): Today's offset of the mean, shape (C,), if
             the convolution's bias trains: the offset is the bias. None: it
             has not moved.
@@ -156,7 +120,7 @@ def moments_at_weight(past: AffineMoments,
         tuple[Tensor, Tensor]: Means, and mean squares about the centres, both
         of shape (k, C).
     """
-    mean, square = _inner_products(past.d_mean, past.d_square, weight)
+    mean, square = _inner_products(past.d_mean, past.d_square, filters)
     # The bias moves the mean one to one, and the mean square about the
     # batch's own mean not at all, to first order.
     mean = mean + (past.mean_offset if bias is None else bias)

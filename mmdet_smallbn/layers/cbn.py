@@ -50,13 +50,15 @@ class CBN(SmallBatchNorm, _BatchNorm):
     ``nn.BatchNorm2d``: outputs, gradients and running statistics.
 
     The convolution is found in the autograd graph, so that
-    ``norm_cfg=dict(type='CBN')`` is all there is to write. When the layer
+    ``norm_cfg=dict(type='CBN')`` is all there is to write. It may be grouped,
+    transposed, standardised or deformable, whose sampling places are taken as
+    they were (and whose operator gives the derivative at the price of a
+    second forward and backward pass). When the layer
 
     - follows a frozen convolution, or nothing that trains: the past needs no
       compensation and is used as it is;
-    - follows anything but a convolution (a sum, a pooling, a deformable or
-      transposed convolution): it normalises with the present batch, as
-      BatchNorm, and warns once;
+    - follows anything but a convolution (a sum, a concatenation, a pooling):
+      it normalises with the present batch, as BatchNorm, and warns once;
     - runs inside activation checkpointing, of either kind, under hooks that
       pack saved tensors, or in torch.compile: nothing changes if
       :class:`mmdet_smallbn.BurnInHook` tells it of the convolution there.

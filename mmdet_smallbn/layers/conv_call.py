@@ -6,10 +6,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..functional import ConvCall
+from ..functional import ConvCall, DeformCall, LinearCall
 from .cen_conv import CenConv2d, centred
 from .forward_pass import ForwardPass, current_pass, run_eagerly
 
+# Arguments before the weight, by the name of the node in the graph.
+_DEFORMABLE = {
+    'DeformConv2dFunctionBackward': 2,
+    'ModulatedDeformConv2dFunctionBackward': 3
+}
 # Attribute of a convolution's output: how it was made.
 _CALL = '_smallbn_call'
 
@@ -19,12 +24,12 @@ class Producer(NamedTuple):
 
     Attributes:
         known (bool): False: nothing that the layer can compensate for.
-        call (ConvCall, optional): The convolution, if it is one whose weight
-            or bias trains. None with ``known``: nothing before the tensor
+        call (LinearCall, optional): The convolution, if it is one whose
+            weight or bias trains. None with ``known``: nothing before the tensor
             moves its statistics by a weight of its own, so they stay valid.
     """
     known: bool
-    call: Optional[ConvCall] = None
+    call: Optional[LinearCall] = None
 
 
 UNKNOWN = Producer(known=False)
@@ -36,9 +41,9 @@ def find_producer(x: Tensor) -> Producer:
 
     The autograd graph tells without any wiring, and its node holds the weight
     as the kernel saw it: centralised, standardised, in the autocast dtype.
-    Only a plain two-dimensional convolution is accepted. A transposed one, a
-    deformable one (whose node leads to its *offset* convolution), a sum, a
-    pooling and everything else are unknown.
+    Two-dimensional convolutions are accepted, transposed and mmcv's
+    deformable ones among them. A sum, a pooling and everything else are
+    unknown.
 
     What :func:`remember_calls` has left with ``x`` comes first: in activation
     checkpointing and behind torch.compile the graph does not tell, or reading
@@ -58,9 +63,11 @@ def find_producer(x: Tensor) -> Producer:
     if current_pass() is not ForwardPass.PLAIN:
         return UNKNOWN
     node = x.grad_fn
-    if node is None or node.name() != 'ConvolutionBackward0':
+    if node is None:
         return UNKNOWN
-    if node._saved_transposed:
+    if node.name() in _DEFORMABLE:
+        return _deformable(node)
+    if node.name() != 'ConvolutionBackward0':
         return UNKNOWN
     weight_trains, bias_trains = (
         edge is not None for edge, _ in node.next_functions[1:])
@@ -75,7 +82,33 @@ def find_producer(x: Tensor) -> Producer:
             stride=node._saved_stride,
             padding=node._saved_padding,
             dilation=node._saved_dilation,
-            groups=node._saved_groups))
+            groups=node._saved_groups,
+            transposed=node._saved_transposed))
+
+
+def _deformable(node: torch.autograd.graph.Node) -> Producer:
+    """What mmcv's function keeps for its backward pass."""
+    place = _DEFORMABLE[node.name()]
+    weight_trains, *bias_trains = (
+        edge is not None for edge, _ in node.next_functions[place:place + 2])
+    if not weight_trains and not any(bias_trains):
+        return FROZEN
+    saved = [tensor.detach() for tensor in node.saved_tensors]
+    after = (node.stride, node.padding, node.dilation, node.groups,
+             node.deform_groups)
+    if place == 2:
+        after = (*after, False, node.im2col_step)
+    else:  # without its bias, which moves the mean alone
+        after = (None, *after)
+    return Producer(
+        known=True,
+        call=DeformCall(
+            function=type(node)._forward_cls,
+            before=tuple(saved[:place]),
+            weight=saved[place],
+            after=after,
+            bias_trains=any(bias_trains),
+            groups=node.groups))
 
 
 def remember_calls(model: nn.Module) -> List[RemovableHandle]:
@@ -96,7 +129,8 @@ def remember_calls(model: nn.Module) -> List[RemovableHandle]:
     convolutions = {
         module: None
         for block in model.modules() if _holds_cbn(block)
-        for module in block.modules() if isinstance(module, nn.Conv2d)
+        for module in block.modules()
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))
     }
     return [
         conv.register_forward_hook(_remember_call) for conv in convolutions
@@ -117,18 +151,16 @@ def _holds_cbn(block: nn.Module) -> bool:
 
 class _Call(NamedTuple):
     """What a convolution leaves with its output."""
-    conv: nn.Conv2d
+    conv: nn.Module
     input: Optional[Tensor]  # None: nothing of the convolution trains
     version: int  # of the output: what works in place on it ends its validity
 
 
 @run_eagerly
-def _remember_call(conv: nn.Conv2d, inputs: Tuple[Tensor],
+def _remember_call(conv: nn.Module, inputs: Tuple[Tensor],
                    output: Tensor) -> None:
-    kind = type(conv)
     if (current_pass() in (ForwardPass.PLAIN, ForwardPass.CHECKPOINTED)
-            and kind.forward is nn.Conv2d.forward and kind._conv_forward in (
-                nn.Conv2d._conv_forward, CenConv2d._conv_forward)
+            and _has_stock_forward(conv)
             # Another weight than a parameter is computed, and under no_grad
             # it does not tell whether it trains.
             and 'weight' in conv._parameters):
@@ -138,12 +170,20 @@ def _remember_call(conv: nn.Conv2d, inputs: Tuple[Tensor],
         setattr(output, _CALL, _Call(conv, x, output._version))
 
 
+def _has_stock_forward(conv: nn.Module) -> bool:
+    kind = type(conv)
+    if kind.forward is nn.ConvTranspose2d.forward:
+        return True
+    return kind.forward is nn.Conv2d.forward and kind._conv_forward in (
+        nn.Conv2d._conv_forward, CenConv2d._conv_forward)
+
+
 def is_compiled(x: Tensor) -> bool:
     """Whether torch.compile hides in one node what made a tensor."""
     return x.grad_fn is not None and x.grad_fn.name().startswith('Compiled')
 
 
-def _producer(conv: nn.Conv2d, x: Optional[Tensor],
+def _producer(conv: nn.Module, x: Optional[Tensor],
               dtype: torch.dtype) -> Producer:
     if x is None:
         return FROZEN
@@ -167,4 +207,5 @@ def _producer(conv: nn.Conv2d, x: Optional[Tensor],
             stride=conv.stride,
             padding=padding,
             dilation=conv.dilation,
-            groups=conv.groups))
+            groups=conv.groups,
+            transposed=isinstance(conv, nn.ConvTranspose2d)))

@@ -4,7 +4,7 @@ from typing import Any, Dict, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..functional import (AffineMoments, ConvCall, Moments, Processes,
+from ..functional import (AffineMoments, LinearCall, Moments, Processes,
                           affine_moments, moments_at_weight, pool_moments,
                           variance_about)
 from .moving_average import alike
@@ -32,7 +32,7 @@ class MomentWindow:
         self._cursor = -1
 
     def pool(self, batch: Batch,
-             call: Optional[ConvCall]) -> Tuple[Tensor, Tensor, Tensor]:
+             call: Optional[LinearCall]) -> Tuple[Tensor, Tensor, Tensor]:
         """Enter the present iteration, and pool it with the past ones.
 
         Every iteration has the same weight, whatever its batch size, as in
@@ -42,7 +42,7 @@ class MomentWindow:
 
         Args:
             batch (Batch): The layer's input and its moments.
-            call (ConvCall, optional): The convolution that made it. None:
+            call (LinearCall, optional): The convolution that made it. None:
                 past entries are used as they are.
 
         Returns:
@@ -73,14 +73,14 @@ class MomentWindow:
 
     @staticmethod
     def _describe(x: Tensor, own: Moments, centre: Tensor,
-                  call: Optional[ConvCall]) -> AffineMoments:
+                  call: Optional[LinearCall]) -> AffineMoments:
         channels = own.mean.numel()
         if call is None or x.numel() == 0:
             # No weight to follow: constants, with derivatives of length 0.
             # Of an empty part of a batch: zeros.
             groups, length = 1, 0
             if call is not None:
-                groups, length = call.groups, call.weight[0].numel()
+                groups, length = call.groups, call.filters.size(1)
             square = own.var + (own.mean - centre).square()
             return AffineMoments(centre, own.mean, square,
                                  centre.new_zeros((groups, length)),
@@ -88,7 +88,7 @@ class MomentWindow:
         return affine_moments(x, own, call, centre)
 
     def _at_present(
-            self, entries: AffineMoments, call: Optional[ConvCall],
+            self, entries: AffineMoments, call: Optional[LinearCall],
             processes: Optional[Processes]) -> Tuple[Tensor, Tensor]:
         """The whole batches' means and mean squares at today's weight."""
         parts = self._parts[:self.filled]
@@ -100,7 +100,7 @@ class MomentWindow:
                 bias = entries.mean_offset[self._cursor]
                 if processes is not None:  # an empty part does not know it
                     bias = processes.sum(bias * parts[self._cursor])
-            mean, square = moments_at_weight(entries, call.weight, bias)
+            mean, square = moments_at_weight(entries, call.filters, bias)
         if processes is None:
             return mean, square
         return processes.sum(torch.cat([mean, square], 1) * parts).chunk(2, 1)

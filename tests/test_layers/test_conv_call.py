@@ -7,7 +7,8 @@ from mmcv.ops import DeformConv2dPack, ModulatedDeformConv2dPack
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmdet_smallbn.functional import affine_moments, batch_moments
+from mmdet_smallbn.functional import (DeformCall, affine_moments,
+                                      batch_moments)
 from mmdet_smallbn.layers import CBN, MABN, CenConv2d, NaiveCBN
 from mmdet_smallbn.layers.conv_call import (FROZEN, UNKNOWN, find_producer,
                                             remember_calls)
@@ -32,11 +33,12 @@ FOLLOWED = {
     'reflect': lambda x: nn.Conv2d(
         4, 4, 3, padding=1, padding_mode='reflect')(x),
     'same': lambda x: nn.Conv2d(4, 4, 2, padding='same')(x),
-}
-NOT_FOLLOWED = {
-    'transposed': lambda x: nn.ConvTranspose2d(4, 4, 3)(x),
+    'transposed by groups': lambda x: nn.ConvTranspose2d(
+        4, 6, 3, stride=2, output_padding=1, groups=2)(x),
     'deformable': lambda x: DeformConv2dPack(4, 4, 3)(x),
     'modulated': lambda x: ModulatedDeformConv2dPack(4, 4, 3)(x),
+}
+NOT_FOLLOWED = {
     'sum': lambda x: nn.Conv2d(4, 4, 1)(x) + x,
     'relu': lambda x: nn.Conv2d(4, 4, 1)(x).relu(),
     'concatenation': lambda x: torch.cat([nn.Conv2d(4, 2, 1)(x)] * 2, 1),
@@ -54,17 +56,32 @@ NOTHING_MOVES = {
 
 
 @pytest.mark.parametrize('name', FOLLOWED)
+@pytest.mark.filterwarnings('ignore:.*even kernel lengths.*')
 def test_convolutions_are_followed(name):
     x = FOLLOWED[name](_x())
     producer = find_producer(x)
     call = producer.call
     assert producer.known
-    again = F.conv2d(call.input, call.weight, None, call.stride, call.padding,
-                     call.dilation, call.groups)
+    again = _repeat(call)
     # Up to a bias, which moves every value of a channel alike.
     offset = (x - again).detach()
     torch.testing.assert_close(offset, offset[:1, :, :1, :1].expand_as(offset))
-    assert not (call.weight.requires_grad or call.input.requires_grad)
+    assert not call.weight.requires_grad
+    assert call.filters.size(0) == x.size(1)
+
+
+def _repeat(call):
+    if isinstance(call, DeformCall):
+        return call.function.apply(*call.before, call.weight, *call.after)
+    settings = dict(
+        stride=call.stride,
+        padding=call.padding,
+        dilation=call.dilation,
+        groups=call.groups)
+    if call.transposed:
+        return F.conv_transpose2d(
+            call.input, call.weight, output_padding=1, **settings)
+    return F.conv2d(call.input, call.weight, **settings)
 
 
 @pytest.mark.parametrize('name', NOT_FOLLOWED)
@@ -132,6 +149,7 @@ REMEMBERED = {
     'same': lambda: nn.Conv2d(4, 4, 3, padding='same'),
     'same, not symmetric': lambda: nn.Conv2d(4, 4, 4, padding='same'),
     'centred': lambda: CenConv2d(4, 4, 3),
+    'transposed': lambda: nn.ConvTranspose2d(4, 6, 4, stride=2, groups=2),
     'frozen weight': lambda: nn.Conv2d(4, 4, 3).requires_grad_(False),
 }
 
