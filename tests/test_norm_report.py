@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mmcv.ops import DeformConv2d
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
@@ -148,8 +149,9 @@ def test_several_hooks_on_one_norm():
 
 def test_what_cbn_may_not_follow():
     model = _norms(
-        nn.ConvTranspose2d(3, 4, 1), CBN(4), CBN(4), nn.Conv2d(4, 4, 1),
-        CBN(4), NaiveCBN(4))
+        nn.AvgPool2d(2), CBN(4), CBN(4), nn.Conv2d(4, 4, 1), CBN(4),
+        nn.ConvTranspose2d(3, 4, 1), CBN(4), DeformConv2d(4, 4, 3), CBN(4),
+        NaiveCBN(4))
     hooks = [BurnInHook(iters=0)]
     said, = notes(model, describe_norms(model, hooks=hooks), hooks)
     assert said.startswith('2 CBN layers, 1 the first of them, with no conv')

@@ -81,7 +81,8 @@ def _convolutions_before(model: nn.Module) -> dict:
                 if last is not None:
                     found.setdefault(child, registered_name(last))
                 last = None
-            elif isinstance(child, _ConvNd):
+            elif isinstance(child, _ConvNd) or hasattr(
+                    child, 'deform_groups'):
                 last = child
     return found
 

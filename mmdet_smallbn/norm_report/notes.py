@@ -74,16 +74,14 @@ def _not_followed(modules, norms) -> Iterator[str]:
     names = [
         n.name for n in norms
         if isinstance(modules[n.name], CBN) and modules[n.name].compensate
-        and n.mode == 'train' and modules[n.name].window_size > 1 and (
-            n.after == UNKNOWN or 'Transpose' in n.after
-            or n.after == 'deconv')
+        and n.mode == 'train' and modules[n.name].window_size > 1
+        and n.after == UNKNOWN
     ]
     if names:
         yield (f'{_first_of(names, "CBN layer")} with no convolution before '
-               'it that can be seen here. Behind anything but a plain '
-               'convolution (a deformable or transposed one, a sum) it is '
-               'BatchNorm, and warns in the first iteration after burn-in: '
-               "type='NaiveCBN' needs none")
+               'it that can be seen here. Behind anything else (a sum, a '
+               'concatenation, a pooling) it is BatchNorm, and warns in the '
+               "first iteration after burn-in: type='NaiveCBN' needs none")
 
 
 def _without_hook(norms, hooks) -> Iterator[str]:
