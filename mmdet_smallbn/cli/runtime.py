@@ -2,6 +2,7 @@
 import argparse
 import os
 import pickle
+from inspect import signature
 from pathlib import Path
 from typing import Optional
 from urllib.parse import urlparse
@@ -15,7 +16,7 @@ from mmengine.runner import CheckpointLoader, Runner
 
 from ..errors import SetupError, did_you_mean
 from ..layers import SmallBatchNorm
-from ..norm_report import norm_types
+from ..norm_report import norm_cfgs
 from .own_data import use_data
 
 
@@ -122,30 +123,57 @@ def _prepare_cpu_processes(cfg: Config) -> None:
 
 
 def check_norms(cfg: Config) -> None:
-    """Look up the type of every ``norm_cfg`` before a model is built.
+    """Look at every ``norm_cfg`` before a model is built.
 
     Raises:
         SetupError: If a type is not registered (mmcv's own message does not
-            say which), or if ``sync_bn`` would convert one of ours.
+            say which), if one of ours is given a setting that it does not
+            take, or if ``sync_bn`` would convert it.
     """
     import mmcv.cnn  # noqa: F401  registers BN, GN, ...
     init_default_scope(cfg.get('default_scope', 'mmdet'))
-    known = [
+    ours = [
         name for name, cls in MODELS.module_dict.items()
         if isinstance(cls, type) and issubclass(cls, SmallBatchNorm)
     ]
-    for path, kind in norm_types(cfg.get('model'), 'model'):
+    for path, norm_cfg in norm_cfgs(cfg.get('model'), 'model'):
+        kind = norm_cfg['type']
         with MODELS.switch_scope_and_registry(None) as registry:
             found = registry.get(kind)
         if found is None:
             raise SetupError(f'{path}.type={kind!r} is not a known norm. '
-                             f'{did_you_mean(kind, known)}')
-        if (kind in known and cfg.get('sync_bn')
-                and cfg.get('launcher', 'none') != 'none'):
+                             f'{did_you_mean(kind, ours)}')
+        if kind not in ours:
+            continue
+        _check_settings(path, norm_cfg, found)
+        if cfg.get('sync_bn') and cfg.get('launcher', 'none') != 'none':
             raise SetupError(
                 f'sync_bn={cfg.sync_bn!r} would turn {path}.type={kind!r}, '
                 'and every kind of BatchNorm, into SyncBatchNorm: remove '
                 'sync_bn from the config')
+
+
+def _check_settings(path: str, norm_cfg: dict, cls: type) -> None:
+    """Build a norm as the model would, but of no size in particular."""
+    settings = {
+        key: value
+        for key, value in norm_cfg.items()
+        if key not in ('type', 'requires_grad', '_scope_')
+    }
+    known = {
+        name
+        for base in cls.__mro__ if issubclass(base, SmallBatchNorm)
+        for name in signature(base.__init__).parameters
+    } - {'self', 'args', 'kwargs', 'num_features', 'device', 'dtype'}
+    for key in settings:
+        if key not in known:
+            raise SetupError(f'{path}: {norm_cfg["type"]} takes no {key!r}. '
+                             f'{did_you_mean(key, sorted(known))}')
+    groups = settings.get('num_groups', 32)
+    try:
+        cls(groups if isinstance(groups, int) else 1, **settings)
+    except (TypeError, ValueError) as error:
+        raise SetupError(f'{path}: {error}') from error
 
 
 def register_checkpoint_loader() -> None:

@@ -224,10 +224,6 @@ class SmallBatchNorm(nn.BatchNorm2d):
         """Normalise ``x`` of shape (N, C, H, W); same shape and dtype."""
         self._refuse_what_would_go_wrong(x)
         self._check_input_dim(x)
-        if x.size(1) != self.num_features:
-            raise ValueError(
-                f'{self._who()} was built for {self.num_features} channels, '
-                f'but got an input of shape {tuple(x.shape)}')
         if not self.training and self.running_mean is not None:
             return self.evaluate(x)
         return self._forward_of_batch(x)
@@ -370,6 +366,19 @@ class SmallBatchNorm(nn.BatchNorm2d):
                 'are levels of a pyramid that share a head, take one with a '
                 'norm for each level (RetinaSepBNHead), or let BurnInHook '
                 'tell the iterations')
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() != 4:
+            raise ValueError(
+                f'{self._who()} takes feature maps of shape (N, C, H, W), but '
+                f'got an input of shape {tuple(x.shape)}. Give it 4D inputs, '
+                'such as the output of a convolution')
+        if x.size(1) != self.num_features:
+            raise ValueError(
+                f'{self._who()} was built for {self.num_features} channels, '
+                f'but got an input of shape {tuple(x.shape)}. Build it with '
+                f'num_features={x.size(1)}, or give it the output that it was '
+                'built for')
 
     def _who(self) -> str:
         kind = type(self).__name__

@@ -8,15 +8,15 @@ from ..layers import CBN, MABN, CenConv2d, SmallBatchNorm, is_under
 from .describe import UNKNOWN, Norm
 
 
-def norm_types(node: Any, path: str) -> Iterator[Tuple[str, str]]:
-    """Path and type of every ``norm_cfg`` in a part of a config."""
+def norm_cfgs(node: Any, path: str) -> Iterator[Tuple[str, dict]]:
+    """Path and value of every ``norm_cfg`` in a part of a config."""
     if isinstance(node, (list, tuple)):
         node = dict(enumerate(node))
     if isinstance(node, dict):
         if path.endswith('norm_cfg') and isinstance(node.get('type'), str):
-            yield path, node['type']
+            yield path, node
         for key, value in node.items():
-            yield from norm_types(value, f'{path}.{key}')
+            yield from norm_cfgs(value, f'{path}.{key}')
 
 
 def notes(model: nn.Module,
@@ -94,10 +94,10 @@ def _without_hook(norms, hooks) -> Iterator[str]:
 
 def _ignored(modules, norms, model_cfg) -> Iterator[str]:
     """Norms that a config asks for and a part does not build."""
-    for path, kind in norm_types(model_cfg, 'model'):
+    for path, cfg in norm_cfgs(model_cfg, 'model'):
         part = '.'.join(path.split('.')[1:-1])
         if part in modules and not any(is_under(n.name, part) for n in norms):
-            yield (f'{path} asks for {kind}, but '
+            yield (f'{path} asks for {cfg["type"]}, but '
                    f'{type(modules[part]).__name__} has no norm: it takes '
                    'none, or has no convolutions to put one behind (for a box '
                    'head, Shared4Conv1FCBBoxHead has)')

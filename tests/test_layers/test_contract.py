@@ -502,7 +502,8 @@ def test_channels_last(norm):
     torch.testing.assert_close(out, norm(conv(x)), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16,
+                                   torch.float16])
 def test_output_keeps_the_dtype(norm, dtype):
     conv = _trained(norm, dtype)
     out = norm(conv(torch.randn(2, 3, 5, 5).to(dtype)))
@@ -562,11 +563,13 @@ def test_two_forwards_before_the_backwards(norm):
 
 
 def test_wrong_inputs_are_named(norm):
-    with pytest.raises(ValueError, match='4D'):
-        norm(torch.randn(2, 6))
     norm.layer_name = 'neck.bn'
-    with pytest.raises(ValueError, match=r"'neck.bn'.*6 channels.*\(2, 5"):
-        norm(torch.randn(2, 5, 3, 3))
+    for mode in (True, False):
+        norm.train(mode)
+        with pytest.raises(ValueError, match=r"'neck.bn'.*\(2, 6\).*4D"):
+            norm(torch.randn(2, 6))
+        with pytest.raises(ValueError, match=r"'neck.bn'.*6 channels.*\(2, 5"):
+            norm(torch.randn(2, 5, 3, 3))
 
 
 def test_in_mmcvs_conv_module(norm):

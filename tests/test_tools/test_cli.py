@@ -132,6 +132,24 @@ def test_norm_types_are_looked_up_wherever_they_stand():
         check_norms(Config(nested))
 
 
+@pytest.mark.parametrize('norm_cfg, message', [
+    (dict(type='CBN', windowsize=3), "CBN takes no 'windowsize'. Did you mean "
+     'window_size'),
+    (dict(type='NaiveCBN', window_size=0), 'window_size must be .* got 0'),
+    (dict(type='NaiveCBN', compensate=True), 'compensate'),
+    (dict(type='MABN', buffer_size='8'), "buffer_size must be .* got '8'"),
+    (dict(type='BGN', num_groups=0), 'num_groups must be .* got 0'),
+    (dict(type='BRN', r_max=0.5), 'r_max must be .* got 0.5'),
+    (dict(type='GhostBN', num_groups=3), 'num_groups'),
+])
+def test_a_norms_settings_are_checked_where_they_stand(norm_cfg, message):
+    cfg = Config(dict(model=dict(neck=dict(norm_cfg=norm_cfg))))
+    with pytest.raises(SetupError, match=f'model.neck.norm_cfg: .*{message}'):
+        check_norms(cfg)
+    good = dict(type='BGN', num_groups=24, requires_grad=False, sync=True)
+    check_norms(Config(dict(model=dict(neck=dict(norm_cfg=good)))))
+
+
 def test_sync_bn_over_our_norms_is_refused():
     cfg = Config.fromfile(HEAD)
     cfg.sync_bn = 'torch'
