@@ -11,7 +11,8 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import SetupError
 from ..layers import (CBN, SmallBatchNorm, is_under, remember_calls,
                       suggested_window_size)
-from .model import bare_model, gradient_scale, kept_asleep
+from .model import (bare_model, gradient_scale, kept_asleep,
+                    norms_of_teachers)
 
 # The key of a checkpoint that holds what norms remember.
 _STATES = 'smallbn_states'
@@ -44,6 +45,10 @@ class BurnInHook(Hook):
     ``window_size`` or ``buffer_size`` iterations. CBN's takes ``window_size``
     times the convolution's weight for each layer.
 
+    A frozen detector within the model, the teacher of semi-supervised
+    learning or distillation, is a model at work: its norms are put into
+    evaluation, which mmdet leaves in training mode.
+
     Example:
         >>> custom_hooks = [dict(type='BurnInHook', epochs=3)]
         >>> custom_hooks = [
@@ -63,8 +68,8 @@ class BurnInHook(Hook):
         ValueError: If not exactly one of ``epochs`` and ``iters`` is given,
             or it is negative.
         SetupError: At the start of training, if no layer burns in, all of
-            them stay in evaluation mode, or burn-in is as long as the
-            training.
+            them stay in evaluation mode, burn-in is as long as the training,
+            or a teacher never gets the statistics that it evaluates with.
     """
     priority = 'ABOVE_NORMAL'
 
@@ -84,6 +89,7 @@ class BurnInHook(Hook):
         self.prefixes = (prefix, ) if isinstance(prefix, str) else prefix
         self._layers: Dict[str, SmallBatchNorm] = {}
         self._told: Dict[str, SmallBatchNorm] = {}
+        self._teaching: Dict[str, SmallBatchNorm] = {}
         self._burning: Optional[bool] = None
         self._handles: List[RemovableHandle] = []
         self.save_states = save_states
@@ -117,6 +123,8 @@ class BurnInHook(Hook):
         self.check_length(
             isinstance(runner.train_loop, EpochBasedTrainLoop),
             runner.max_epochs, runner.max_iters)
+        self._check_teachers(runner)
+        self._check_wrapper(runner)
         self._burning = None
         self._restore(runner)
         # Of an earlier training that ended in an error, too.
@@ -134,10 +142,12 @@ class BurnInHook(Hook):
             for name, layer in model.named_modules()
             if isinstance(layer, SmallBatchNorm)
         }
+        self._teaching = norms_of_teachers(model)
         self._layers = {
             name: layer
             for name, layer in self._told.items()
             if layer.burns_in and self.covers(name)
+            and name not in self._teaching
         }
         for prefix in self.prefixes or (None, ):
             if not any(self._under(name, prefix) for name in self._layers):
@@ -145,6 +155,9 @@ class BurnInHook(Hook):
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         """Tell the layers the iteration and the phase."""
+        # The training loop puts the whole model into training mode.
+        for layer in self._teaching.values():
+            layer.eval()
         burning = self.is_burning_in(runner)
         if self._burning is None:
             self._check_modes(runner)
@@ -248,6 +261,33 @@ class BurnInHook(Hook):
                 "never be used. For a trial run set the hook's "
                 f'{self.unit}=0, as by --cfg-options custom_hooks.0.'
                 f'{self.unit}=0')
+
+    def _check_teachers(self, runner) -> None:
+        needing = [
+            name for name, layer in self._teaching.items()
+            if layer.track_running_stats and layer.example_weight < 1
+        ]
+        # MeanTeacherHook's, which mmdet has and other toolboxes may not.
+        if needing and any(
+                getattr(hook, 'skip_buffers', False)
+                for hook in runner.hooks):
+            raise SetupError(
+                f'BurnInHook: the teacher evaluates with running statistics '
+                f'({needing[0]!r} and {len(needing) - 1} more), which '
+                'MeanTeacherHook(skip_buffer=True) never gives it. Set '
+                'skip_buffer=False')
+        if self._teaching:
+            runner.logger.info(
+                f'{len(self._teaching)} norms are in a frozen detector '
+                'within the model, and kept in evaluation mode')
+
+    def _check_wrapper(self, runner) -> None:
+        if getattr(runner.model, 'broadcast_buffers', False):
+            runner.logger.warning(
+                'BurnInHook: with broadcast_buffers=True the running '
+                "statistics are the main process's alone. Set "
+                'broadcast_buffers=False in model_wrapper_cfg: '
+                'SyncBuffersHook averages them at the end of an epoch')
 
     def _check_modes(self, runner) -> None:
         """Norms that should train but are kept in evaluation mode."""

@@ -3,13 +3,13 @@ from typing import Callable, Dict, List, Union
 
 import torch
 from mmengine.dist import get_world_size
-from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.model import BaseModel, BaseTTAModel, is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from ..errors import SetupError
-from ..layers import calibrate_group_norms
+from ..layers import SmallBatchNorm, calibrate_group_norms, is_under
 
 
 def bare_model(runner: Runner) -> nn.Module:
@@ -18,6 +18,32 @@ def bare_model(runner: Runner) -> nn.Module:
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     return model
+
+
+def norms_of_teachers(model: nn.Module) -> Dict[str, nn.Module]:
+    """Norms in a frozen detector within the model, as of a mean teacher.
+
+    Args:
+        model (nn.Module): The whole model.
+
+    Returns:
+        dict[str, SmallBatchNorm]: By their names in the model.
+    """
+    teachers = [
+        name for name, part in model.named_modules() if part is not model
+        and isinstance(part, BaseModel) and _is_frozen(part)
+    ]
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, SmallBatchNorm) and any(
+            is_under(name, teacher) for teacher in teachers)
+    }
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(p.requires_grad for p in parameters)
 
 
 def kept_asleep(norms: Dict[str, nn.Module]) -> List[str]:
