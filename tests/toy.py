@@ -47,6 +47,9 @@ class LossScale(OptimWrapper):
         self._inner_count += 1
 
     def step(self):
+        if self.clip_grad_kwargs:
+            self.loss_scaler.unscale_(self.optimizer)
+            self._clip_grad()
         self.loss_scaler.step(self.optimizer)
         self.loss_scaler.update()
 

@@ -6,6 +6,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Optional
 from urllib.parse import urlparse
+from zipfile import is_zipfile
 
 import torch
 from mmengine.config import Config, DictAction
@@ -174,6 +175,44 @@ def _check_settings(path: str, norm_cfg: dict, cls: type) -> None:
         cls(groups if isinstance(groups, int) else 1, **settings)
     except (TypeError, ValueError) as error:
         raise SetupError(f'{path}: {error}') from error
+
+
+def latest_checkpoint(work_dir: str) -> Optional[str]:
+    """The newest checkpoint of a training that is whole.
+
+    A training that is killed while it writes one leaves a part of a file, or
+    names in ``last_checkpoint`` one that was removed.
+
+    Args:
+        work_dir (str): The work folder.
+
+    Returns:
+        str, optional: Its path; None if the folder holds none.
+
+    Raises:
+        SetupError: If there are some, and none is whole.
+    """
+    folder = Path(work_dir)
+    record = folder / 'last_checkpoint'
+    named = record.read_text().strip() if record.is_file() else ''
+    files = sorted((path for path in folder.glob('*.pth')
+                    if path.stem.startswith(('epoch_', 'iter_'))),
+                   key=lambda path: path.stat().st_mtime,
+                   reverse=True)
+    candidates = [*([Path(named)] if named else []), *files]
+    for path in candidates:
+        # The directory of torch's archives is at their end.
+        if path.is_file() and is_zipfile(path):
+            if path != candidates[0]:
+                print_log(
+                    f'{candidates[0]} is missing or not whole: resuming from '
+                    f'{path}', 'current')
+            return str(path)
+    if files:
+        raise SetupError(
+            f'no checkpoint in {work_dir} is whole: train without --resume, '
+            'or name another one')
+    return None
 
 
 def register_checkpoint_loader() -> None:

@@ -10,7 +10,7 @@ from ..errors import SetupError, one_line_errors
 from ..hooks import bare_model
 from ..norm_report import norm_summary
 from .runtime import (add_config_arguments, add_run_arguments, build_runner,
-                      images_of, load_config)
+                      images_of, latest_checkpoint, load_config)
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -51,7 +51,9 @@ def apply_train_flags(cfg: Config, args: argparse.Namespace) -> None:
         cfg.auto_scale_lr.enable = True
     if args.resume is not None:
         cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
+        cfg.load_from = args.resume
+        if args.resume == 'auto':
+            cfg.load_from = latest_checkpoint(cfg.work_dir)
 
 
 def summary(runner: Runner) -> str:

@@ -222,8 +222,9 @@ class BurnInHook(Hook):
         where = 'the model' if prefix is None else f'{prefix!r} of the model'
         message = f'BurnInHook: {where} holds no layer that burns in'
         burning = [n for n, layer in self._told.items() if layer.burns_in]
+        # torch's, and mmcv's, which is no BatchNorm by its class.
         converted = any(
-            isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+            type(m).__name__ == 'SyncBatchNorm' for m in model.modules())
         if burning:
             parts = sorted({name.split('.')[0] for name in burning})
             message += f'; such layers are in {", ".join(parts)}'

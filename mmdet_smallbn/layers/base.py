@@ -388,10 +388,29 @@ class SmallBatchNorm(nn.BatchNorm2d):
 
     # State that is not in buffers.
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        # The weights jumped: the past has nothing to say about them.
-        self.reset_state()
+    def _load_from_state_dict(self, state_dict, prefix, *args,
+                              **kwargs) -> None:
+        moves = self._is_moved_by(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if moves:
+            # The weights jumped: the past has nothing to say about them.
+            self.reset_state()
+
+    def _is_moved_by(self, state_dict: Dict[str, Tensor],
+                     prefix: str) -> bool:
+        """Whether other weights come with a state dict than there are.
+
+        Where running statistics are averaged over processes (mmdet's
+        SyncNormHook), scale and shift that train are loaded as they are.
+        """
+        for name in ('weight', 'bias'):
+            now, then = getattr(self, name), state_dict.get(prefix + name)
+            if now is None or then is None or now.is_meta or not (
+                    now.requires_grad) or now.shape != then.shape:
+                return True
+            if not torch.allclose(now, then.to(now)):
+                return True
+        return False
 
     def _apply(self, fn, *args, **kwargs):
         super()._apply(fn, *args, **kwargs)

@@ -70,7 +70,7 @@ class CBN(SmallBatchNorm, _BatchNorm):
       (:class:`mmdet_smallbn.BurnInHook`): each of the calls has a window of
       its own, in their order. Without a hook every call is an iteration.
 
-    Loading a state dict empties the window. It is in no state dict; the hook
+    Loading other weights empties the window. It is in no state dict; the hook
     puts it into its checkpoints, for a resume.
 
     Args:

@@ -73,17 +73,26 @@ def find_producer(x: Tensor) -> Producer:
         edge is not None for edge, _ in node.next_functions[1:])
     if not weight_trains and not bias_trains:
         return FROZEN
+    weight = node._saved_weight.detach()
+    if _is_freed(weight):
+        return UNKNOWN
     return Producer(
         known=True,
         call=ConvCall(
             input=node._saved_input.detach(),
-            weight=node._saved_weight.detach(),
+            weight=weight,
             bias_trains=bias_trains,
             stride=node._saved_stride,
             padding=node._saved_padding,
             dilation=node._saved_dilation,
             groups=node._saved_groups,
             transposed=node._saved_transposed))
+
+
+def _is_freed(weight: Tensor) -> bool:
+    """Whether a weight is gone, as after its unit's forward in FSDP."""
+    return weight.dim() != 4 or (weight.numel() > 0
+                                 and weight.data_ptr() == 0)
 
 
 def _deformable(node: torch.autograd.graph.Node) -> Producer:
@@ -189,6 +198,8 @@ def _producer(conv: nn.Module, x: Optional[Tensor],
         return FROZEN
     bias_trains = conv.bias is not None and conv.bias.requires_grad
     weight = conv.weight.detach()
+    if _is_freed(weight):
+        return UNKNOWN
     if isinstance(conv, CenConv2d):
         weight = centred(weight)
     left, right, top, bottom = conv._reversed_padding_repeated_twice

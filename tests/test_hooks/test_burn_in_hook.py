@@ -342,6 +342,15 @@ def test_what_does_not_fit_is_refused(tmp_path, hook, model, extra, message):
     assert not phases.seen
 
 
+def test_a_wrapper_that_overwrites_buffers_is_told(tmp_path):
+    for broadcasts in (False, True):
+        runner, _ = _runner(tmp_path, [dict(type='BurnInHook', epochs=1)])
+        runner.model.broadcast_buffers = broadcasts  # as torch's DDP
+        runner.train()
+        assert ('Set broadcast_buffers=False' in read_log(tmp_path)
+                ) == broadcasts
+
+
 def test_converted_norms_are_refused(tmp_path):
     model = nn.SyncBatchNorm.convert_sync_batchnorm(Toy())
     # Without processes mmengine turns SyncBatchNorm back: take its place.
