@@ -238,11 +238,11 @@ def draw_statistics(rows: Sequence[Dict[str, Any]],
     for line, layer in zip(axes, layers):
         own = [row for row in rows if row['layer'] == layer]
         for ax, (key, title) in zip(line, _STATISTICS.items()):
-            for kind, name, label, colour in (
-                ('batch', key, 'batch', '#8fb8de'),
-                ('regular', key, 'large batch', '#e07b2e'),
-                ('moving', f'ema_{key}', 'EMA', '#2a9d5c'),
-                ('moving', f'sma_{key}', 'SMA', '#1d3557')):
+            lines = (('batch', key, 'batch', '#8fb8de'),
+                     ('regular', key, 'large batch', '#e07b2e'),
+                     ('moving', f'ema_{key}', 'EMA', '#2a9d5c'),
+                     ('moving', f'sma_{key}', 'SMA', '#1d3557'))
+            for kind, name, label, colour in lines:
                 points = [(row['iter'], row[kind][name]) for row in own
                           if name in row.get(kind, {})]
                 if points:

@@ -42,8 +42,8 @@ def _said(layer, images=4, processes=2, **kwargs):
         (nn.GroupNorm(
             4, 8), '1 example, 4 groups of channels', "each example's own"),
         (nn.InstanceNorm2d(8), '1 example', "each example's own"),
-    (nn.InstanceNorm2d(8, track_running_stats=True), '1 example',
-     'running averages'),
+        (nn.InstanceNorm2d(8, track_running_stats=True), '1 example',
+         'running averages'),
         (nn.LayerNorm(8), '1 position', "each example's own"),
         (nn.BatchNorm2d(
             8, track_running_stats=False), '4 images', "each example's own"),
@@ -257,7 +257,8 @@ def test_a_row_for_each(capsys):
 
 
 def test_what_would_stop_the_training_is_said(capsys):
-    lines = _table(capsys, CBN_HEAD, '--cfg-options', 'custom_hooks.0.epochs=12')
+    lines = _table(capsys, CBN_HEAD, '--cfg-options',
+                   'custom_hooks.0.epochs=12')
     assert lines[-1].startswith('Training would stop at its start: BurnInHook:'
                                 ' epochs=12 is no shorter')
     lines = _table(capsys, CBN_HEAD, '--cfg-options',

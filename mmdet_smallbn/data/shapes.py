@@ -230,5 +230,3 @@ def make_image(seed: Sequence[int],
         for i, (category, _) in enumerate(objects)
     ]
     return _photometric(rng, image), annotations
-
-

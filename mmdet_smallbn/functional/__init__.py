@@ -11,8 +11,9 @@ from .sync import Processes
 
 __all__ = [
     'AffineMoments', 'ConvCall', 'DeformCall', 'GradientStatistics',
-    'LinearCall', 'Moments', 'Processes', 'affine_moments', 'average_groups', 'batch_moments', 'example_moments',
-    'fold_groups', 'mix_moments', 'moments_at_weight', 'normalize',
+    'LinearCall', 'Moments', 'Processes', 'affine_moments',
+    'average_groups', 'batch_moments', 'example_moments', 'fold_groups',
+    'mix_moments', 'moments_at_weight', 'normalize',
     'normalize_for_inference', 'pool_groups', 'pool_moments',
     'renormalization', 'statistics_dtype', 'variance_about'
 ]

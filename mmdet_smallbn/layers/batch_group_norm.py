@@ -8,7 +8,7 @@ from typing import Callable, Optional, Tuple
 
 import torch
 from mmengine.registry import MODELS
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional import (Moments, average_groups, example_moments,
@@ -19,7 +19,7 @@ from .statistics import Batch, Statistics
 
 
 @MODELS.register_module('BGN')
-class BatchGroupNorm(SmallBatchNorm, _BatchNorm):
+class BatchGroupNorm(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
     r"""Batch-Group Normalization (arXiv:1906.03548, Sec. 3.4).
 
     Statistics are over groups of examples and groups of channels at once:
@@ -144,7 +144,7 @@ class BatchGroupNorm(SmallBatchNorm, _BatchNorm):
 
 
 @MODELS.register_module()
-class GhostBN(BatchGroupNorm, _BatchNorm):
+class GhostBN(BatchGroupNorm, nn.BatchNorm2d, _BatchNorm):
     """Ghost Batch Normalization (arXiv:1705.08741; arXiv:1906.03548, Eq. 4).
 
     Batch normalisation of each ``ghost_size`` examples by themselves, a

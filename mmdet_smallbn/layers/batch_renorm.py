@@ -7,6 +7,7 @@ the MABN paper, arXiv:2001.06838, Eq. (14).
 from typing import Optional
 
 from mmengine.registry import MODELS
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional import renormalization
@@ -16,7 +17,7 @@ from .statistics import Batch, Statistics
 
 
 @MODELS.register_module()
-class BRN(SmallBatchNorm, _BatchNorm):
+class BRN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
     r"""Batch Renormalization (arXiv:1702.03275).
 
     The batch's own statistics normalise, and carry gradients as in batch

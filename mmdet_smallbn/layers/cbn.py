@@ -11,7 +11,7 @@ the backward is in closed form.
 from typing import Optional
 
 from mmengine.registry import MODELS
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .base import SmallBatchNorm
@@ -23,7 +23,7 @@ from .statistics import Batch, Statistics
 
 
 @MODELS.register_module()
-class CBN(SmallBatchNorm, _BatchNorm):
+class CBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
     r"""Cross-Iteration Batch Normalization (arXiv:2002.05712).
 
     A small batch is normalised with the statistics of the last ``window_size``
@@ -164,7 +164,7 @@ class CBN(SmallBatchNorm, _BatchNorm):
 
 
 @MODELS.register_module()
-class NaiveCBN(CBN, _BatchNorm):
+class NaiveCBN(CBN, nn.BatchNorm2d, _BatchNorm):
     """CBN without compensation, the paper's baseline "Naive CBN".
 
     Args:

@@ -25,8 +25,9 @@ class Producer(NamedTuple):
     Attributes:
         known (bool): False: nothing that the layer can compensate for.
         call (LinearCall, optional): The convolution, if it is one whose
-            weight or bias trains. None with ``known``: nothing before the tensor
-            moves its statistics by a weight of its own, so they stay valid.
+            weight or bias trains. None with ``known``: nothing before the
+            tensor moves its statistics by a weight of its own, so they stay
+            valid.
     """
     known: bool
     call: Optional[LinearCall] = None

@@ -16,7 +16,7 @@ from typing import Any, Dict, Optional, Tuple
 
 import torch
 from mmengine.registry import MODELS
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional import Moments, renormalization
@@ -85,7 +85,7 @@ class _GradientStatistics:
 
 
 @MODELS.register_module()
-class MABN(SmallBatchNorm, _BatchNorm):
+class MABN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
     r"""Moving Average Batch Normalization (arXiv:2001.06838).
 
     Batch normalisation has statistics in both passes, and those of a small

@@ -54,7 +54,8 @@ def test_valid_is_a_name_for_val(tmp_path):
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match='no data set folder.*nowhere'):
         find_coco_split(tmp_path / 'nowhere', 'train')
-    with pytest.raises(FileNotFoundError, match='no train annotations.*looked'):
+    with pytest.raises(
+            FileNotFoundError, match='no train annotations.*looked'):
         find_coco_split(tmp_path, 'train')
     _write(tmp_path / 'annotations/instances_train.json', 'a.jpg')
     with pytest.raises(FileNotFoundError, match="'a.jpg'.*looked in"):

@@ -78,7 +78,8 @@ def test_innermost_message_is_shown():
     worker = ('Caught FileNotFoundError in DataLoader worker process 0.\n'
               'Original Traceback (most recent call last):\n  File "x"\n'
               "FileNotFoundError: [Errno 2] No such file: 'a.jpg'\n")
-    assert describe(FileNotFoundError(worker)).endswith("No such file: 'a.jpg'")
+    assert describe(
+        FileNotFoundError(worker)).endswith("No such file: 'a.jpg'")
 
 
 class _Loop(BaseLoop):
