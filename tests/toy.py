@@ -62,7 +62,8 @@ def toy_runner(tmp_path, hooks, model=None, by_epoch=True, **kwargs):
     settings = dict(
         model=model or Toy(),
         work_dir=str(tmp_path),
-        experiment_name=f'{tmp_path.name}_{len(list(tmp_path.iterdir()))}',
+        experiment_name='_'.join(
+            [*tmp_path.parts[1:], str(len(list(tmp_path.iterdir())))]),
         train_dataloader=dict(
             dataset=Images(),
             batch_size=4,

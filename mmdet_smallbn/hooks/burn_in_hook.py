@@ -2,7 +2,7 @@
 from typing import Dict, List, Optional, Sequence, Union
 
 from mmengine.dist import get_world_size, is_main_process
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop
 from torch import nn
@@ -108,9 +108,18 @@ class BurnInHook(Hook):
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         """Keep the norms' states of a checkpoint that is resumed."""
+        states = checkpoint.get(_STATES)
+        if not states or not runner._resume or not is_main_process():
+            return
+        if 'ema_state_dict' in checkpoint and not any(
+                isinstance(hook, EMAHook) for hook in runner.hooks):
+            runner.logger.warning(
+                'the checkpoint holds averaged weights, with which training '
+                'goes on, as there is no EMAHook any more: what the norms '
+                'remember is of others, and they fill anew')
+            return
         # The weights are loaded after this, and empty the norms.
-        if runner._resume and is_main_process():
-            self._loaded = checkpoint.get(_STATES, {})
+        self._loaded = states
 
     def before_train(self, runner) -> None:
         """Find the layers, and check that the burn-in makes sense."""

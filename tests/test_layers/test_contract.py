@@ -231,6 +231,71 @@ def test_no_grad_passes_leave_the_past_alone(norm):
     assert pickle.dumps(norm._states) == states
 
 
+def test_running_statistics_are_estimated_anew_as_batch_norms(norm):
+    """By passes under ``no_grad``, as PreciseBN makes."""
+    conv = _trained(norm, torch.float64)
+    stock = nn.BatchNorm2d(6, momentum=None).double()
+    norm.reset_running_stats()
+    norm.momentum = None
+    batches = [conv(torch.randn(2, 3, 5, 5).double()) for _ in range(4)]
+    with torch.no_grad():
+        for x in batches:
+            norm(x)
+            stock(x)
+    mean, var = norm.running_mean, norm.running_var
+    if norm.registered_as in ('BGN', 'GhostBN'):  # of all batches' values
+        x = torch.cat(batches)
+        wanted = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+    elif norm.registered_as == 'MABN':
+        x = torch.cat(batches)
+        wanted = torch.zeros(6).double(), x.square().mean((0, 2, 3))
+    else:
+        wanted = stock.running_mean, stock.running_var
+    torch.testing.assert_close((mean, var), wanted)
+
+
+def test_evaluation_in_autocast(norm):
+    """As ``val_cfg=dict(fp16=True)`` does."""
+    conv = _trained(norm)
+    norm.eval()
+    x = torch.randn(2, 3, 6, 6)
+    with torch.no_grad():
+        wanted = norm(conv(x))
+        with torch.autocast('cpu', torch.bfloat16):
+            out = norm(conv(x))
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), wanted, rtol=0.05, atol=0.05)
+
+
+def test_what_was_frozen_trains_later(norm):
+    """Norm and convolution, one after the other, beside a fresh norm."""
+    conv = nn.Conv2d(3, 6, 3).double()
+    norm.double().requires_grad_(False).eval()
+    conv.requires_grad_(False)
+    x = torch.randn(6, 2, 3, 6, 6).double()
+    before = copy.deepcopy(norm.state_dict())
+    norm(conv(x[0]))
+    for key, value in norm.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+    assert not norm._states
+    norm.requires_grad_(True).train()
+    for batch in x[:3]:
+        norm(conv(batch)).square().mean().backward()
+    conv.requires_grad_(True)
+    grads = []
+    for batch in x[3:]:
+        conv.weight.grad = None
+        out = norm(conv(batch))
+        out.pow(3).mean().backward()
+        grads.append(conv.weight.grad)
+        assert out.isfinite().all()
+    assert all(g.isfinite().all() and g.any() for g in grads)
+    assert norm.num_batches_tracked == 6
+    if norm.registered_as == 'CBN':
+        # What came before has no derivatives, and was left behind.
+        assert norm._states[0].filled == 3
+
+
 @pytest.mark.parametrize('calls', [1, 3])
 @pytest.mark.parametrize('use_reentrant', [True, False])
 @pytest.mark.filterwarnings('ignore:.*called several times')
