@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from mmengine.hooks import Hook
 from mmengine.model import ExponentialMovingAverage
-from mmengine.runner import EpochBasedTrainLoop
 from torch import nn
 
 from mmdet_smallbn import BRN, CBN, MABN, BatchGroupNorm, GhostBN, NaiveCBN
