@@ -254,3 +254,15 @@ def test_only_what_cbn_may_follow_is_remembered():
                               ConvModule(4, 4, 1, norm_cfg=dict(type='BN')),
                               conv()]), 1), (lists, 2)):
         assert len(remember_calls(model)) == count
+
+
+@pytest.mark.parametrize('hooked', [False, True])
+def test_a_weight_that_is_gone_after_its_forward_is_unknown(hooked):
+    """FSDP frees it where a convolution is a unit of its own."""
+    conv = nn.Conv2d(4, 4, 3)
+    if hooked:
+        remember_calls(nn.Sequential(conv, CBN(4)))
+    x = conv(_x())
+    assert find_producer(x).call is not None
+    conv.weight.data.untyped_storage().resize_(0)
+    assert find_producer(x) is UNKNOWN
