@@ -22,6 +22,7 @@ from mmdet.models.dense_heads import (condinst_head, corner_head,
 from mmdet.models.layers import PixelDecoder
 from mmdet.models.necks import dilated_encoder
 from mmdet.registry import MODELS
+from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
 from mmdet_smallbn.layers import SmallBatchNorm
@@ -634,6 +635,8 @@ def _fill(cfg, norm_cfg):
 
 def _build(name, kind, **changes):
     _seed(0)
+    # Another test may have left another toolbox's.
+    init_default_scope('mmdet')
     cfg = _fill(dict(CASES[name].cfg, **changes), NORM_CFGS[kind])
     model = MODELS.build(cfg).double()
     model.train()

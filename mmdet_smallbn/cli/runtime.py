@@ -4,7 +4,7 @@ import os
 import pickle
 from inspect import signature
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 from urllib.parse import urlparse
 from zipfile import is_zipfile
 
@@ -133,18 +133,16 @@ def check_norms(cfg: Config) -> None:
     """
     import mmcv.cnn  # noqa: F401  registers BN, GN, ...
     init_default_scope(cfg.get('default_scope', 'mmdet'))
-    ours = [
-        name for name, cls in MODELS.module_dict.items()
-        if isinstance(cls, type) and issubclass(cls, SmallBatchNorm)
-    ]
     for path, norm_cfg in norm_cfgs(cfg.get('model'), 'model'):
-        kind = norm_cfg['type']
-        with MODELS.switch_scope_and_registry(None) as registry:
-            found = registry.get(kind)
+        kind = found = norm_cfg['type']
+        if isinstance(kind, str):
+            with MODELS.switch_scope_and_registry(None) as registry:
+                found = registry.get(kind)
         if found is None:
+            ours = [k for k, c in MODELS.module_dict.items() if _is_ours(c)]
             raise SetupError(f'{path}.type={kind!r} is not a known norm. '
                              f'{did_you_mean(kind, ours)}')
-        if kind not in ours:
+        if not _is_ours(found):
             continue
         _check_settings(path, norm_cfg, found)
         if cfg.get('sync_bn') and cfg.get('launcher', 'none') != 'none':
@@ -154,6 +152,10 @@ def check_norms(cfg: Config) -> None:
                 'sync_bn from the config')
 
 
+def _is_ours(cls: Any) -> bool:
+    return isinstance(cls, type) and issubclass(cls, SmallBatchNorm)
+
+
 def _check_settings(path: str, norm_cfg: dict, cls: type) -> None:
     """Build a norm as the model would, but of no size in particular."""
     settings = {
@@ -161,15 +163,11 @@ def _check_settings(path: str, norm_cfg: dict, cls: type) -> None:
         for key, value in norm_cfg.items()
         if key not in ('type', 'requires_grad', '_scope_')
     }
-    known = {
-        name
-        for base in cls.__mro__ if issubclass(base, SmallBatchNorm)
-        for name in signature(base.__init__).parameters
-    } - {'self', 'args', 'kwargs', 'num_features', 'device', 'dtype'}
+    known = list(signature(cls.__init__).parameters)[2:]
     for key in settings:
         if key not in known:
-            raise SetupError(f'{path}: {norm_cfg["type"]} takes no {key!r}. '
-                             f'{did_you_mean(key, sorted(known))}')
+            raise SetupError(f'{path}: {cls.__name__} takes no {key!r}. '
+                             f'{did_you_mean(key, known)}')
     groups = settings.get('num_groups', 32)
     try:
         cls(groups if isinstance(groups, int) else 1, **settings)
@@ -181,38 +179,50 @@ def latest_checkpoint(work_dir: str) -> Optional[str]:
     """The newest checkpoint of a training that is whole.
 
     A training that is killed while it writes one leaves a part of a file, or
-    names in ``last_checkpoint`` one that was removed.
+    a file that ``last_checkpoint`` does not name yet.
 
     Args:
         work_dir (str): The work folder.
 
     Returns:
-        str, optional: Its path; None if the folder holds none.
+        str, optional: Its path. None if there is none, or if the training
+        writes what is not a local file: mmengine looks for itself then.
 
     Raises:
         SetupError: If there are some, and none is whole.
     """
-    folder = Path(work_dir)
-    record = folder / 'last_checkpoint'
+    record = Path(work_dir) / 'last_checkpoint'
     named = record.read_text().strip() if record.is_file() else ''
+    if '://' in named or (named and Path(named).is_dir()):
+        return None
+    folder = Path(named).parent if named else Path(work_dir)
     files = sorted((path for path in folder.glob('*.pth')
-                    if path.stem.startswith(('epoch_', 'iter_'))),
+                    if path.is_file() and not path.name.startswith('best_')),
                    key=lambda path: path.stat().st_mtime,
                    reverse=True)
-    candidates = [*([Path(named)] if named else []), *files]
-    for path in candidates:
-        # The directory of torch's archives is at their end.
-        if path.is_file() and is_zipfile(path):
-            if path != candidates[0]:
+    for path in files:
+        if _is_whole(path):
+            if named and path != Path(named):
                 print_log(
-                    f'{candidates[0]} is missing or not whole: resuming from '
-                    f'{path}', 'current')
+                    f'{named} is not the newest checkpoint that is whole: '
+                    f'resuming from {path}', 'current')
             return str(path)
     if files:
         raise SetupError(
-            f'no checkpoint in {work_dir} is whole: train without --resume, '
+            f'no checkpoint in {folder} is whole: train without --resume, '
             'or name another one')
     return None
+
+
+def _is_whole(path: Path) -> bool:
+    # The directory of torch's archives is at their end.
+    if is_zipfile(path):
+        return True
+    try:  # what old versions wrote has none
+        load_from_local(str(path), 'cpu')
+        return True
+    except SetupError:
+        return False
 
 
 def register_checkpoint_loader() -> None:

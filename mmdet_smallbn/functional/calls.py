@@ -59,7 +59,12 @@ class ConvCall(NamedTuple):
             # The convolution whose input's gradient the call is.
             shape = (-1, channels // self.groups, *self.weight.shape[2:])
             weight = self.weight[:, :1].to(input.dtype).expand(shape)
-            grad, input = input, grad
+            # What output_padding adds may be out of all patches' reach.
+            reach = [(size - 1) * step - 2 * pad + dilation * (kernel - 1) + 1
+                     for size, step, pad, dilation, kernel in zip(
+                         input.shape[2:], self.stride, self.padding,
+                         self.dilation, self.weight.shape[2:])]
+            grad, input = input, grad[:, :, :reach[0], :reach[1]]
         else:
             shape = (channels, *self.weight.shape[1:])
             weight = self.weight[:1].to(input.dtype).expand(shape)

@@ -94,6 +94,7 @@ class BurnInHook(Hook):
         self._handles: List[RemovableHandle] = []
         self.save_states = save_states
         self._loaded: Dict[str, list] = {}
+        self._kept: Dict[SmallBatchNorm, list] = {}
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Put the norms' states into a checkpoint."""
@@ -114,9 +115,10 @@ class BurnInHook(Hook):
         if 'ema_state_dict' in checkpoint and not any(
                 isinstance(hook, EMAHook) for hook in runner.hooks):
             runner.logger.warning(
-                'the checkpoint holds averaged weights, with which training '
-                'goes on, as there is no EMAHook any more: what the norms '
-                'remember is of others, and they fill anew')
+                'the checkpoint holds the averaged weights of an EMAHook, and '
+                'without one training goes on from these. What the norms '
+                'remember of past iterations was gathered with other weights: '
+                'they fill anew. To go on as before, keep the EMAHook')
             return
         # The weights are loaded after this, and empty the norms.
         self._loaded = states
@@ -140,6 +142,19 @@ class BurnInHook(Hook):
         self._forget_calls()
         self._handles = remember_calls(model)
 
+    def before_val_epoch(self, runner) -> None:
+        """Keep the past: mmdet's SyncNormHook loads a state dict now."""
+        self._kept = {
+            layer: layer._states
+            for layer in self._told.values() if layer.keeps_states
+        }
+
+    def after_val_epoch(self, runner, metrics=None) -> None:
+        """The weights are those of before."""
+        for layer, states in self._kept.items():
+            layer._states = states
+        self._kept = {}
+
     def find_layers(self, model: nn.Module) -> None:
         """Find the norms, and those of them that burn in.
 
@@ -159,7 +174,9 @@ class BurnInHook(Hook):
             and name not in self._teaching
         }
         for prefix in self.prefixes or (None, ):
-            if not any(self._under(name, prefix) for name in self._layers):
+            if not any(
+                    self._under(name, prefix)
+                    for name in (*self._layers, *self._teaching)):
                 self._raise_no_layer(prefix, model)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
@@ -273,31 +290,36 @@ class BurnInHook(Hook):
                 f'{self.unit}=0')
 
     def _check_teachers(self, runner) -> None:
+        # mmdet's, whose teacher is of that name.
+        skips = any(
+            type(hook).__name__ == 'MeanTeacherHook' and hook.skip_buffers
+            for hook in runner.hooks)
         needing = [
             name for name, layer in self._teaching.items()
-            if layer.track_running_stats and layer.example_weight < 1
+            if is_under(name, 'teacher') and layer.track_running_stats
+            and layer.example_weight < 1
         ]
-        # MeanTeacherHook's, which mmdet has and other toolboxes may not.
-        if needing and any(
-                getattr(hook, 'skip_buffers', False)
-                for hook in runner.hooks):
+        if skips and needing:
             raise SetupError(
-                f'BurnInHook: the teacher evaluates with running statistics '
-                f'({needing[0]!r} and {len(needing) - 1} more), which '
-                'MeanTeacherHook(skip_buffer=True) never gives it. Set '
-                'skip_buffer=False')
+                f'BurnInHook: {len(needing)} norms of the teacher, '
+                f'{needing[0]!r} the first of them, evaluate with running '
+                'statistics, which MeanTeacherHook(skip_buffer=True) never '
+                'gives them. Set skip_buffer=False')
         if self._teaching:
             runner.logger.info(
                 f'{len(self._teaching)} norms are in a frozen detector '
                 'within the model, and kept in evaluation mode')
 
     def _check_wrapper(self, runner) -> None:
-        if getattr(runner.model, 'broadcast_buffers', False):
+        if get_world_size() > 1 and (
+                getattr(runner.model, 'broadcast_buffers', False)
+                and not all(layer.sync for layer in self._told.values())):
             runner.logger.warning(
                 'BurnInHook: with broadcast_buffers=True the running '
                 "statistics are the main process's alone. Set "
-                'broadcast_buffers=False in model_wrapper_cfg: '
-                'SyncBuffersHook averages them at the end of an epoch')
+                'broadcast_buffers=False in model_wrapper_cfg, and '
+                "dict(type='SyncBuffersHook') in custom_hooks to average "
+                'them at the end of an epoch')
 
     def _check_modes(self, runner) -> None:
         """Norms that should train but are kept in evaluation mode."""

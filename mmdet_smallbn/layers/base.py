@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..functional import (Moments, Processes, batch_moments, normalize,
                           normalize_for_inference)
+from .checks import check_at_least
 from .forward_pass import ForwardPass, current_pass, run_eagerly
 from .recomputation import FirstPasses
 from .statistics import Batch, Statistics
@@ -85,6 +86,9 @@ class SmallBatchNorm(nn.BatchNorm2d):
                  sync: bool = False,
                  device=None,
                  dtype=None) -> None:
+        check_at_least('eps', eps, 0)
+        if momentum is not None:
+            check_at_least('momentum', momentum, 0)
         super().__init__(
             num_features,
             eps,
@@ -388,29 +392,10 @@ class SmallBatchNorm(nn.BatchNorm2d):
 
     # State that is not in buffers.
 
-    def _load_from_state_dict(self, state_dict, prefix, *args,
-                              **kwargs) -> None:
-        moves = self._is_moved_by(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if moves:
-            # The weights jumped: the past has nothing to say about them.
-            self.reset_state()
-
-    def _is_moved_by(self, state_dict: Dict[str, Tensor],
-                     prefix: str) -> bool:
-        """Whether other weights come with a state dict than there are.
-
-        Where running statistics are averaged over processes (mmdet's
-        SyncNormHook), scale and shift that train are loaded as they are.
-        """
-        for name in ('weight', 'bias'):
-            now, then = getattr(self, name), state_dict.get(prefix + name)
-            if now is None or then is None or now.is_meta or not (
-                    now.requires_grad) or now.shape != then.shape:
-                return True
-            if not torch.allclose(now, then.to(now)):
-                return True
-        return False
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        # The weights jumped: the past has nothing to say about them.
+        self.reset_state()
 
     def _apply(self, fn, *args, **kwargs):
         super()._apply(fn, *args, **kwargs)

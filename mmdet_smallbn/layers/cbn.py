@@ -70,7 +70,7 @@ class CBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
       (:class:`mmdet_smallbn.BurnInHook`): each of the calls has a window of
       its own, in their order. Without a hook every call is an iteration.
 
-    Loading other weights empties the window. It is in no state dict; the hook
+    Loading a state dict empties the window. It is in no state dict; the hook
     puts it into its checkpoints, for a resume.
 
     Args:
@@ -168,13 +168,23 @@ class NaiveCBN(CBN, nn.BatchNorm2d, _BatchNorm):
     """CBN without compensation, the paper's baseline "Naive CBN".
 
     Args:
-        num_features (int): Channels C.
-        window_size (int): Iterations in the statistics.
-        **kwargs: The other arguments of :class:`CBN`, ``compensate`` apart.
+        num_features, eps, momentum, affine, track_running_stats, window_size,
+            sync: As of :class:`CBN`.
     """
 
-    def __init__(self, num_features: int, *args, **kwargs) -> None:
-        super().__init__(num_features, *args, compensate=False, **kwargs)
+    def __init__(self,
+                 num_features: int,
+                 eps: float = 1e-5,
+                 momentum: Optional[float] = 0.1,
+                 affine: bool = True,
+                 track_running_stats: bool = True,
+                 window_size: int = 4,
+                 sync: bool = False,
+                 device=None,
+                 dtype=None) -> None:
+        super().__init__(num_features, eps, momentum, affine,
+                         track_running_stats, window_size, False, sync, device,
+                         dtype)
 
 
 def suggested_window_size(images_per_gpu: int) -> int:

@@ -66,7 +66,7 @@ def find_producer(x: Tensor) -> Producer:
     node = x.grad_fn
     if node is None:
         return UNKNOWN
-    if node.name() in _DEFORMABLE:
+    if node.name() in _DEFORMABLE and _is_mmcvs(type(node)._forward_cls):
         return _deformable(node)
     if node.name() != 'ConvolutionBackward0':
         return UNKNOWN
@@ -92,8 +92,12 @@ def find_producer(x: Tensor) -> Producer:
 
 def _is_freed(weight: Tensor) -> bool:
     """Whether a weight is gone, as after its unit's forward in FSDP."""
-    return weight.dim() != 4 or (weight.numel() > 0
-                                 and weight.data_ptr() == 0)
+    return weight.dim() != 4 or weight.untyped_storage().nbytes() == 0
+
+
+def _is_mmcvs(cls: type) -> bool:
+    # The layers work without mmcv.
+    return cls.__module__.startswith('mmcv.')
 
 
 def _deformable(node: torch.autograd.graph.Node) -> Producer:
@@ -169,7 +173,8 @@ class _Call(NamedTuple):
 @run_eagerly
 def _remember_call(conv: nn.Module, inputs: Tuple[Tensor],
                    output: Tensor) -> None:
-    if (current_pass() in (ForwardPass.PLAIN, ForwardPass.CHECKPOINTED)
+    if (inputs  # by their position, as everywhere in the toolboxes
+            and current_pass() in (ForwardPass.PLAIN, ForwardPass.CHECKPOINTED)
             and _has_stock_forward(conv)
             # Another weight than a parameter is computed, and under no_grad
             # it does not tell whether it trains.
@@ -182,10 +187,17 @@ def _remember_call(conv: nn.Module, inputs: Tuple[Tensor],
 
 def _has_stock_forward(conv: nn.Module) -> bool:
     kind = type(conv)
-    if kind.forward is nn.ConvTranspose2d.forward:
-        return True
-    return kind.forward is nn.Conv2d.forward and kind._conv_forward in (
+    # mmcv's have one for empty inputs of old versions of torch.
+    if kind.forward not in (
+            nn.Conv2d.forward,
+            nn.ConvTranspose2d.forward) and not _is_mmcvs_wrapper(kind):
+        return False
+    return isinstance(conv, nn.ConvTranspose2d) or kind._conv_forward in (
         nn.Conv2d._conv_forward, CenConv2d._conv_forward)
+
+
+def _is_mmcvs_wrapper(kind: type) -> bool:
+    return kind.__module__ == 'mmcv.cnn.bricks.wrappers'
 
 
 def is_compiled(x: Tensor) -> bool:

@@ -13,7 +13,7 @@ def norm_cfgs(node: Any, path: str) -> Iterator[Tuple[str, dict]]:
     if isinstance(node, (list, tuple)):
         node = dict(enumerate(node))
     if isinstance(node, dict):
-        if path.endswith('norm_cfg') and isinstance(node.get('type'), str):
+        if path.endswith('norm_cfg') and node.get('type') is not None:
             yield path, node
         for key, value in node.items():
             yield from norm_cfgs(value, f'{path}.{key}')
@@ -97,7 +97,8 @@ def _ignored(modules, norms, model_cfg) -> Iterator[str]:
     for path, cfg in norm_cfgs(model_cfg, 'model'):
         part = '.'.join(path.split('.')[1:-1])
         if part in modules and not any(is_under(n.name, part) for n in norms):
-            yield (f'{path} asks for {cfg["type"]}, but '
+            kind = getattr(cfg['type'], '__name__', cfg['type'])
+            yield (f'{path} asks for {kind}, but '
                    f'{type(modules[part]).__name__} has no norm: it takes '
                    'none, or has no convolutions to put one behind (for a box '
                    'head, Shared4Conv1FCBBoxHead has)')

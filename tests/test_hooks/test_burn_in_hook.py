@@ -342,17 +342,28 @@ def test_what_does_not_fit_is_refused(tmp_path, hook, model, extra, message):
     assert not phases.seen
 
 
-def test_a_wrapper_that_overwrites_buffers_is_told(tmp_path):
-    for broadcasts in (False, True):
-        runner, _ = _runner(tmp_path, [dict(type='BurnInHook', epochs=1)])
-        runner.model.broadcast_buffers = broadcasts  # as torch's DDP
-        runner.train()
-        assert ('Set broadcast_buffers=False' in read_log(tmp_path)
-                ) == broadcasts
+@pytest.mark.parametrize('broadcasts, processes, sync, told', [
+    (True, 2, False, True), (False, 2, False, False), (True, 1, False, False),
+    (True, 2, True, False)
+])
+def test_a_wrapper_that_overwrites_buffers_is_told(tmp_path, monkeypatch,
+                                                   broadcasts, processes,
+                                                   sync, told):
+    runner, _ = _runner(tmp_path, [dict(type='BurnInHook', epochs=1)],
+                        Toy(lambda c: CBN(c, sync=sync)))
+    runner.model.broadcast_buffers = broadcasts  # as torch's DDP
+    monkeypatch.setattr(
+        'mmdet_smallbn.hooks.burn_in_hook.get_world_size', lambda: processes)
+    runner.train()
+    assert ('Set broadcast_buffers=False' in read_log(tmp_path)) == told
 
 
-def test_converted_norms_are_refused(tmp_path):
+@pytest.mark.parametrize('kind', ['torch', 'mmcv'])
+def test_converted_norms_are_refused(tmp_path, kind):
     model = nn.SyncBatchNorm.convert_sync_batchnorm(Toy())
+    if kind == 'mmcv':  # which is no BatchNorm, and wants processes
+        for block in (model.backbone, model.head):
+            block[1] = type('SyncBatchNorm', (nn.Identity, ), {})()
     # Without processes mmengine turns SyncBatchNorm back: take its place.
     runner, _ = _runner(tmp_path, [dict(type='BurnInHook', epochs=1)])
     runner.model = model

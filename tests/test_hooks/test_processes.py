@@ -16,7 +16,8 @@ from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 
-from mmdet_smallbn import BRN, CBN, MABN, BatchGroupNorm, GhostBN, NaiveCBN
+from mmdet_smallbn import (BRN, CBN, MABN, BatchGroupNorm, BurnInHook,
+                           GhostBN, NaiveCBN)
 from mmdet_smallbn.cli.runtime import register_checkpoint_loader
 from tests.toy import Toy, toy_runner
 
@@ -219,11 +220,16 @@ def _run_and_resume(norm, sync, folder):
 
 
 def _before_and_after(rank, norm, sync, hook):
-    """What a hook between training and validation makes of a model."""
+    """What a hook makes of a model, beside ours, until after validation."""
     before, wrapped = _step_by_step(rank, norm, sync)
-    hook, runner = SYNC_HOOKS[hook](), SimpleNamespace(model=wrapped)
-    hook.after_train_epoch(runner)
-    hook.before_val_epoch(runner)
+    runner = SimpleNamespace(model=wrapped)
+    hooks = [SYNC_HOOKS[hook]()]
+    if norm in BURN_IN:
+        hooks.insert(0, BurnInHook(iters=0))
+        hooks[0].find_layers(wrapped.module)
+    for event in ('after_train_epoch', 'before_val_epoch', 'after_val_epoch'):
+        for hook in hooks:
+            getattr(hook, event)(runner)
     return before, _record(wrapped.module)
 
 

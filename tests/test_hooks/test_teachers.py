@@ -151,9 +151,31 @@ class Pair(BaseModel):
 def test_a_teacher_without_statistics_is_refused(tmp_path):
     hooks = [dict(type='BurnInHook', iters=1), MeanTeacherHook()]
     runner = toy_runner(tmp_path, hooks, Pair())
-    with pytest.raises(SetupError, match=r"'teacher.backbone.1' and 1 more.*"
+    with pytest.raises(SetupError, match=r"2 norms.*'teacher.backbone.1'.*"
                        'skip_buffer=False'):
         runner.train()
+
+
+@pytest.mark.parametrize('prefix', [None, 'student', ['student', 'teacher']])
+def test_a_teacher_may_be_named_among_what_burns_in(tmp_path, prefix):
+    hooks = [
+        dict(type='BurnInHook', iters=1, prefix=prefix),
+        MeanTeacherHook(skip_buffer=False)
+    ]
+    toy_runner(tmp_path, hooks, Pair()).train()
+
+
+def test_a_frozen_detector_of_another_name_is_no_mean_teacher(tmp_path):
+    """As one for distillation, with statistics that it was trained with."""
+    model = Pair()
+    model.wise = copy.deepcopy(model.teacher)
+    model.teacher = copy.deepcopy(model.student).eval()
+    for norm in _norms(model.teacher):
+        norm.track_running_stats = False
+    model.teacher.requires_grad_(False)
+    hooks = [dict(type='BurnInHook', iters=1), MeanTeacherHook()]
+    toy_runner(tmp_path, hooks, model).train()
+    assert not any(norm.training for norm in _norms(model.wise))
 
 
 def test_a_teacher_that_needs_none_is_not(tmp_path):

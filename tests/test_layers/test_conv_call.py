@@ -2,7 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from mmcv.cnn import ConvModule, ConvWS2d
+from mmcv.cnn import ConvModule, ConvWS2d, build_conv_layer
 from mmcv.ops import DeformConv2dPack, ModulatedDeformConv2dPack
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -150,6 +150,9 @@ REMEMBERED = {
     'same, not symmetric': lambda: nn.Conv2d(4, 4, 4, padding='same'),
     'centred': lambda: CenConv2d(4, 4, 3),
     'transposed': lambda: nn.ConvTranspose2d(4, 6, 4, stride=2, groups=2),
+    "mmcv's": lambda: build_conv_layer(dict(type='Conv'), 4, 6, 3),
+    "mmcv's transposed": lambda: build_conv_layer(
+        dict(type='deconv'), 4, 6, 4, stride=2),
     'frozen weight': lambda: nn.Conv2d(4, 4, 3).requires_grad_(False),
 }
 
@@ -260,6 +263,9 @@ def test_only_what_cbn_may_follow_is_remembered():
 def test_a_weight_that_is_gone_after_its_forward_is_unknown(hooked):
     """FSDP frees it where a convolution is a unit of its own."""
     conv = nn.Conv2d(4, 4, 3)
+    # There it is a part of a larger tensor.
+    whole = torch.randn(1000)
+    conv.weight.data = whole[10:10 + conv.weight.numel()].view(4, 4, 3, 3)
     if hooked:
         remember_calls(nn.Sequential(conv, CBN(4)))
     x = conv(_x())

@@ -6,6 +6,7 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import CheckpointLoader
 
+from mmdet_smallbn import CBN
 from mmdet_smallbn.cli import test as test_cli
 from mmdet_smallbn.cli import train as train_cli
 from mmdet_smallbn.cli.runtime import (check_norms, load_config,
@@ -136,18 +137,24 @@ def test_norm_types_are_looked_up_wherever_they_stand():
     (dict(type='CBN', windowsize=3), "CBN takes no 'windowsize'. Did you mean "
      'window_size'),
     (dict(type='NaiveCBN', window_size=0), 'window_size must be .* got 0'),
-    (dict(type='NaiveCBN', compensate=True), 'compensate'),
+    (dict(type='NaiveCBN', compensate=True), "NaiveCBN takes no 'compensate'"),
+    (dict(type='mmengine.CBN', windowsize=3), "CBN takes no 'windowsize'"),
+    (dict(type=CBN, windowsize=3), "CBN takes no 'windowsize'"),
+    (dict(type='CBN', eps='x'), "eps must be .* got 'x'"),
+    (dict(type='CBN', momentum=-0.1), 'momentum must be .* got -0.1'),
     (dict(type='MABN', buffer_size='8'), "buffer_size must be .* got '8'"),
     (dict(type='BGN', num_groups=0), 'num_groups must be .* got 0'),
     (dict(type='BRN', r_max=0.5), 'r_max must be .* got 0.5'),
-    (dict(type='GhostBN', num_groups=3), 'num_groups'),
+    (dict(type='GhostBN', num_groups=3), "GhostBN takes no 'num_groups'"),
 ])
 def test_a_norms_settings_are_checked_where_they_stand(norm_cfg, message):
     cfg = Config(dict(model=dict(neck=dict(norm_cfg=norm_cfg))))
     with pytest.raises(SetupError, match=f'model.neck.norm_cfg: .*{message}'):
         check_norms(cfg)
-    good = dict(type='BGN', num_groups=24, requires_grad=False, sync=True)
-    check_norms(Config(dict(model=dict(neck=dict(norm_cfg=good)))))
+    for good in (dict(type='BGN', num_groups=24, requires_grad=False),
+                 dict(type=CBN, sync=True, momentum=None),
+                 dict(type='GhostBN', ghost_size=3, device='cpu')):
+        check_norms(Config(dict(model=dict(neck=dict(norm_cfg=good)))))
 
 
 def test_sync_bn_over_our_norms_is_refused():

@@ -21,19 +21,19 @@ ITERATIONS = 120
 
 
 def run_and_kill(config, work_dir, seed):
-    """Train with ``--resume``, killed 20 times and then not.
+    """Train with ``--resume``, killed 20 times at random, and then not.
 
     To be called in a process of its own: the trainings are forks of it, which
     are there at once.
 
     Returns:
-        dict: Moments of the kills in seconds, exit statuses, and what was the
-        newest checkpoint after each.
+        dict: Exit statuses, and what was the newest checkpoint after each.
     """
     from mmdet_smallbn.cli import train
     import tests.small_training  # noqa: F401  registers its hooks
     rng = random.Random(seed)
-    moments, statuses, newest = [], [], []
+    last = Path(work_dir) / 'last_checkpoint'
+    statuses, newest, usual = [], [], None
     for attempt in range(KILLS + 1):
         child = os.fork()
         if child == 0:
@@ -48,13 +48,17 @@ def run_and_kill(config, work_dir, seed):
                 os._exit(1)
             os._exit(0)
         if attempt < KILLS:
-            moments.append(rng.uniform(0, 2))
-            time.sleep(moments[-1])
+            if usual is None:  # how long the first checkpoint takes here
+                begin = time.monotonic()
+                while not last.is_file():
+                    time.sleep(0.01)
+                usual = time.monotonic() - begin
+            else:
+                time.sleep(rng.uniform(0, 2 * usual))
             os.kill(child, signal.SIGKILL)
         statuses.append(os.waitpid(child, 0)[1])
-        last = Path(work_dir) / 'last_checkpoint'
         newest.append(last.read_text() if last.is_file() else '')
-    return dict(moments=moments, statuses=statuses, newest=newest)
+    return dict(statuses=statuses, newest=newest)
 
 
 @pytest.mark.slow
@@ -87,10 +91,10 @@ def test_killed_at_any_moment_it_goes_on(shapes, tmp_path):
     log = (tmp_path / 'work.log').read_text()
     # Killed, or at its end before; an error of its own would be another.
     assert set(result['statuses']) <= {0, signal.SIGKILL}, log
-    assert result['statuses'].count(signal.SIGKILL) >= 15, result
+    assert result['statuses'].count(signal.SIGKILL) >= 10, result
     assert result['statuses'][-1] == 0
     # Several of them found something to go on from.
-    assert len(set(result['newest'])) >= 5, result
+    assert len(set(result['newest'])) >= 3, result
     checkpoint = load_from_local(str(tmp_path / f'work/iter_{ITERATIONS}.pth'))
     assert checkpoint['meta']['iter'] == ITERATIONS
     for name, value in checkpoint['state_dict'].items():
@@ -113,14 +117,35 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path):
     (tmp_path / 'best_bbox_mAP_iter_9.pth').write_bytes(b'')
     record = tmp_path / 'last_checkpoint'
     fourth = str(tmp_path / 'iter_4.pth')
-    # Not written yet; of the one before; empty; of a removed one.
-    for named in (None, fourth, '', str(tmp_path / 'iter_1.pth')):
+    # Not written yet; of the newest; of the one before; empty; of a removed.
+    for named in (None, fourth, str(tmp_path / 'iter_2.pth'), '',
+                  str(tmp_path / 'iter_1.pth')):
         if named is not None:
             record.write_text(named)
         assert latest_checkpoint(str(tmp_path)) == fourth
-    record.write_text(str(tmp_path / 'iter_2.pth'))
-    assert latest_checkpoint(str(tmp_path)).endswith('iter_2.pth')
-    (tmp_path / 'iter_2.pth').unlink()
-    (tmp_path / 'iter_4.pth').write_bytes(b'')
+    # As old versions of torch wrote them.
+    torch.save(
+        dict(x=torch.zeros(3)),
+        tmp_path / 'iter_8.pth',
+        _use_new_zipfile_serialization=False)
+    assert latest_checkpoint(str(tmp_path)).endswith('iter_8.pth')
+    for path in tmp_path.glob('iter_*.pth'):
+        path.write_bytes(b'')
     with pytest.raises(SetupError, match='no checkpoint in .* is whole'):
         latest_checkpoint(str(tmp_path))
+
+
+def test_checkpoints_elsewhere_are_mmengines_to_find(tmp_path):
+    _save(tmp_path / 'epoch_1.pth')
+    record = tmp_path / 'last_checkpoint'
+    record.write_text('s3://bucket/epoch_2.pth')
+    assert latest_checkpoint(str(tmp_path)) is None
+    shards = tmp_path / 'epoch_3.pth'
+    shards.mkdir()
+    record.write_text(str(shards))
+    assert latest_checkpoint(str(tmp_path)) is None
+    other = tmp_path / 'out'
+    other.mkdir()
+    _save(other / 'model_4.pth')
+    record.write_text(str(other / 'model_5.pth'))
+    assert latest_checkpoint(str(tmp_path)) == str(other / 'model_4.pth')
