@@ -37,7 +37,7 @@ demo: $(VENV)/ready
 		$(if $(DATA),--data "$(DATA)") $(if $(SIZE),--size $(SIZE))
 
 test: $(VENV)/ready
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 clean:
 	rm -rf $(VENV) work_dirs/demo work_dirs/demo_* data/shapes_coco
