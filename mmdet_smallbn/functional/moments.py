@@ -124,12 +124,14 @@ def pool_moments(means: Tensor, variances: Tensor,
         tuple[Tensor, Tensor]: The pooled mean and biased variance, without
         the first dimension. NaN where all weights are 0.
     """
-    zero = means.new_zeros(())
-    weights = weights / weights.sum(0)
+    # 0 * NaN is NaN.
     used = weights > 0
-    mean = torch.where(used, weights * means, zero).sum(0)
-    scatter = variances + (means - mean).square()
-    return mean, torch.where(used, weights * scatter, zero).sum(0)
+    means = torch.where(used, means, 0.)
+    total = weights.sum(0)
+    mean = (weights * means).sum(0) / total
+    away = means - mean
+    scatter = torch.where(used, torch.addcmul(variances, away, away), 0.)
+    return mean, (weights * scatter).sum(0) / total
 
 
 def mix_moments(mean: Tensor, var: Tensor, new_mean: Tensor, new_var: Tensor,

@@ -26,7 +26,7 @@ class SmallBatchNorm(nn.BatchNorm2d):
     normalise with.
 
     ``running_mean`` and ``running_var`` follow the present batch, as in
-    ``nn.BatchNorm2d`` unless :meth:`running_statistics` says otherwise, with
+    ``nn.BatchNorm2d`` unless :meth:`running_targets` says otherwise, with
     three differences: a recomputation in a backward pass (activation
     checkpointing) does not count twice, a non-finite batch and an empty one
     leave them untouched.
@@ -143,14 +143,18 @@ class SmallBatchNorm(nn.BatchNorm2d):
         """Moments of the input, shape (C,), or (N, C) of each example."""
         return batch_moments(x)
 
-    def running_statistics(self, moments: Moments,
-                           factor: float) -> Tuple[Tensor, Tensor]:
-        """What ``running_mean`` and ``running_var`` become."""
-        dtype = moments.mean.dtype
-        return (torch.lerp(self.running_mean.to(dtype), moments.mean, factor),
-                torch.lerp(
-                    self.running_var.to(dtype), moments.unbiased_var(),
-                    factor))
+    def running_targets(self, moments: Moments,
+                        factor: float) -> Tuple[Optional[Tensor], Tensor]:
+        """What ``running_mean`` and ``running_var`` go towards.
+
+        Args:
+            moments (Moments): Of the present batch, shape (C,).
+            factor (float): How far they go.
+
+        Returns:
+            tuple: Of shape (C,); None for one that stays.
+        """
+        return moments.mean, moments.unbiased_var()
 
     def moving_averages(self) -> Dict[str, Optional[Tensor]]:
         """Averages over past iterations by name, shape (C,), for records."""
@@ -305,9 +309,18 @@ class SmallBatchNorm(nn.BatchNorm2d):
         if factor is None:  # cumulative average, as in nn.BatchNorm2d
             factor = self.num_batches_tracked.to(
                 moments.mean.dtype).reciprocal()
-        new = self.running_statistics(moments, factor)
-        for running, value in zip((self.running_mean, self.running_var), new):
-            running.copy_(torch.where(value.isfinite(), value, running))
+        targets = self.running_targets(moments, factor)
+        for running, target in zip((self.running_mean, self.running_var),
+                                   targets):
+            if target is None:
+                continue
+            now = running.to(target.dtype)
+            # x - x is 0 for what is finite alone.
+            target = torch.where(target - target == 0, target, now)
+            if now is running:
+                running.lerp_(target, factor)
+            else:
+                running.copy_(torch.lerp(now, target, factor))
 
     def _refuse_what_would_go_wrong(self, x: Tensor) -> None:
         if isinstance(x, torch.fx.Proxy):

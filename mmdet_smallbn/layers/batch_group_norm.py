@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional import (Moments, average_groups, example_moments,
-                          mix_moments, pool_groups)
+                          pool_groups)
 from .base import SmallBatchNorm
 from .checks import check_example_weight, check_positive_int
 from .statistics import Batch, Statistics
@@ -130,12 +130,11 @@ class BatchGroupNorm(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
         self.check_count(smallest * (self.num_features // self.num_groups))
         return average
 
-    def running_statistics(self, moments: Moments,
-                           factor: float) -> Tuple[Tensor, Tensor]:
-        dtype = moments.mean.dtype
-        return mix_moments(
-            self.running_mean.to(dtype), self.running_var.to(dtype),
-            moments.mean, moments.var, factor)
+    def running_targets(self, moments: Moments,
+                        factor: float) -> Tuple[Tensor, Tensor]:
+        # So that mean and mean square are what is averaged.
+        between = (moments.mean - self.running_mean).square()
+        return moments.mean, moments.var + between * (1 - factor)
 
     def extra_repr(self) -> str:
         return (f'{super().extra_repr()}, num_groups={self.num_groups}, '

@@ -89,13 +89,18 @@ class CBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
             in SyncBatchNorm; the past's moments are brought to today's weight
             in each process and summed. An iteration that is empty in all of
             them takes a place in the window.
+        derivative_positions (int, optional): About how many positions of a
+            batch's feature maps the derivative of the variance is estimated
+            from, others in each iteration. None: all. It only multiplies a
+            small step of the weight; ``tools/statistics_error.py`` measures
+            what the estimate costs.
 
     Shape:
         - Input: (N, C, H, W). N may differ from call to call, and be 0.
         - Output: the same shape and dtype.
 
     Raises:
-        ValueError: If ``window_size`` is not an integer of at least 1, or if
+        ValueError: If a size is not an integer of at least 1, or if
             a channel has one value and there is no past to join it.
     """
 
@@ -111,13 +116,17 @@ class CBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
                  window_size: int = 4,
                  compensate: bool = True,
                  sync: bool = False,
+                 derivative_positions: Optional[int] = 256,
                  device=None,
                  dtype=None) -> None:
         check_positive_int('window_size', window_size)
+        if derivative_positions is not None:
+            check_positive_int('derivative_positions', derivative_positions)
         super().__init__(num_features, eps, momentum, affine,
                          track_running_stats, sync, device, dtype)
         self.window_size = window_size
         self.compensate = compensate
+        self.derivative_positions = derivative_positions
 
     @property
     def averaged_iterations(self) -> int:
@@ -127,7 +136,7 @@ class CBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
         return self.window_size > 1 and not self.burning_in
 
     def new_state(self) -> MomentWindow:
-        return MomentWindow(self.window_size)
+        return MomentWindow(self.window_size, self.derivative_positions)
 
     def statistics(self, batch: Batch) -> Statistics:
         """Eq. (9)-(11): the moments of the window at today's weight."""
@@ -183,8 +192,8 @@ class NaiveCBN(CBN, nn.BatchNorm2d, _BatchNorm):
                  device=None,
                  dtype=None) -> None:
         super().__init__(num_features, eps, momentum, affine,
-                         track_running_stats, window_size, False, sync, device,
-                         dtype)
+                         track_running_stats, window_size, False, sync,
+                         device=device, dtype=dtype)
 
 
 def suggested_window_size(images_per_gpu: int) -> int:

@@ -292,13 +292,11 @@ class MABN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
         return torch.stack([self.running_mean,
                             self.running_var]).to(present.dtype)
 
-    def running_statistics(self, moments: Moments,
-                           factor: float) -> Tuple[Tensor, Tensor]:
+    def running_targets(self, moments: Moments,
+                        factor: float) -> Tuple[Optional[Tensor], Tensor]:
         if self.centered:
-            return super().running_statistics(moments, factor)
-        square = moments.mean_square()
-        return self.running_mean, torch.lerp(
-            self.running_var.to(square.dtype), square, factor)
+            return super().running_targets(moments, factor)
+        return None, moments.mean_square()
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -1,12 +1,11 @@
 """The moments of a layer's last iterations."""
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from ..functional import (AffineMoments, LinearCall, Moments, Processes,
-                          affine_moments, moments_at_weight, pool_moments,
-                          variance_about)
+from ..functional import (LinearCall, inner_products, moment_derivatives,
+                          pool_moments)
 from .moving_average import alike
 from .statistics import Batch
 
@@ -14,23 +13,32 @@ from .statistics import Batch
 class MomentWindow:
     """Ring of the moments of the last ``size`` iterations of one layer.
 
-    Holds detached tensors of fixed shape, made when the first iteration comes
-    in and emptied when the convolution's shape or the dtype changes. An entry
-    takes one weight-sized tensor, and C floats a few times; none at all
-    beyond those where nothing is compensated.
+    Of each iteration it holds the moments as affine functions of the
+    convolution's weight (:class:`mmdet_smallbn.functional.AffineMoments`), in
+    detached tensors of fixed shape, made when the first iteration comes in
+    and emptied when the convolution's shape or the dtype changes. That is one
+    weight-sized tensor, and C floats a few times; none at all beyond those
+    where nothing is compensated.
 
     Args:
         size (int): Iterations, the present one included.
+        positions (int, optional): Positions of a feature map that a
+            derivative is estimated from, about. None: all.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, positions: Optional[int] = None) -> None:
         self.size = size
+        self.positions = positions
         self.filled = 0
-        self._entries: Optional[AffineMoments] = None
-        # This process's part of each entry's batch.
+        self._turn = -1
+        # Centres, and offsets of mean and mean square: (3, size, C).
+        self._constants: Optional[Tensor] = None
+        # Derivatives: (size, groups, F) and (size, C, F), or none.
+        self._derivatives: List[Tensor] = []
+        # This process's part of each entry's batch: (size, 1).
         self._parts: Optional[Tensor] = None
-        self._cursor = -1
 
+    @torch.no_grad()
     def pool(self, batch: Batch,
              call: Optional[LinearCall]) -> Tuple[Tensor, Tensor, Tensor]:
         """Enter the present iteration, and pool it with the past ones.
@@ -49,94 +57,126 @@ class MomentWindow:
             tuple[Tensor, Tensor, Tensor]: Pooled mean, pooled biased variance
             and the weight of the present iteration, each of shape (C,).
         """
-        x, own, moments, processes = batch
-        present = self._describe(x, own, moments.mean, call)
-        if not self._fits(present):
-            self._allocate(present)
-        self._cursor = (self._cursor + 1) % self.size
-        self.filled = min(self.filled + 1, self.size)
-        for ring, value in zip(self._entries, present):
-            ring[self._cursor].copy_(value)
-
-        entries = AffineMoments(*(ring[:self.filled]
-                                  for ring in self._entries))
-        if processes is not None:
-            self._parts[self._cursor] = own.count / moments.count
-        mean, square = self._at_present(entries, call, processes)
-        var = variance_about(entries.centre, mean, square)
-        valid = torch.isfinite(mean + var)
-        mean[self._cursor] = moments.mean
-        var[self._cursor] = moments.var
-        valid[self._cursor] = True
+        mean, var = self.enter(batch, call)
+        total = mean + var
+        valid = total - total == 0  # finite
+        valid[self.place] = True
         weights = valid.to(mean.dtype)
-        return (*pool_moments(mean, var, weights), weights.sum(0).reciprocal())
+        weights /= weights.sum(0)
+        mean, var = pool_moments(mean, var, weights)
+        return mean, var, weights[self.place]
 
-    @staticmethod
-    def _describe(x: Tensor, own: Moments, centre: Tensor,
-                  call: Optional[LinearCall]) -> AffineMoments:
-        channels = own.mean.numel()
-        if call is None or x.numel() == 0:
-            # No weight to follow: constants, with derivatives of length 0.
-            # Of an empty part of a batch: zeros.
-            groups, length = 1, 0
-            if call is not None:
-                groups, length = call.groups, call.filters.size(1)
-            square = own.var + (own.mean - centre).square()
-            return AffineMoments(centre, own.mean, square,
-                                 centre.new_zeros((groups, length)),
-                                 centre.new_zeros((channels, length)))
-        return affine_moments(x, own, call, centre)
+    @property
+    def place(self) -> int:
+        """Where the present iteration is among the entries."""
+        return self._turn % self.size
 
-    def _at_present(
-            self, entries: AffineMoments, call: Optional[LinearCall],
-            processes: Optional[Processes]) -> Tuple[Tensor, Tensor]:
-        """The whole batches' means and mean squares at today's weight."""
-        parts = self._parts[:self.filled]
+    @torch.no_grad()
+    def enter(self, batch: Batch,
+              call: Optional[LinearCall]) -> Tuple[Tensor, Tensor]:
+        """Enter the present iteration, and bring all to today's weight.
+
+        Args:
+            batch (Batch): As for :meth:`pool`.
+            call (LinearCall, optional): As for :meth:`pool`.
+
+        Returns:
+            tuple[Tensor, Tensor]: Means and biased variances of the
+            iterations held, shape (k, C).
+        """
+        derivatives = self._differentiate(batch, call)
+        self._make_room(batch.moments.mean, derivatives)
+        self._turn += 1
+        self.filled = min(self.filled + 1, self.size)
+        if batch.processes is not None:
+            self._parts[self.place] = batch.own.count / batch.moments.count
+        mean, square = self._at_present(batch, call, derivatives)
+        between = mean - self._constants[0, :self.filled]
+        # Eq. (10): max[nu, mu^2] is a variance that is at least 0.
+        var = torch.addcmul(square, between, between, value=-1)
+        return mean, var.clamp_(min=0)
+
+    def _differentiate(self, batch: Batch,
+                       call: Optional[LinearCall]) -> Tuple[Tensor, ...]:
         if call is None:
-            mean, square = entries.mean_offset.clone(), entries.square_offset
+            return ()
+        x, own, moments, _ = batch
+        if x.numel() == 0:  # this process's part of the batch
+            length = call.filters.size(1)
+            return (own.mean.new_zeros((call.groups, length)),
+                    own.mean.new_zeros((own.mean.numel(), length)))
+        # Other positions in each iteration, the same after a resume.
+        return moment_derivatives(x, own, call, moments.mean, self.positions,
+                                  self._turn + 1)
+
+    def _at_present(self, batch: Batch, call: Optional[LinearCall],
+                    derivatives: Tuple[Tensor, ...]) -> Tensor:
+        """Enter, and give all batches' means and mean squares, (2, k, C)."""
+        place = self.place
+        own, centre, processes = batch.own, batch.moments.mean, batch.processes
+        square = own.var
+        if processes is not None:
+            square = square + (own.mean - centre).square()
+        constants = self._constants[:, :self.filled]
+        constants[:, place] = torch.stack([centre, own.mean, square])
+        if call is None:
+            values = constants[1:].clone()
         else:
-            bias = None
+            for ring, value in zip(self._derivatives, derivatives):
+                ring[place] = value
+            products = inner_products(
+                *(ring[:self.filled] for ring in self._derivatives),
+                call.filters)
+            # Exact at the present weight, however the derivatives are.
+            constants[1:, place] -= products[:, place]
+            values = products + constants[1:]
             if call.bias_trains:
-                bias = entries.mean_offset[self._cursor]
+                # The bias moves the mean one to one, and is what a mean's
+                # offset is.
+                bias = constants[1, place]
                 if processes is not None:  # an empty part does not know it
-                    bias = processes.sum(bias * parts[self._cursor])
-            mean, square = moments_at_weight(entries, call.filters, bias)
-        if processes is None:
-            return mean, square
-        return processes.sum(torch.cat([mean, square], 1) * parts).chunk(2, 1)
+                    bias = processes.sum(bias * self._parts[place])
+                values[0] = products[0] + bias
+        if processes is not None:
+            values = processes.sum(values * self._parts[:self.filled])
+        # As the batch has them, whatever its derivatives are.
+        values[:, place] = torch.stack(batch.moments[:2])
+        return values
 
-    def _fits(self, present: AffineMoments) -> bool:
-        return self._entries is not None and all(
-            alike(ring[0], value)
-            for ring, value in zip(self._entries, present))
-
-    def _allocate(self, present: AffineMoments) -> None:
-        self._entries = AffineMoments(*(v.new_zeros((self.size, *v.shape))
-                                        for v in present))
-        self._parts = present.centre.new_ones((self.size, 1))
-        self._cursor = -1
+    def _make_room(self, mean: Tensor, derivatives: Tuple[Tensor,
+                                                          ...]) -> None:
+        held = [] if self._constants is None else [
+            self._constants[0, 0], *(ring[0] for ring in self._derivatives)
+        ]
+        if len(held) == 1 + len(derivatives) and all(
+                map(alike, held, (mean, *derivatives))):
+            return
+        self._constants = mean.new_zeros((3, self.size, *mean.shape))
+        self._derivatives = [
+            value.new_zeros((self.size, *value.shape)) for value in derivatives
+        ]
+        self._parts = mean.new_ones((self.size, 1))
+        self._turn = -1
         self.filled = 0
 
     def state_dict(self) -> Dict[str, Any]:
         """What is held, for a checkpoint."""
         return dict(
             filled=self.filled,
-            cursor=self._cursor,
+            turn=self._turn,
             parts=self._parts,
-            entries=None
-            if self._entries is None else self._entries._asdict())
+            constants=self._constants,
+            derivatives=dict(enumerate(self._derivatives)))
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Hold what :meth:`state_dict` of one of the same size gave."""
-        self.filled, self._cursor = state['filled'], state['cursor']
-        self._parts = state['parts']
-        entries = state['entries']
-        self._entries = (
-            entries if entries is None else AffineMoments(**entries))
+        self.filled, self._turn = state['filled'], state['turn']
+        self._parts, self._constants = state['parts'], state['constants']
+        self._derivatives = list(state['derivatives'].values())
 
     def to(self, device: torch.device) -> None:
         """Move to a device. The dtype stays: statistics are not halved."""
-        if self._entries is not None:
-            self._entries = AffineMoments(*(v.to(device)
-                                            for v in self._entries))
+        if self._constants is not None:
+            self._constants = self._constants.to(device)
+            self._derivatives = [v.to(device) for v in self._derivatives]
             self._parts = self._parts.to(device)

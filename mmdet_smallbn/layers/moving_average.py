@@ -14,7 +14,7 @@ def alike(held: Tensor, value: Tensor) -> bool:
 class SimpleMovingAverage:
     """Mean of the last ``size`` values, of those at hand while fewer.
 
-    Values that are not finite count for nothing. Holds one detached tensor,
+    Values that are not finite count for nothing. Holds two detached tensors,
     made when the first value comes in and emptied when the shape or dtype
     changes.
 
@@ -25,7 +25,9 @@ class SimpleMovingAverage:
     def __init__(self, size: int) -> None:
         self.size = size
         self.pushes = 0
+        # The values, 0 where they are not finite; and 1 where they are.
         self._ring: Optional[Tensor] = None
+        self._counts: Optional[Tensor] = None
 
     @torch.no_grad()
     def push(self, value: Tensor, place: Optional[int] = None) -> int:
@@ -41,33 +43,37 @@ class SimpleMovingAverage:
         """
         if self._ring is None or not alike(self._ring[0], value):
             self._ring = value.new_zeros((self.size, *value.shape))
+            self._counts = torch.zeros_like(self._ring)
             self.pushes = 0
             place = None
         if place is None or not (
                 self.pushes - self.size <= place < self.pushes):
             place = self.pushes
             self.pushes += 1
-        # NaN marks what the average leaves out.
-        self._ring[place % self.size].copy_(
-            torch.where(value.isfinite(), value, torch.nan))
+        finite = value - value == 0
+        self._ring[place % self.size] = torch.where(finite, value, 0.)
+        self._counts[place % self.size] = finite
         return place
 
     def mean(self) -> Tensor:
         """The average, in the shape of a value; NaN if nothing is in it."""
-        return self._ring[:self.pushes].nanmean(0)
+        return self._ring.sum(0) / self._counts.sum(0)
 
     def state_dict(self) -> Dict[str, Any]:
         """What is held, for a checkpoint."""
-        return dict(pushes=self.pushes, ring=self._ring)
+        return dict(
+            pushes=self.pushes, ring=self._ring, counts=self._counts)
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Hold what :meth:`state_dict` of one of the same size gave."""
-        self.pushes, self._ring = state['pushes'], state['ring']
+        self.pushes = state['pushes']
+        self._ring, self._counts = state['ring'], state['counts']
 
     def to(self, device: torch.device) -> None:
         """Move to a device. The dtype stays: statistics are not halved."""
         if self._ring is not None:
             self._ring = self._ring.to(device)
+            self._counts = self._counts.to(device)
 
 
 class ExponentialMovingAverage:

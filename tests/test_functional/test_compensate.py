@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from mmdet_smallbn.functional import (AffineMoments, ConvCall, affine_moments,
-                                      batch_moments, moments_at_weight,
+                                      batch_moments, moment_derivatives,
+                                      moments_at_weight,
                                       variance_about)
 
 
@@ -111,3 +112,94 @@ def test_autocast_does_not_coarsen_the_products():
     for a, b in zip(cast, plain):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+GEOMETRIES = {
+    '1x1': dict(kernel=(1, 1)),
+    '3x3': dict(kernel=(3, 3), padding=(1, 1)),
+    'strided': dict(kernel=(3, 3), padding=(1, 1), stride=(2, 2)),
+    'dilated by groups': dict(
+        kernel=(3, 3), padding=(2, 2), dilation=(2, 2), groups=2),
+    'asymmetric': dict(kernel=(1, 5), padding=(0, 3), stride=(2, 1)),
+    '1x1, strided': dict(kernel=(1, 1), stride=(2, 2)),
+}
+
+
+def _geometry(name, shape=(2, 4, 33, 40)):
+    settings = dict(GEOMETRIES[name])
+    kernel = settings.pop('kernel')
+    groups = settings.get('groups', 1)
+    x = torch.randn(shape, dtype=torch.float64)
+    weight = torch.randn(6, 4 // groups, *kernel, dtype=torch.float64)
+    return _call(
+        x, weight, **{
+            'padding': (0, 0),
+            **settings
+        })
+
+
+def _conv(call, weight):
+    return F.conv2d(call.input, weight, None, call.stride, call.padding,
+                    call.dilation, call.groups)
+
+
+@pytest.mark.parametrize('name', GEOMETRIES)
+def test_the_sum_of_patches_is_that_of_the_convolution(name):
+    call = _geometry(name)
+    weight = call.weight.clone().requires_grad_()
+    y = _conv(call, weight)
+    wanted, = torch.autograd.grad(y.sum(), weight)
+    first = wanted.view(call.groups, -1, *wanted.shape[1:])[:, 0]
+    found = call.patch_sum(y.shape[2:], torch.float64)
+    torch.testing.assert_close(found, first.flatten(1))
+
+
+@pytest.mark.parametrize('shape', [(2, 4, 33, 40), (70, 4, 9, 7)],
+                         ids=['maps', 'regions'])
+@pytest.mark.parametrize('name', GEOMETRIES)
+def test_a_part_is_a_part_of_the_call(name, shape):
+    """In all turns together every place whose patch lies inside, once."""
+    call = _geometry(name, shape)
+    weight = call.weight.clone().requires_grad_()
+    y = _conv(call, weight)
+    places = torch.arange(y.numel(), dtype=torch.float64).view_as(y)
+    seen = torch.zeros_like(y)
+    positions = y.numel() // y.size(1) // 6
+    for turn in range(6):
+        at, part = call.part(places, positions, turn)
+        assert positions / 3 < at.numel() / at.size(1) < positions * 3
+        chosen = torch.isin(places, at)
+        assert chosen.sum() == at.numel()
+        seen += chosen
+        # Each place with the patch that made it.
+        grad = torch.randn_like(at)
+        whole = torch.zeros_like(y)
+        whole.flatten()[at.flatten().long()] = grad.flatten()
+        wanted, = torch.autograd.grad(y, weight, whole, retain_graph=True)
+        torch.testing.assert_close(part.products(grad), wanted.flatten(1))
+    assert call.part(places, 10**6, 0) is None
+
+
+def test_the_estimate_from_a_part_is_unbiased_and_close():
+    """On averages over turns; features after a ReLU have a large mean."""
+    x = torch.randn(2, 8, 66, 66).double().relu()
+    weight = torch.randn(8, 8, 3, 3).double() * 0.1
+    y = F.conv2d(x, weight)
+    call = _call(x, weight, padding=(0, 0))
+    moments = batch_moments(y)
+    d_mean, exact = moment_derivatives(y, moments, call, moments.mean)
+    parts = []
+    for turn in range(8):
+        same, estimate = moment_derivatives(y, moments, call, moments.mean,
+                                            1024, turn)
+        torch.testing.assert_close(same, d_mean)
+        parts.append(estimate)
+    error = (torch.stack(parts) - exact).norm(dim=(1, 2)) / exact.norm()
+    assert (error > 0.01).all() and (error < 0.4).all()
+    mean_error = (torch.stack(parts).mean(0) - exact).norm() / exact.norm()
+    assert mean_error < 0.7 * error.mean()
+    # About another centre, as where several processes share a batch.
+    centre = moments.mean + 0.5
+    _, exact = moment_derivatives(y, moments, call, centre)
+    _, estimate = moment_derivatives(y, moments, call, centre, 1024)
+    assert (estimate - exact).norm() < 0.4 * exact.norm()

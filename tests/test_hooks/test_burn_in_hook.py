@@ -179,11 +179,10 @@ def test_states_in_a_checkpoint_load_safely_and_fine_tuning_forgets(tmp_path):
     torch.save(states, tmp_path / 'states.pth')
     torch.load(tmp_path / 'states.pth', weights_only=True)
     # Copies: what training does next is not in them.
-    entries = states['head.1'][0]['state']['entries']
+    constants = states['head.1'][0]['state']['constants']
     exported = runner.model.head[1].export_states()[0]
-    runner.model.head[1]._states[0]._entries.mean_offset.zero_()
-    torch.testing.assert_close(exported['state']['entries']['mean_offset'],
-                               entries['mean_offset'])
+    runner.model.head[1]._states[0]._constants.zero_()
+    torch.testing.assert_close(exported['state']['constants'], constants)
     tuned = toy_runner(
         tmp_path,
         hooks,

@@ -11,6 +11,7 @@ from mmcv.cnn import ConvModule, build_norm_layer, is_norm
 from mmengine.analysis import get_model_complexity_info
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -530,6 +531,20 @@ def test_torch_compile_changes_nothing(norm):
     plain.eval()
     model.eval()
     torch.testing.assert_close(plain(x), compiled(x))
+
+
+def test_no_value_is_asked_for(norm):
+    """Nothing waits for the device: the tensors here have no values."""
+    with FakeTensorMode():
+        conv = nn.Conv2d(3, 6, 3)
+        layer = build_norm_layer(_cfg(norm.registered_as), 6)[1]
+        x = torch.randn(4, 3, 66, 66).requires_grad_()
+        for _ in range(3):
+            layer(conv(x)).sum().backward()
+    assert x.grad.shape == x.shape
+    # What was made there is not taken for the truth here.
+    conv = nn.Conv2d(3, 6, 3)
+    assert norm(conv(torch.randn(4, 3, 66, 66))).isfinite().all()
 
 
 def test_memory_does_not_grow(norm):
