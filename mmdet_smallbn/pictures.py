@@ -276,3 +276,93 @@ def _plot(ax: Axes,
         textcoords='offset points',
         ha='right',
         color=colour)
+
+
+def save_errors(means: Dict[tuple, Dict[str, float]],
+                path: Union[str, Path]) -> None:
+    """Draw errors of statistics over windows, a panel a learning rate.
+
+    Args:
+        means (dict): By factor of the learning rate, statistics and window
+            (None: of no window), the errors of mean and variance.
+        path (str | Path): Image file to write.
+    """
+    factors = sorted({factor for factor, _, _ in means})
+    kinds = list(dict.fromkeys(kind for _, kind, _ in means))
+    colours = dict(zip(kinds, colormaps['tab10'].colors))
+    figure = Figure(figsize=(3.6 * len(factors), 6.4), layout='constrained')
+    axes = figure.subplots(2, len(factors), squeeze=False, sharey='row')
+    titles = dict(mean='error of the mean / deviation',
+                  var='relative error of the variance')
+    for row, (metric, title) in zip(axes, titles.items()):
+        for ax, factor in zip(row, factors):
+            for kind in kinds:
+                points = sorted((window or 0, errors[metric]) for (
+                    f, k, window), errors in means.items()
+                                if (f, k) == (factor, kind))
+                windows, values = zip(*points)
+                if len(points) == 1:
+                    style = '--' if windows[0] else ':'
+                    ax.axhline(
+                        values[0], color=colours[kind], ls=style, label=kind)
+                else:
+                    ax.plot(
+                        windows,
+                        values,
+                        'o-',
+                        ms=4,
+                        color=colours[kind],
+                        label=kind)
+            ax.set_xscale('log', base=2)
+            windows = sorted({w for _, _, w in means if w and w > 1})
+            ax.set_xticks(windows, windows)
+            ax.set(title=f'learning rate x {factor:g}', xlabel='window')
+            ax.grid(alpha=0.25)
+            ax.spines[['top', 'right']].set_visible(False)
+        row[0].set_ylabel(title)
+        row[0].set_ylim(0, 1.1 * max(e[metric] for e in means.values()))
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(),
+        loc='outside lower center',
+        ncols=len(kinds),
+        frameon=False,
+        fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def save_costs(rows: Sequence[Dict[str, Any]], path: Union[str,
+                                                           Path]) -> None:
+    """Draw what norms cost, a panel for each case.
+
+    Args:
+        rows (Sequence[dict]): What the benchmark measured: level, case, norm,
+            and the median and quartiles of the time's ratio to BatchNorm.
+        path (str | Path): Image file to write.
+    """
+    cases = list(dict.fromkeys((row['level'], row['case']) for row in rows))
+    columns = min(3, len(cases))
+    lines = -(-len(cases) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.4 * lines), layout='tight')
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for ax, (level, case) in zip(axes, cases):
+        own = [r for r in rows if (r['level'], r['case']) == (level, case)]
+        own = own[::-1]
+        medians = np.array([row['time']['median'] for row in own])
+        spread = np.abs([[row['time'][q] for row in own] - medians
+                         for q in ('low', 'high')])
+        ax.barh([row['norm'] for row in own],
+                medians,
+                xerr=spread,
+                color='#8fb8de',
+                ecolor=_INK,
+                height=0.65)
+        for place, median in enumerate(medians):
+            ax.text(0.02, place, f'{median:.2f}', va='center', fontsize=8)
+        ax.axvline(1, color='#c0392b', lw=1)
+        ax.set_title(f'{level}: {case}', fontsize=9)
+        ax.tick_params(labelsize=8)
+        ax.spines[['top', 'right']].set_visible(False)
+    for ax in axes[len(cases):]:
+        ax.set_visible(False)
+    figure.supxlabel('time, as a ratio to BatchNorm', fontsize=9)
+    figure.savefig(path, dpi=110)

@@ -12,6 +12,7 @@ from mmdet_smallbn.cli import print_norms
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     ROOT / 'README.md', ROOT / 'docs' / 'training_features.md',
+    ROOT / 'docs' / 'costs.md',
     *sorted((ROOT / 'configs').rglob('README.md'))
 ]
 COMMAND = re.compile(

@@ -1,0 +1,1 @@
+"""What norms cost, measured side by side."""

@@ -1,0 +1,256 @@
+"""What is measured: norms, blocks, detectors, in training and inference."""
+from contextlib import nullcontext
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
+
+import torch
+from mmcv.cnn import ConvModule
+from mmcv.cnn.utils import fuse_conv_bn
+from mmengine.config import Config
+from mmengine.optim import OptimWrapper
+from mmengine.registry import MODELS, init_default_scope
+from torch import Tensor, nn
+
+from ..layers import SmallBatchNorm
+from .measure import Run
+
+# The baseline comes first. MABN's convolutions are centred, as in its method.
+NORMS: Dict[str, dict] = {
+    'BN': dict(norm_cfg=dict(type='BN')),
+    'no norm': dict(norm_cfg=None),
+    'GN': dict(norm_cfg=dict(type='GN', num_groups=32)),
+    'NaiveCBN, window 4': dict(norm_cfg=dict(type='NaiveCBN', window_size=4)),
+    **{
+        f'CBN, window {k}': dict(norm_cfg=dict(type='CBN', window_size=k))
+        for k in (1, 2, 4, 8, 16)
+    },
+    'CBN, window 4, all positions': dict(
+        norm_cfg=dict(type='CBN', window_size=4, derivative_positions=None)),
+    'MABN': dict(
+        norm_cfg=dict(type='MABN'), conv_cfg=dict(type='CenConv')),
+    'BRN': dict(norm_cfg=dict(type='BRN')),
+    'BGN': dict(norm_cfg=dict(type='BGN')),
+    'GhostBN': dict(norm_cfg=dict(type='GhostBN')),
+}
+
+
+class Block(NamedTuple):
+    """A convolution with what goes into it."""
+    shape: tuple
+    kernel_size: int
+
+    def grown(self, batch: int = 0, channels: int = 0) -> 'Block':
+        n, c, h, w = self.shape
+        return self._replace(shape=(batch or n, channels or c, h, w))
+
+
+BLOCKS = {
+    'backbone, 2x64x64x64, 3x3': Block((2, 64, 64, 64), 3),
+    'bottleneck, 2x256x32x32, 1x1': Block((2, 256, 32, 32), 1),
+    'RoI head, 128x256x7x7, 3x3': Block((128, 256, 7, 7), 3),
+}
+# Detectors, and configs of configs/cbn with a norm in neck and heads.
+DETECTORS = {
+    'Faster R-CNN': 'faster-rcnn_r50_fpn_4conv1fc_cbn-head_4xb4-1x_coco.py',
+    'Mask R-CNN': 'mask-rcnn_r50_fpn_4conv1fc_cbn-head_4xb4-1x_coco.py',
+}
+PLACES = ('heads', 'all')
+
+
+class Setting(NamedTuple):
+    """How everything runs.
+
+    Attributes:
+        device (torch.device): Where.
+        dtype (torch.dtype): float32, or that of autocast.
+        channels_last (bool): The memory format.
+    """
+    device: torch.device = torch.device('cpu')
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+
+    def autocast(self):
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def put(self, thing: Any) -> Any:
+        """A module or tensor on the device, in the memory format."""
+        thing = thing.to(self.device)
+        if self.channels_last:
+            thing = thing.to(memory_format=torch.channels_last)
+        return thing
+
+
+class Contender(NamedTuple):
+    """Something to measure.
+
+    Attributes:
+        run (callable): One step of it.
+        module (nn.Module): What it trains.
+        optimizer (torch.optim.Optimizer, optional): What it trains it with.
+    """
+    run: Run
+    module: nn.Module
+    optimizer: Optional[torch.optim.Optimizer] = None
+
+    def state_bytes(self) -> int:
+        """What the norms remember of past iterations."""
+        return sum(
+            tensor.numel() * tensor.element_size()
+            for norm in self.module.modules()
+            if isinstance(norm, SmallBatchNorm)
+            for tensor in _tensors(norm.export_states()))
+
+    def resident_bytes(self) -> int:
+        """Parameters, buffers, optimizer's and norms' states."""
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        if self.optimizer is not None:
+            tensors += _tensors(list(self.optimizer.state.values()))
+        return self.state_bytes() + sum(
+            t.numel() * t.element_size() for t in tensors)
+
+
+def _tensors(values: Any) -> List[Tensor]:
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, dict):
+        values = values.values()
+    if isinstance(values, (list, tuple)) or hasattr(values, '__iter__') and (
+            not isinstance(values, str)):
+        return [t for value in values for t in _tensors(value)]
+    return []
+
+
+def _block(norm: dict, block: Block, setting: Setting) -> ConvModule:
+    channels, kernel = block.shape[1], block.kernel_size
+    module = ConvModule(
+        channels, channels, kernel, padding=kernel // 2, bias=False, **norm)
+    module.init_weights()
+    return setting.put(module)
+
+
+def _inputs(block: Block, setting: Setting, count: int = 4) -> List[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        setting.put(torch.randn(block.shape, generator=generator))
+        for _ in range(count)
+    ]
+
+
+def _in_turn(values: list) -> Callable[[], Any]:
+    state = dict(at=-1)
+
+    def next_one():
+        state['at'] = (state['at'] + 1) % len(values)
+        return values[state['at']]
+
+    return next_one
+
+
+def train_block(norm: dict, block: Block, setting: Setting) -> Contender:
+    """Forward and backward of convolution, norm and ReLU."""
+    module = _block(norm, block, setting)
+    parameters = list(module.parameters())
+    next_input = _in_turn(
+        [x.requires_grad_() for x in _inputs(block, setting)])
+    grads: Dict[torch.dtype, Tensor] = {}
+
+    def run() -> None:
+        x = next_input()
+        with setting.autocast():
+            out = module(x)
+        if out.dtype not in grads:
+            grads[out.dtype] = torch.randn_like(out)
+        torch.autograd.grad(out, [x, *parameters], grads[out.dtype])
+
+    return Contender(run, module)
+
+
+def train_norm(norm: dict, block: Block, setting: Setting) -> Contender:
+    """Forward and backward of the norm, on convolutions that are made."""
+    module = _block(norm, block, setting)
+    with setting.autocast():
+        maps = [module.conv(x) for x in _inputs(block, setting)]
+    grad = torch.randn_like(maps[0])
+    next_map = _in_turn(maps)
+    parameters = list(module.norm.parameters())
+
+    def run() -> None:
+        x = next_map()
+        with setting.autocast():
+            out = module.norm(x)
+        torch.autograd.grad(out, [x, *parameters], grad.to(out.dtype))
+
+    return Contender(run, module)
+
+
+def infer_block(norm: dict,
+                block: Block,
+                setting: Setting,
+                fold: bool = False) -> Contender:
+    """Forward of a block in evaluation."""
+    module = _block(norm, block, setting).eval()
+    if fold:
+        module = fuse_conv_bn(module)
+    next_input = _in_turn(_inputs(block, setting))
+
+    def run() -> None:
+        with torch.no_grad(), setting.autocast():
+            module(next_input())
+
+    return Contender(run, module)
+
+
+def train_detector(config: str, place: str, norm: dict, setting: Setting,
+                   images: int, size: tuple, rois: int) -> Contender:
+    """A step of a detector: losses, backward, update.
+
+    Args:
+        config (str): One with a norm in neck and heads.
+        place (str): ``'heads'``, or ``'all'`` for the backbone, too.
+        norm (dict): ``norm_cfg`` and ``conv_cfg`` to have there.
+        setting (Setting): Where and how.
+        images (int): Of a batch.
+        size (tuple[int, int]): Height and width of the images in pixels.
+        rois (int): Regions of an image in training.
+    """
+    from mmdet.testing import demo_mm_inputs
+    model = Config.fromfile(config).model
+    init_default_scope('mmdet')
+    parts = [model.neck, model.roi_head.bbox_head]
+    if model.roi_head.get('mask_head') is not None:
+        parts.append(model.roi_head.mask_head)
+    if place == 'all':
+        model.backbone.norm_eval = False
+        parts.append(model.backbone)
+    for part in parts:
+        for key, value in norm.items():
+            part[key] = value  # update() would merge the two
+    model.backbone.init_cfg = None
+    model.train_cfg.rcnn.sampler.num = rois
+    torch.manual_seed(0)
+    detector = setting.put(MODELS.build(model)).train()
+    detector.init_weights()
+    optimizer = torch.optim.SGD(
+        [p for p in detector.parameters() if p.requires_grad],
+        lr=1e-4,
+        momentum=0.9)
+    wrapper = OptimWrapper(optimizer)
+    next_batch = _in_turn([
+        demo_mm_inputs(
+            images, [[3, *size]] * images,
+            num_classes=80,
+            with_mask='mask_head' in model.roi_head) for _ in range(2)
+    ])
+    norms = [m for m in detector.modules() if isinstance(m, SmallBatchNorm)]
+    state = dict(iteration=0)
+
+    def run() -> None:
+        for layer in norms:  # as the hook tells them
+            layer.iteration = state['iteration']
+        state['iteration'] += 1
+        torch.manual_seed(0)
+        with setting.autocast():
+            detector.train_step(next_batch(), wrapper)
+
+    return Contender(run, detector, optimizer)

@@ -1,0 +1,298 @@
+"""How far a norm's statistics are from those of a large batch."""
+import argparse
+import copy
+import json
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from ..errors import SetupError, one_line_errors
+from ..functional import Moments, batch_moments, normalize, pool_moments
+from ..hooks import bare_model
+from ..layers import CBN
+from ..layers.conv_call import find_producer
+from ..layers.moment_window import MomentWindow
+from ..layers.moving_average import ExponentialMovingAverage
+from ..layers.statistics import Batch
+from ..pictures import save_errors
+from .runtime import (add_config_arguments, add_run_arguments, build_runner,
+                      load_config)
+
+BN, NAIVE, EXACT, EMA = 'BN', 'NaiveCBN', 'CBN, all positions', 'EMA'
+METRICS = ('mean', 'var', 'mean_square')
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Flags of the tool."""
+    parser = argparse.ArgumentParser(
+        description='Train with CBN, and measure the errors of the mean and '
+        'variance that several norms would use at the same moment, against a '
+        'large batch under the same weights')
+    add_config_arguments(parser)
+    add_run_arguments(parser)
+    parser.add_argument(
+        '--windows', type=int, nargs='+', default=[1, 2, 4, 8, 16])
+    parser.add_argument(
+        '--positions',
+        type=int,
+        nargs='+',
+        default=[256, 64],
+        help='estimates of the derivative from about so many positions')
+    parser.add_argument(
+        '--images', type=int, default=64, help='of the large batch')
+    parser.add_argument('--batch', type=int, default=2, help='of training')
+    parser.add_argument('--iters', type=int, default=300)
+    parser.add_argument(
+        '--every', type=int, default=25, help='iterations between measures')
+    parser.add_argument(
+        '--learning-rates',
+        type=float,
+        nargs='+',
+        default=[0.25, 1., 4.],
+        help="factors of the config's")
+    parser.add_argument('--seed', type=int, default=0)
+    return parser.parse_args(argv)
+
+
+class _Layer:
+    """What several norms would know at one layer of the training."""
+
+    def __init__(self, norm: CBN, windows: int,
+                 positions: Sequence[int]) -> None:
+        self.norm = norm
+        self.naive = MomentWindow(windows)
+        self.compensated = {EXACT: MomentWindow(windows)}
+        self.compensated.update((f'CBN, {p} positions',
+                                 MomentWindow(windows, p)) for p in positions)
+        self.average = ExponentialMovingAverage(0.02)
+        # Means and variances of the iterations held, the newest first.
+        self.held: Dict[str, Tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def see(self, x: Tensor) -> None:
+        """A training forward's input."""
+        moments = batch_moments(x)
+        batch = Batch(x, moments, moments)
+        producer = find_producer(x)
+        windows = {NAIVE: (self.naive, None)}
+        windows.update((name, (window, producer.call))
+                       for name, window in self.compensated.items())
+        for name, (window, call) in windows.items():
+            mean, var = window.enter(batch, call)
+            order = [(window.place - back) % window.size
+                     for back in range(window.filled)]
+            self.held[name] = mean[order], var[order]
+        square = moments.mean_square()
+        self.average.push(torch.stack([moments.mean, square]))
+
+    def estimates(self, windows: Sequence[int]):
+        """Name, window, mean and variance of each estimate."""
+        for name, (means, variances) in self.held.items():
+            for k in windows:
+                if k == 1 and name != NAIVE:
+                    continue
+                ones = means.new_ones((k, 1))
+                yield (BN if k == 1 else name, k,
+                       *pool_moments(means[:k], variances[:k], ones))
+        # From 0, as an average of few values.
+        grown = 1 - (1 - self.average.momentum)**self.average.pushes
+        mean, square = self.average.mean() / grown
+        yield EMA, None, mean, (square - mean.square()).clamp(min=0)
+
+
+class _Measure(Hook):
+    """Watches the layers, and measures from time to time."""
+    priority = 'LOW'
+
+    def __init__(self, args: argparse.Namespace, tell) -> None:
+        self.args = args
+        self.tell = tell
+        self.rows: List[Dict[str, Any]] = []
+
+    def before_train(self, runner) -> None:
+        self.layers = {
+            name: _Layer(norm, max(self.args.windows), self.args.positions)
+            for name, norm in bare_model(runner).named_modules()
+            if isinstance(norm, CBN) and norm.compensate and norm.training
+        }
+        if not self.layers:
+            raise SetupError('no CBN trains in this model. Take a config of '
+                             'configs/cbn, or the demo')
+        loader = runner.cfg.train_dataloader.copy()
+        loader.update(
+            batch_size=self.args.images,
+            sampler=dict(type='DefaultSampler', shuffle=False))
+        self.large = next(iter(runner.build_dataloader(loader, seed=0)))
+        if len(self.large['inputs']) < self.args.images:
+            raise SetupError(f'--images {self.args.images} are more than the '
+                             f'{len(self.large["inputs"])} for training')
+        self.handles = [
+            layer.norm.register_forward_pre_hook(self._watch(layer))
+            for layer in self.layers.values()
+        ]
+
+    @staticmethod
+    def _watch(layer: _Layer):
+
+        def hook(norm, inputs):
+            if norm.training and torch.is_grad_enabled():
+                layer.see(inputs[0])
+
+        return hook
+
+    def before_train_iter(self, runner, *args, **kwargs) -> None:
+        self.truth: Dict[str, Moments] = {}
+        if runner.iter % self.args.every == 0 and runner.iter >= max(
+                self.args.windows):
+            self.truth = self._large_batch(runner)
+
+    def after_train_iter(self, runner, *args, **kwargs) -> None:
+        for name, truth in self.truth.items():
+            for kind, window, *moments in self.layers[name].estimates(
+                    self.args.windows):
+                self.rows.append(
+                    dict(
+                        iter=runner.iter,
+                        layer=name,
+                        kind=kind,
+                        window=window,
+                        **_errors(*moments, truth)))
+        self.tell()
+
+    def after_train(self, runner) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    @torch.no_grad()
+    def _large_batch(self, runner) -> Dict[str, Moments]:
+        """Its moments at each layer, normalised by its own."""
+        seen: Dict[str, Moments] = {}
+        model = bare_model(runner)
+
+        def forward_of(name: str, norm: CBN):
+
+            def forward(x: Tensor) -> Tensor:
+                seen[name] = moments = batch_moments(x)
+                return normalize(x, moments.mean, moments.var, norm.weight,
+                                 norm.bias, norm.eps)
+
+            return forward
+
+        for name, layer in self.layers.items():
+            layer.norm.forward = forward_of(name, layer.norm)
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                model(**model.data_preprocessor(self.large, True), mode='loss')
+        finally:
+            for layer in self.layers.values():
+                del layer.norm.forward
+        return seen
+
+
+def _errors(mean: Tensor, var: Tensor, truth: Moments) -> Dict[str, float]:
+    """Of mean, in deviations; of variance and mean square, relative."""
+    square = var + mean.square()
+    alive = truth.var > 1e-12  # channels that are more than a constant
+    errors = dict(
+        mean=(mean - truth.mean) / truth.var.sqrt(),
+        var=var / truth.var - 1,
+        mean_square=square / truth.mean_square() - 1)
+    return {
+        name: error[alive].abs().mean().item()
+        for name, error in errors.items()
+    }
+
+
+def prepare(cfg: Config, args: argparse.Namespace, factor: float) -> Config:
+    """The training that is watched."""
+    cfg = copy.deepcopy(cfg)
+    cfg.train_dataloader.batch_size = args.batch
+    cfg.optim_wrapper.optimizer.lr *= factor
+    cfg.train_cfg = dict(
+        type='IterBasedTrainLoop',
+        max_iters=args.iters,
+        val_interval=args.iters + 1)
+    cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    cfg.test_cfg = cfg.test_dataloader = cfg.test_evaluator = None
+    cfg.custom_hooks = [dict(type='BurnInHook', iters=0)]
+    cfg.default_hooks.checkpoint = None
+    cfg.randomness = dict(seed=args.seed)
+    cfg.work_dir = str(Path(cfg.work_dir) / f'lr_{factor:g}')
+    cfg.experiment_name = f'statistics_error_{factor:g}'
+    cfg.log_level = 'WARNING'
+    return cfg
+
+
+def summarise(rows: Sequence[Dict[str, Any]]) -> Dict[tuple, Dict[str, float]]:
+    """Errors averaged over layers and iterations.
+
+    Returns:
+        dict: By factor of the learning rate, statistics and window.
+    """
+    groups: Dict[tuple, List[Dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row['lr'], row['kind'], row['window']].append(row)
+    return {
+        key: {
+            metric: sum(row[metric] for row in group) / len(group)
+            for metric in METRICS
+        }
+        for key, group in groups.items()
+    }
+
+
+def report(rows: Sequence[Dict[str, Any]], console: Console) -> None:
+    """A table of the errors, those of estimates beside the exact one's."""
+    means = summarise(rows)
+    table = Table(title='Mean error against the large batch')
+    for column in ('learning rate', 'statistics', 'window',
+                   'mean / deviation', 'variance', 'mean square',
+                   'variance, to exact'):
+        table.add_column(column, justify='right')
+    for (factor, kind, window), errors in means.items():
+        exact = means.get((factor, EXACT, window))
+        beside = exact and kind.startswith('CBN,') and kind != EXACT
+        table.add_row(
+            f'x {factor:g}', kind, str(window or '-'),
+            *(f'{errors[metric]:.4f}' for metric in METRICS),
+            f'{errors["var"] / exact["var"]:.3f}' if beside else '')
+    console.print(table)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Train, measure, report."""
+    args = parse_args(argv)
+    rows: List[Dict[str, Any]] = []
+    with one_line_errors():
+        cfg = load_config(args)
+        folder = Path(cfg.work_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with Progress() as progress:
+            for factor in args.learning_rates:
+                task = progress.add_task(
+                    f'learning rate x {factor:g}', total=args.iters)
+                measure = _Measure(args, partial(progress.advance, task))
+                runner: Runner = build_runner(prepare(cfg, args, factor))
+                runner.register_hook(measure)
+                runner.train()
+                rows += [dict(lr=factor, **row) for row in measure.rows]
+    lines = [json.dumps(row) for row in rows]
+    (folder / 'statistics_error.jsonl').write_text('\n'.join(lines) + '\n')
+    save_errors(summarise(rows), folder / 'statistics_error.png')
+    report(rows, Console())
+    print(f'In {folder}: statistics_error.jsonl, statistics_error.png')
+
+
+if __name__ == '__main__':
+    main()
