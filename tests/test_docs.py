@@ -1,6 +1,7 @@
 """The commands and links of the documentation are ones that work."""
 import configparser
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -87,3 +88,33 @@ def test_links_go_somewhere(page):
     for target in re.findall(r'(?:\]\(|src=")([^)"#]+)[)"#]',
                              page.read_text()):
         assert '://' in target or (page.parent / target).exists(), target
+
+
+def test_the_costs_are_the_benchmarks():
+    docs = ROOT / 'docs'
+    page = (docs / 'costs.md').read_text()
+    rows = json.loads((docs / 'benchmark_cpu.json').read_text())['rows']
+    blocks = {(r['norm'], r['case']): r['time']['median']
+              for r in rows if r['level'] == 'block'}
+    cases = list(dict.fromkeys(case for _, case in blocks))
+    head = page[page.index('| time of a block'):].splitlines()
+    assert head[0].split(' | ')[1:] == [*cases[:-1], f'{cases[-1]} |']
+    lines = [line.strip('| ').split(' | ') for line in head[2:10]]
+    assert len(lines) == 8
+    for name, *numbers in lines:
+        assert numbers == [f'{blocks[name, case]:.2f}' for case in cases]
+
+    rows = json.loads(
+        (docs / 'benchmark_detectors_cpu.json').read_text())['rows']
+    found = {(r['case'], r['norm']): r for r in rows}
+    for detector in ('Faster', 'Mask'):
+        for norm in ('CBN, window 4', 'MABN'):
+            heads, everywhere = (
+                found[f'{detector} R-CNN, norms in {place}', norm]
+                for place in ('heads', 'all'))
+            numbers = [
+                heads['time']['median'], everywhere['time']['median'],
+                heads['memory'], everywhere['memory']
+            ]
+            line = ' | '.join(f'{number:.2f}' for number in numbers)
+            assert f'| {detector} R-CNN, {norm} | {line} |' in page

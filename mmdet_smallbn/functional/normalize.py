@@ -237,7 +237,7 @@ def fold_groups(mean: Tensor, var: Tensor,
         tuple[Tensor, Tensor]: Shape (C,), constant in each group; in float32
         at least if there are groups.
     """
-    if num_groups is None:
+    if num_groups is None or num_groups == mean.numel():
         return mean, var
     # Squares of half-precision means would overflow.
     dtype = statistics_dtype(mean)
