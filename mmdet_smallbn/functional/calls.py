@@ -53,7 +53,8 @@ class ConvCall(NamedTuple):
         """
         total = self.input.sum(0, dtype=dtype)
         kernel = self.weight.shape[2:]
-        if tuple(kernel) == (1, 1) and total.shape[1:] == size:
+        if kernel.numel() == 1 and not any(self.padding) and (
+                total.shape[1:] == size):
             return total.sum((1, 2)).view(self.groups, -1)
         rows, columns = (
             _reach(*of_axis, self.transposed, dtype, total.device)
@@ -133,7 +134,7 @@ class ConvCall(NamedTuple):
         # Of each axis at least some are left. Rows that are left out need not
         # be read.
         steps = [min(many, inside[0] // _LINES)]
-        if steps[0] < 2:
+        if steps[0] < 2 or 2 * inside[1] < x.size(3):  # narrow maps
             return None
         steps.append(max(1, min(many // steps[0], inside[1] // _LINES)))
         first = [f + turn % step for f, step in zip(first, steps)]
