@@ -289,7 +289,8 @@ class SmallBatchNorm(nn.BatchNorm2d):
     def _normalize(self, batch: Batch, statistics: Statistics) -> Tensor:
         mean, var, share, gradient, r, d = statistics
         weight, bias = self.weight, self.bias
-        if r is not None:
+        # Of no values there are no moments: nothing to renormalise with.
+        if r is not None and batch.x.numel():
             if d is not None:
                 bias = _affine(d, weight, bias)
             weight = r if weight is None else weight * r
