@@ -224,3 +224,35 @@ def test_alone_it_is_the_same_layer():
         y = conv(torch.randn(2, 3, 4, 4).double())
         torch.testing.assert_close(layers[0](y), layers[1](y), rtol=0, atol=0)
     assert 'sync=True' in repr(layers[0]) and 'sync' not in repr(layers[1])
+
+
+class _Twins(functional.Processes):
+    """Two processes that have the same."""
+
+    @classmethod
+    def current(cls):
+        return cls()
+
+    @staticmethod
+    def _gather(part):
+        return torch.stack([part, part])
+
+    def sum(self, values):
+        return 2 * values
+
+
+@pytest.mark.parametrize('cls', [BRN, CBN, NaiveCBN, MABN])
+def test_what_is_empty_everywhere_leaves_the_running_statistics(
+        cls, monkeypatch):
+    monkeypatch.setattr('mmdet_smallbn.layers.base.Processes', _Twins)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), cls(8, sync=True)).double()
+    model(torch.randn(2, 3, 5, 5).double()).sum().backward()
+    before = copy.deepcopy(model[1].state_dict())
+    model.zero_grad()
+    model(torch.randn(0, 3, 5, 5).double()).sum().backward()
+    for name in ('running_mean', 'running_var'):
+        torch.testing.assert_close(
+            getattr(model[1], name), before[name], rtol=0, atol=0)
+    assert all((p.grad == 0).all() for p in model.parameters())
+    model(torch.randn(2, 3, 5, 5).double()).sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
