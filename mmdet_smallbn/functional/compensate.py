@@ -204,4 +204,5 @@ def variance_about(centre: Tensor, mean: Tensor, square: Tensor) -> Tensor:
     Returns:
         Tensor: Same shape.
     """
-    return (square - (mean - centre).square()).clamp_(min=0)
+    away = mean - centre
+    return torch.addcmul(square, away, away, value=-1).clamp_(min=0)

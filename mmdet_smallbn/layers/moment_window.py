@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ..functional import (LinearCall, inner_products, moment_derivatives,
-                          pool_moments)
+                          pool_moments, variance_about)
 from .moving_average import alike
 from .statistics import Batch
 
@@ -91,10 +91,8 @@ class MomentWindow:
         if batch.processes is not None:
             self._parts[self.place] = batch.own.count / batch.moments.count
         mean, square = self._at_present(batch, call, derivatives)
-        between = mean - self._constants[0, :self.filled]
-        # Eq. (10): max[nu, mu^2] is a variance that is at least 0.
-        var = torch.addcmul(square, between, between, value=-1)
-        return mean, var.clamp_(min=0)
+        centre = self._constants[0, :self.filled]
+        return mean, variance_about(centre, mean, square)
 
     def _differentiate(self, batch: Batch,
                        call: Optional[LinearCall]) -> Tuple[Tensor, ...]:
