@@ -46,7 +46,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         '--positions',
         type=int,
         nargs='+',
-        default=[256, 64],
+        default=[32, 128],
         help='estimates of the derivative from about so many positions')
     parser.add_argument(
         '--images', type=int, default=64, help='of the large batch')

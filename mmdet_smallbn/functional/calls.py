@@ -1,12 +1,9 @@
 """Calls that are linear in filters of their own: one filter a channel."""
-from typing import Any, Dict, NamedTuple, Optional, Tuple, Type, Union
+from typing import (Any, Callable, Dict, List, NamedTuple, Optional, Tuple,
+                    Type, Union)
 
 import torch
 from torch import Tensor
-
-# What a part of a call keeps at least, of examples and of rows and columns.
-_EXAMPLES = 16
-_LINES = 6
 
 
 class ConvCall(NamedTuple):
@@ -57,7 +54,7 @@ class ConvCall(NamedTuple):
                 total.shape[1:] == size):
             return total.sum((1, 2)).view(self.groups, -1)
         rows, columns = (
-            _reach(*of_axis, self.transposed, dtype, total.device)
+            _table(_reach, *of_axis, self.transposed, dtype, total.device)
             for of_axis in zip(total.shape[1:], size, kernel, self.stride,
                                self.padding, self.dilation))
         # (C_in, H, W) x (kw, W) x (kh, H) -> (C_in, kh, kw)
@@ -88,73 +85,61 @@ class ConvCall(NamedTuple):
             self.dilation, False, (0, 0), self.groups, (False, True, False))
         return self._as_filters(result)
 
-    def part(self, x: Tensor, positions: int,
-             turn: int) -> Optional[Tuple[Tensor, 'ConvCall']]:
-        """The call at some positions, spread evenly over its output.
+    def sample(self, x: Tensor, size: int, turn: int) -> Tensor:
+        """Patches of the input behind some positions of the output.
 
-        Of maps these are rows and columns whose patches lie within the input,
-        of many examples with small maps some of the examples.
+        They are spread evenly over examples, rows and columns. There may be
+        fewer than are asked for; some come several times then.
 
         Args:
-            x (Tensor): Output of the call, shape (N, C, H, W).
-            positions (int): About how many.
-            turn (int): Other positions in each turn.
+            x (Tensor): Output of the call, shape (N, C, H, W). Of an empty
+                one they are 0.
+            size (int): How many positions P.
+            turn (int): Others in each turn, of eight.
 
         Returns:
-            tuple[Tensor, ConvCall], optional: Output and call of that part.
-            None where all is not much more.
+            Tensor: Shape (P, groups, C_in / groups, kh, kw), a view of what
+            is laid out otherwise.
         """
-        many = x.numel() // x.size(1) // positions
-        if many < 2:
-            return None
-        step = min(many, x.size(0) // _EXAMPLES)
-        call = self
-        if step >= 2:
-            examples = slice(turn % step, None, step)
-            x = x[examples]
-            call = self._replace(input=self.input[examples])
-            many //= step
-        if many >= 2 and not self.transposed:
-            found = call._part_of_maps(x, many, turn)
-            if found is not None:
-                return found
-        return None if call is self else (x, call)
+        channels, kernel = self.input.size(1), self.weight.shape[2:]
+        if x.numel() == 0:
+            patches = x.new_zeros((size, channels, *kernel))
+            return patches.unflatten(1, (self.groups, -1))
+        examples, rows, columns = self._positions(x, size, turn)
+        patches = torch.ops.aten.index(
+            self.input, [examples.input, None, rows.input, columns.input])
+        for lines in (rows, columns):
+            if lines.met is not None:
+                patches.mul_(lines.met)
+        # (P, kh, kw, C_in)
+        patches = patches.permute(0, 3, 1, 2)
+        return patches.unflatten(1, (self.groups, -1))
 
-    def _part_of_maps(self, x: Tensor, many: int,
-                      turn: int) -> Optional[Tuple[Tensor, 'ConvCall']]:
-        reach = [d * (k - 1) + 1
-                 for d, k in zip(self.dilation, self.weight.shape[2:])]
-        # Outputs whose patches lie within the input.
-        first = [-(-p // s) for p, s in zip(self.padding, self.stride)]
-        inside = [
-            (size - r + p) // s + 1 - f
-            for size, r, p, s, f in zip(self.input.shape[2:], reach,
-                                        self.padding, self.stride, first)
+    def sample_mean(self, x: Tensor, size: int, turn: int,
+                    dtype: torch.dtype) -> Tensor:
+        """Mean of the outputs at the positions of :meth:`sample`.
+
+        Returns:
+            Tensor: Shape (C,).
+        """
+        if x.numel() == 0:
+            return x.new_zeros(x.size(1), dtype=dtype)
+        examples, rows, columns = self._positions(x, size, turn)
+        outputs = torch.ops.aten.index(
+            x, [examples.output, None, rows.output, columns.output])
+        return outputs.mean(0, dtype=dtype)
+
+    def _positions(self, x: Tensor, size: int, turn: int) -> List['_Lines']:
+        """Those of a turn, on the axes of examples, rows and columns."""
+        device = x.device
+        tables = [_table(_make_examples, x.size(0), size, device)]
+        tables += [
+            _table(_make_lines, axis, self.input.size(axis + 2),
+                   x.size(axis + 2), self.weight.size(axis + 2),
+                   self.stride[axis], self.padding[axis], self.dilation[axis],
+                   self.transposed, size, device) for axis in (0, 1)
         ]
-        # Of each axis at least some are left. Rows that are left out need not
-        # be read.
-        steps = [min(many, inside[0] // _LINES)]
-        if steps[0] < 2 or 2 * inside[1] < x.size(3):  # narrow maps
-            return None
-        steps.append(max(1, min(many // steps[0], inside[1] // _LINES)))
-        first = [f + turn % step for f, step in zip(first, steps)]
-        counts = [(i - turn % step - 1) // step + 1
-                  for i, step in zip(inside, steps)]
-        corner = [f * s - p
-                  for f, s, p in zip(first, self.stride, self.padding)]
-        rows, columns = (
-            slice(f, f + (n - 1) * step + 1, step)
-            for f, n, step in zip(first, counts, steps))
-        # Each row of the output with the rows of the input that it sees is an
-        # example by itself.
-        stride = [step * s for step, s in zip(steps, self.stride)]
-        width = (counts[1] - 1) * stride[1] + reach[1]
-        slabs = self.input[:, :, corner[0]:, corner[1]:corner[1] + width]
-        slabs = slabs.unfold(2, reach[0], stride[0])[:, :, :counts[0]]
-        slabs = slabs.permute(0, 2, 1, 4, 3).flatten(0, 1)
-        x = x[:, :, rows, columns].transpose(1, 2).flatten(0, 1).unsqueeze(2)
-        return x, self._replace(
-            input=slabs, stride=(1, stride[1]), padding=(0, 0))
+        return [table[turn % _TURNS] for table in tables]
 
     def _as_filters(self, weight: Tensor) -> Tensor:
         if not self.transposed:
@@ -163,26 +148,28 @@ class ConvCall(NamedTuple):
         return by_group.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
-# Of the geometries that were met; multi-scale training meets many.
-_REACHES: Dict[tuple, Tensor] = {}
-_MOST_REACHES = 512
+# Of the sizes of axes that were met.
+_TABLES: Dict[tuple, Any] = {}
+_MOST_TABLES = 4096
 
 
-def _reach(*geometry) -> Tensor:
-    """:func:`_make_reach`, once for each geometry."""
-    table = _REACHES.get(geometry)
+def _table(make: Callable, *sizes) -> Any:
+    """What ``make`` gives, once for each of the sizes."""
+    key = (make, *sizes)
+    table = _TABLES.get(key)
     if table is None:
-        table = _make_reach(*geometry)
-        if type(table) is Tensor:  # no stand-in of one that traces
-            if len(_REACHES) == _MOST_REACHES:
-                _REACHES.clear()
-            _REACHES[geometry] = table
+        table = make(*sizes)
+        first = table[0].output if isinstance(table, list) else table
+        if type(first) is Tensor:  # no stand-in of one that traces
+            if len(_TABLES) == _MOST_TABLES:
+                _TABLES.clear()
+            _TABLES[key] = table
     return table
 
 
-def _make_reach(size: int, out: int, kernel: int, stride: int, padding: int,
-                dilation: int, transposed: bool, dtype: torch.dtype,
-                device: torch.device) -> Tensor:
+def _reach(size: int, out: int, kernel: int, stride: int, padding: int,
+           dilation: int, transposed: bool, dtype: torch.dtype,
+           device: torch.device) -> Tensor:
     """Which lines of the input meet each of the kernel's.
 
     Returns:
@@ -195,6 +182,58 @@ def _make_reach(size: int, out: int, kernel: int, stride: int, padding: int,
         return ((met >= 0) & (met < out)).to(dtype)
     met = lines - taps
     return ((met % stride == 0) & (met >= 0) & (met < out * stride)).to(dtype)
+
+
+class _Lines(NamedTuple):
+    """Where on one axis a sample's positions are.
+
+    Attributes:
+        output (Tensor): Lines of the output, shape (P,).
+        input (Tensor): Lines of the input behind them, (P, kernel), in a
+            shape that broadcasts with those of the other axes.
+        met (Tensor, optional): Whether there is such a line, and no padding.
+    """
+    output: Tensor
+    input: Tensor
+    met: Optional[Tensor] = None
+
+
+_TURNS = 8
+# Powers of the inverse of the root of x^4 = x + 1: points at multiples of
+# them, modulo 1, fill the cube evenly. Of rows, columns and examples.
+_STEPS = tuple(round(1.2207440846057596**-i * 2**24) for i in (1, 2, 3))
+
+
+def _spread(axis: int, size: int, count: int, device: torch.device) -> Tensor:
+    """Lines of an axis for each turn's positions, shape (turns, count)."""
+    point = torch.arange(_TURNS * count, device=device) * _STEPS[axis]
+    lines = (point + 2**23) % 2**24 * size // 2**24
+    return lines.view(_TURNS, count)
+
+
+def _make_examples(size: int, count: int,
+                   device: torch.device) -> List[_Lines]:
+    return [
+        _Lines(lines, lines.view(-1, 1, 1))
+        for lines in _spread(2, size, count, device)
+    ]
+
+
+def _make_lines(axis: int, size: int, out: int, kernel: int, stride: int,
+                padding: int, dilation: int, transposed: bool, count: int,
+                device: torch.device) -> List[_Lines]:
+    output = _spread(axis, out, count, device)
+    taps = torch.arange(kernel, device=device) * dilation - padding
+    lines = output.unsqueeze(2)
+    lines = lines - taps if transposed else lines * stride + taps
+    met = (lines >= 0) & (lines < (size * stride if transposed else size))
+    if transposed:
+        met &= lines % stride == 0
+        lines = lines // stride
+    shape = (_TURNS, count, *((-1, 1) if axis == 0 else (1, -1)))
+    lines = lines.clamp(0, size - 1).view(shape)
+    met = met.view(*shape, 1) if padding or transposed else [None] * _TURNS
+    return [_Lines(*of_turn) for of_turn in zip(output, lines, met)]
 
 
 class DeformCall(NamedTuple):
@@ -243,9 +282,6 @@ class DeformCall(NamedTuple):
             result, = torch.autograd.grad(x, weight, grad.flatten(1, 2))
         result = result.flatten(1).unflatten(0, (self.groups, -1))
         return result[:, 0].to(dtype) / one, result[:, 1:].flatten(0, 1)
-
-    def part(self, x: Tensor, positions: int, turn: int) -> None:
-        """None: always all. Its sampling places are no lines."""
 
 
 LinearCall = Union[ConvCall, DeformCall]

@@ -1,127 +1,112 @@
-"""How a batch's moments move with the weight of the convolution before it."""
-from typing import NamedTuple, Optional, Tuple
+r"""How a batch's moments move with the weight of the convolution before it.
+
+CBN (arXiv:2002.05712) Eq. (7), (8) and Appendix B. Only channel j's own
+filter moves channel j's moments, so with patches :math:`p_i` of the input,
+the mean :math:`\mu` and the mean square :math:`s` about a centre c that is
+held fixed,
+
+.. math::
+    \frac{\partial\mu_j}{\partial\theta_j} = \frac1m\sum_i p_i, \qquad
+    \frac{\partial s_j}{\partial\theta_j}
+        = \frac2m\sum_i (x_{ij} - c_j)\, p_i :
+
+the first is one patch for all channels of a group, the second one
+weight-gradient convolution. They multiply nothing but a small step of the
+weight, and where there are many may be estimated from some positions. An
+estimate can be kept as its factors, the patches at P positions and their
+weights :math:`w_{ij} = \frac2{P - 1} (x_{ij} - \bar x_j)`: P (groups F + C)
+numbers where the derivatives are (groups + C) F.
+"""
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from .calls import LinearCall
+from .calls import ConvCall, LinearCall
 from .moments import Moments
 
-
-class AffineMoments(NamedTuple):
-    r"""Moments as first-order functions of the convolution's weight.
-
-    At the weight :math:`\theta`, with the mean of the batch (of all of it,
-    where several processes share it) held fixed as the centre :math:`c`,
-
-    .. math::
-        \mu(\theta) = \text{offset}_\mu + \langle\partial\mu, \theta\rangle,
-        \qquad
-        s(\theta) = \text{offset}_s + \langle\partial s, \theta\rangle,
-
-    where :math:`s = \text{mean}((x - c)^2)`. The offsets make both exact at
-    the weight they were taken at, however the derivatives are rounded, and no
-    past weight is needed. All in float32 or float64.
-
-    Attributes:
-        centre (Tensor): Shape (C,).
-        mean_offset (Tensor): Shape (C,).
-        square_offset (Tensor): Shape (C,).
-        d_mean (Tensor): One patch for each group of output channels, shape
-            (groups, F) with F = C_in / groups * kh * kw for convolutions.
-        d_square (Tensor): Shape (C, F).
-    """
-    centre: Tensor
-    mean_offset: Tensor
-    square_offset: Tensor
-    d_mean: Tensor
-    d_square: Tensor
+# What has no more positions and no more weights is taken whole.
+_WHOLE_POSITIONS = 1024
+_WHOLE_WEIGHTS = 2**16
 
 
-@torch.no_grad()
-def affine_moments(x: Tensor,
-                   moments: Moments,
-                   call: LinearCall,
-                   centre: Optional[Tensor] = None) -> AffineMoments:
-    """The moments of ``x`` as functions of the weight that made it.
+def _as_it_is(values: Tensor) -> torch.autocast:
+    """Autocast would run the products in half precision."""
+    return torch.autocast(values.device.type, enabled=False)
+
+
+def is_sampled(x: Tensor, call: LinearCall, positions: Optional[int]) -> bool:
+    """Whether derivatives are estimated: where it is asked, of what is large.
 
     Args:
         x (Tensor): Output of the convolution, shape (N, C, H, W).
-        moments (Moments): Moments of ``x``.
-        call (LinearCall): The call that made ``x``.
-        centre (Tensor, optional): Shape (C,). None: the mean of ``x``.
-
-    Returns:
-        AffineMoments: Exact at the present weight.
+        call (LinearCall): The call that made ``x``. Deformable convolutions
+            are never sampled.
+        positions (int, optional): How many to estimate from.
     """
-    if centre is None:
-        centre = moments.mean
-    d_mean, d_square = moment_derivatives(x, moments, call, centre)
-    mean, square = inner_products(d_mean[None], d_square[None], call.filters)
-    own_square = moments.var + (moments.mean - centre).square()
-    return AffineMoments(centre, moments.mean - mean[0],
-                         own_square - square[0], d_mean, d_square)
+    if positions is None or not isinstance(call, ConvCall):
+        return False
+    found = x.numel() // x.size(1)
+    return found > positions and (found > _WHOLE_POSITIONS or
+                                  call.weight.numel() > _WHOLE_WEIGHTS)
+
+
+def factors_are_smaller(call: LinearCall, positions: int) -> bool:
+    """Whether a sample's factors take less memory than derivatives."""
+    channels, length = call.filters.shape
+    return positions * (call.groups * length + channels) < length * (
+        call.groups + channels)
 
 
 @torch.no_grad()
 def moment_derivatives(x: Tensor,
                        moments: Moments,
                        call: LinearCall,
-                       centre: Tensor,
+                       centre: Optional[Tensor] = None,
                        positions: Optional[int] = None,
                        turn: int = 0) -> Tuple[Tensor, Tensor]:
-    r"""Derivatives of the moments of ``x`` by the weight that made it.
-
-    CBN (arXiv:2002.05712) Eq. (7), (8) and Appendix B. Only channel j's own
-    filter moves channel j's moments, so with patches :math:`p_i` of the input
-
-    .. math::
-        \frac{\partial\mu_j}{\partial\theta_j} = \frac1m\sum_i p_i, \qquad
-        \frac{\partial s_j}{\partial\theta_j}
-            = \frac2m\sum_i (x_{ij} - c_j)\, p_i :
-
-    the first is one patch for all channels of a group, the second one
-    weight-gradient convolution. It multiplies nothing but a small step of the
-    weight, and may be estimated from some positions: as twice the covariance
-    of output and patches there.
+    """Derivatives of the moments of ``x`` by the weight that made it.
 
     Args:
-        x (Tensor): Output of the convolution, shape (N, C, H, W).
+        x (Tensor): Output of the convolution, shape (N, C, H, W). Of an empty
+            one the derivatives are 0.
         moments (Moments): Moments of ``x``.
         call (LinearCall): The call that made ``x``.
-        centre (Tensor): c, shape (C,).
-        positions (int, optional): How many, about, the second is estimated
-            from. None: all.
+        centre (Tensor, optional): c, shape (C,). None: the mean of ``x``.
+        positions (int, optional): How many they are estimated from, at least
+            2, where :func:`is_sampled`. None: all.
         turn (int): Other positions in each turn.
 
     Returns:
-        tuple[Tensor, Tensor]: Shapes (groups, F) and (C, F), as in
-        :class:`AffineMoments`.
+        tuple[Tensor, Tensor]: In float32 or float64, of the mean one patch
+        for each group of output channels, shape (groups, F) with
+        F = C_in / groups * kh * kw for convolutions, and of the mean square,
+        shape (C, F).
     """
-    # Autocast would run the products in half precision.
-    with torch.autocast(x.device.type, enabled=False):
-        part = None if positions is None else call.part(x, positions, turn)
-        if part is None:
+    if not is_sampled(x, call, positions):
+        with _as_it_is(x):
             return _derivatives_of_all(x, moments, call, centre)
-        return _derivatives_of_part(x, moments, call, centre, *part)
-
-
-def _derivatives_of_part(x: Tensor, moments: Moments, call: LinearCall,
-                         centre: Tensor, part: Tensor,
-                         call_of_part: LinearCall) -> Tuple[Tensor, Tensor]:
+    shift = None if centre is None else moments.mean - centre
     dtype = moments.mean.dtype
-    d_mean = call.patch_sum(x.shape[2:], dtype) / moments.count
-    part = part.to(dtype)
-    part = part - part.mean((0, 2, 3), keepdim=True)
-    d_square = call_of_part.products(part) * (2 * part.size(1) / part.numel())
-    if centre is not moments.mean:
-        d_square += _of_shift(moments.mean - centre, d_mean)
-    return d_mean, d_square
+    patches = call.sample(x, positions, turn).to(dtype)
+    values = patch_values(patches[None], call.filters, dtype)[0]
+    weights = sample_weights(values, values.mean(0), shift)
+    patches = patches.flatten(2)
+    by_group = weights.view(positions, call.groups, -1).permute(1, 2, 0)
+    with _as_it_is(x):
+        d_square = torch.bmm(by_group, patches.transpose(0, 1))
+    return patches.mean(0), d_square.flatten(0, 1)
 
 
 def _derivatives_of_all(x: Tensor, moments: Moments, call: LinearCall,
-                        centre: Tensor) -> Tuple[Tensor, Tensor]:
+                        centre: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
     dtype = moments.mean.dtype
+    if x.numel() == 0:
+        length = call.filters.size(1)
+        return (moments.mean.new_zeros((call.groups, length)),
+                moments.mean.new_zeros((x.size(1), length)))
+    if centre is None:
+        centre = moments.mean
     # 1 / m, half before and half after the sum: neither the terms underflow
     # in float16 nor, but for the largest maps, the sum overflows.
     scale = moments.count**-0.5
@@ -131,14 +116,9 @@ def _derivatives_of_all(x: Tensor, moments: Moments, call: LinearCall,
     d_mean = patches / moments.count
     d_square = products.to(dtype) * (2 * scale)
     if rounded.dtype != dtype:
-        d_square += _of_shift(rounded.to(dtype) - centre, d_mean)
+        shift = 2 * (rounded.to(dtype) - centre).view(len(d_mean), -1, 1)
+        d_square += (shift * d_mean.unsqueeze(1)).flatten(0, 1)
     return d_mean, d_square
-
-
-def _of_shift(shift: Tensor, d_mean: Tensor) -> Tensor:
-    """What a shift of the centred values adds to the second derivative."""
-    by_group = 2 * shift.view(len(d_mean), -1, 1)
-    return (by_group * d_mean.unsqueeze(1)).flatten(0, 1)
 
 
 def inner_products(d_mean: Tensor, d_square: Tensor,
@@ -153,12 +133,12 @@ def inner_products(d_mean: Tensor, d_square: Tensor,
     Returns:
         Tensor: Shape (2, k, C).
     """
-    k, groups, _ = d_mean.shape
+    k, groups, length = d_mean.shape
     filters = filters.detach().to(d_mean.dtype)
-    by_group = filters.view(groups, -1, filters.size(1)).transpose(1, 2)
-    # Autocast would run the products in half precision.
-    with torch.autocast(filters.device.type, enabled=False):
-        mean = torch.bmm(d_mean.transpose(0, 1), by_group)
+    with _as_it_is(filters):
+        mean = torch.bmm(
+            d_mean.transpose(0, 1),
+            filters.view(groups, -1, length).transpose(1, 2))
         square = torch.bmm(d_square.transpose(0, 1), filters.unsqueeze(2))
     return torch.stack([
         mean.transpose(0, 1).reshape(k, -1),
@@ -166,30 +146,63 @@ def inner_products(d_mean: Tensor, d_square: Tensor,
     ])
 
 
-@torch.no_grad()
-def moments_at_weight(past: AffineMoments,
-                      filters: Tensor,
-                      bias: Optional[Tensor] = None
-                      ) -> Tuple[Tensor, Tensor]:
-    r"""Yesterday's moments at today's weight, CBN Eq. (7) and (8).
+def patch_values(patches: Tensor, filters: Tensor,
+                 dtype: torch.dtype) -> Tensor:
+    """What filters make of patches, without a bias.
 
     Args:
-        past (AffineMoments): k of them, stacked along a new first dimension.
-        filters (Tensor): Today's weight, a row for each channel, shape (C,
-            F).
-        bias (Tensor, optional): Today's offset of the mean, shape (C,), if
-            the convolution's bias trains: the offset is the bias. None: it
-            has not moved.
+        patches (Tensor): Of k samples, shape (k, P, groups, C_in / groups,
+            kh, kw).
+        filters (Tensor): Shape (C, F).
+        dtype (torch.dtype): To compute in.
 
     Returns:
-        tuple[Tensor, Tensor]: Means, and mean squares about the centres, both
-        of shape (k, C).
+        Tensor: Shape (k, P, C).
     """
-    mean, square = inner_products(past.d_mean, past.d_square, filters)
-    # The bias moves the mean one to one, and the mean square about the
-    # batch's own mean not at all, to first order.
-    mean = mean + (past.mean_offset if bias is None else bias)
-    return mean, past.square_offset + square
+    k, p, groups = patches.shape[:3]
+    channels, length = filters.shape
+    rows = patches.to(dtype).reshape(k * p, groups, length)
+    filters = filters.detach().to(dtype).view(groups, -1, length)
+    with _as_it_is(rows):
+        values = torch.bmm(rows.transpose(0, 1), filters.transpose(1, 2))
+    return values.transpose(0, 1).reshape(k, p, channels)
+
+
+def sample_weights(values: Tensor,
+                   mean: Tensor,
+                   shift: Optional[Tensor] = None,
+                   out: Optional[Tensor] = None) -> Tensor:
+    """Weights w of a sample's patches in the derivative of the mean square.
+
+    Args:
+        values (Tensor): Outputs at the positions, shape (P, C), with a bias
+            or without.
+        mean (Tensor): Their mean over the positions, shape (C,).
+        shift (Tensor, optional): From the centre to the batch's mean, shape
+            (C,). None: 0.
+        out (Tensor, optional): Where to write them.
+
+    Returns:
+        Tensor: Shape (P, C).
+    """
+    p = len(values)
+    weights = torch.sub(values, mean, out=out).mul_(2 / (p - 1))
+    return weights if shift is None else weights.add_(shift, alpha=2 / p)
+
+
+def sample_products(values: Tensor, mean: Tensor, weights: Tensor) -> Tensor:
+    """As :func:`inner_products`, of k samples.
+
+    Args:
+        values (Tensor): What the filters make of the patches, shape (k, P,
+            C); used up.
+        mean (Tensor): Their means over the positions, shape (k, C).
+        weights (Tensor): Shape (k, P, C).
+
+    Returns:
+        Tensor: Shape (2, k, C).
+    """
+    return torch.stack([mean, values.mul_(weights).sum(1)])
 
 
 def variance_about(centre: Tensor, mean: Tensor, square: Tensor) -> Tensor:

@@ -28,9 +28,10 @@ class Moments(NamedTuple):
         n, c = self.mean.shape
         if n == 0:
             return _no_moments(self.mean, (c, ))
-        weights = self.mean.new_ones((n, 1))
-        return Moments(*pool_moments(self.mean, self.var, weights),
-                       n * self.count)
+        mean = self.mean.mean(0)
+        away = self.mean - mean
+        var = torch.addcmul(self.var, away, away).mean(0)
+        return Moments(mean, var, n * self.count)
 
     def mean_square(self) -> Tensor:
         """Mean of the squares, same shape."""
@@ -167,17 +168,16 @@ def average_groups(values: Tensor, num_groups: int,
         Tensor: Shape (N, C), constant in each group.
     """
     n, c = values.shape
-    by_group = values.view(n, num_groups, c // num_groups).mean(2)
-    whole = n // examples_per_group * examples_per_group
-    blocks = by_group[:whole].view(n // examples_per_group,
-                                   examples_per_group, num_groups)
-    average = blocks.mean(1, keepdim=True).expand_as(blocks).reshape(
-        whole, num_groups)
-    if whole < n:
-        rest = by_group[whole:]
-        average = torch.cat(
-            [average, rest.mean(0, keepdim=True).expand_as(rest)])
-    return average.repeat_interleave(c // num_groups, 1)
+    rest = n % examples_per_group
+    if rest and rest < n:
+        return torch.cat([
+            average_groups(part, num_groups, examples_per_group)
+            for part in (values[:-rest], values[-rest:])
+        ])
+    blocks = values.view(-1, rest or examples_per_group, num_groups,
+                         c // num_groups)
+    average = blocks.mean((1, 3), keepdim=True)
+    return average.expand_as(blocks).reshape(n, c)
 
 
 def pool_groups(moments: Moments,

@@ -188,9 +188,10 @@ def _normalize_examples(x, mean, var, weight, bias, eps, gradient):
     return out
 
 
-def renormalization(mean: Tensor, var: Tensor, target_mean: Tensor,
-                    target_var: Tensor, eps: float, r_max: float,
-                    d_max: float) -> Tuple[Tensor, Tensor]:
+def renormalization(mean: Optional[Tensor], var: Tensor,
+                    target_mean: Optional[Tensor], target_var: Tensor,
+                    eps: float, r_max: float,
+                    d_max: float) -> Tuple[Tensor, Optional[Tensor]]:
     r"""Factor and shift from one normalisation to another, clipped.
 
     Batch Renormalization (arXiv:1702.03275), Algorithm 1; MABN
@@ -206,7 +207,8 @@ def renormalization(mean: Tensor, var: Tensor, target_mean: Tensor,
     clipping :math:`r\hat x + d` is :math:`x` normalised by the targets.
 
     Args:
-        mean, var (Tensor): What x is normalised with, shape (C,).
+        mean, var (Tensor): What x is normalised with, shape (C,). No mean:
+            none is subtracted.
         target_mean, target_var (Tensor): Where the result should be, shape
             (C,).
         eps (float): Added to both variances, inside the root.
@@ -214,12 +216,15 @@ def renormalization(mean: Tensor, var: Tensor, target_mean: Tensor,
         d_max (float): At least 0.
 
     Returns:
-        tuple[Tensor, Tensor]: r and d, shape (C,), constants to autograd.
+        tuple[Tensor, Tensor]: r and d, shape (C,), constants to autograd; no
+        d without a mean.
     """
     with torch.no_grad():
         inv_target = torch.rsqrt(target_var.to(var.dtype) + eps)
         r = (torch.sqrt(var + eps) * inv_target).clamp(1 / r_max, r_max)
-        d = ((mean - target_mean) * inv_target).clamp(-d_max, d_max)
+        d = None
+        if mean is not None:
+            d = ((mean - target_mean) * inv_target).clamp(-d_max, d_max)
     return r, d
 
 
@@ -286,6 +291,14 @@ def normalize_for_inference(x: Tensor,
     Returns:
         Tensor: Same shape and dtype as ``x``.
     """
+    # Half-precision features beside float32 parameters are refused there.
+    if example_weight == 1 and centered and x.numel() and (
+            weight is None or weight.dtype == x.dtype):
+        return torch.group_norm(x, num_groups or int(mean.numel()), weight,
+                                bias, eps)
+    if example_weight and _is_exporting():
+        return _weigh_examples_plainly(x, mean, var, weight, bias, eps,
+                                       example_weight, num_groups, centered)
     mean, var = fold_groups(mean, var, num_groups)
     if not example_weight:
         return _batch_norm(x, mean, var, weight, bias, eps)
@@ -307,3 +320,35 @@ def normalize_for_inference(x: Tensor,
         return (mean_g if centered else None), mean_gx
 
     return normalize(x, mean, var, weight, bias, eps, gradient=gradient)
+
+
+def _is_exporting() -> bool:
+    """Whether this runs to be written down, for ONNX or by torch.export."""
+    by_compiler = getattr(
+        getattr(torch, 'compiler', None), 'is_exporting', lambda: False)
+    return torch.onnx.is_in_onnx_export() or by_compiler()
+
+
+def _weigh_examples_plainly(x, mean, var, weight, bias, eps, example_weight,
+                            num_groups, centered):
+    """What :func:`normalize_for_inference` does, in common operators.
+
+    Other runtimes have neither the fused kernel of the moments nor our
+    autograd function. Slower here: each operator is a pass over the features.
+    """
+    groups = num_groups or int(mean.numel())
+    values = x.to(statistics_dtype(x)).reshape(x.size(0), groups, -1)
+    mean, var = (v.to(values.dtype).view(groups, -1) for v in (mean, var))
+    of_groups = mean.mean(1, keepdim=True)
+    var = (var + (mean - of_groups).square()).mean(1)
+    mean = of_groups.squeeze(1)
+    own_mean = values.mean(2) if centered else mean
+    own_var = (values - own_mean.unsqueeze(-1)).square().mean(2)
+    mean, var = mix_moments(mean, var, own_mean, own_var, example_weight)
+    out = (values - mean.unsqueeze(-1)) * torch.rsqrt(var + eps).unsqueeze(-1)
+    out = out.reshape(x.shape)
+    if weight is not None:
+        out = out * _per_channel(weight)
+    if bias is not None:
+        out = out + _per_channel(bias)
+    return out.to(x.dtype)

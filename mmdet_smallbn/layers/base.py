@@ -228,13 +228,13 @@ class SmallBatchNorm(nn.BatchNorm2d):
 
     # The forward pass.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x`` of shape (N, C, H, W); same shape and dtype."""
-        self._refuse_what_would_go_wrong(x)
-        self._check_input_dim(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise an input of shape (N, C, H, W); same shape and dtype."""
+        self._refuse_what_would_go_wrong(input)
+        self._check_input_dim(input)
         if not self.training and self.running_mean is not None:
-            return self.evaluate(x)
-        return self._forward_of_batch(x)
+            return self.evaluate(input)
+        return self._forward_of_batch(input)
 
     @run_eagerly
     def _forward_of_batch(self, x: Tensor) -> Tensor:

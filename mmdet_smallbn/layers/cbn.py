@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .base import SmallBatchNorm
-from .checks import check_positive_int
+from .checks import check_at_least, check_positive_int
 from .conv_call import FROZEN, find_producer, is_compiled
 from .forward_pass import ForwardPass, current_pass
 from .moment_window import MomentWindow
@@ -89,19 +89,20 @@ class CBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
             in SyncBatchNorm; the past's moments are brought to today's weight
             in each process and summed. An iteration that is empty in all of
             them takes a place in the window.
-        derivative_positions (int, optional): About how many positions of a
-            batch's feature maps the derivative of the variance is estimated
-            from, others in each iteration. None: all. It only multiplies a
-            small step of the weight; ``tools/statistics_error.py`` measures
-            what the estimate costs.
+        derivative_positions (int, optional): From how many positions of a
+            batch's feature maps the derivatives are estimated, others in each
+            iteration; at least 2. None: all, as of layers with at most 1024
+            positions and 65,536 weights. They only multiply a small step of
+            the weight; ``tools/statistics_error.py`` measures what the
+            estimate costs.
 
     Shape:
         - Input: (N, C, H, W). N may differ from call to call, and be 0.
         - Output: the same shape and dtype.
 
     Raises:
-        ValueError: If a size is not an integer of at least 1, or if
-            a channel has one value and there is no past to join it.
+        ValueError: If a size or number is out of range, or if a channel has
+            one value and there is no past to join it.
     """
 
     burns_in = True
@@ -116,12 +117,13 @@ class CBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
                  window_size: int = 4,
                  compensate: bool = True,
                  sync: bool = False,
-                 derivative_positions: Optional[int] = 256,
+                 derivative_positions: Optional[int] = 32,
                  device=None,
                  dtype=None) -> None:
         check_positive_int('window_size', window_size)
         if derivative_positions is not None:
             check_positive_int('derivative_positions', derivative_positions)
+            check_at_least('derivative_positions', derivative_positions, 2)
         super().__init__(num_features, eps, momentum, affine,
                          track_running_stats, sync, device, dtype)
         self.window_size = window_size
@@ -145,7 +147,8 @@ class CBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
             self._warn_of_producer(batch.x)
             return self.batch_statistics(batch)
         window = self.state_of_call()
-        if window.size != self.window_size:
+        if (window.size, window.positions) != (self.window_size,
+                                               self.derivative_positions):
             self.reset_state()
             window = self.state_of_call()
         if window.filled == 0:
@@ -168,8 +171,12 @@ class CBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
             "Put it after a convolution, or use type='NaiveCBN'")
 
     def extra_repr(self) -> str:
-        return (f'{super().extra_repr()}, window_size={self.window_size}, '
-                f'compensate={self.compensate}')
+        described = (f'{super().extra_repr()}, '
+                     f'window_size={self.window_size}, '
+                     f'compensate={self.compensate}')
+        if self.compensate:
+            described += f', derivative_positions={self.derivative_positions}'
+        return described
 
 
 @MODELS.register_module()

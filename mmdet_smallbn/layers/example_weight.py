@@ -26,11 +26,12 @@ class _WeighsExamples:
     stock_class: type
     example_weight: float
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training or x.dim() != 4:
-            return super().forward(x)
-        return normalize_for_inference(x, self.running_mean, self.running_var,
-                                       self.weight, self.bias, self.eps,
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training or input.dim() != 4:
+            return super().forward(input)
+        return normalize_for_inference(input, self.running_mean,
+                                       self.running_var, self.weight,
+                                       self.bias, self.eps,
                                        self.example_weight,
                                        getattr(self, 'num_groups', None))
 

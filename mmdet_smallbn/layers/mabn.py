@@ -72,8 +72,8 @@ class _GradientStatistics:
 
     def __call__(self, mean_g: Tensor,
                  mean_gx: Tensor) -> Tuple[Optional[Tensor], Tensor]:
-        values = torch.stack([mean_g, mean_gx] if self._centered else
-                             [mean_gx])
+        values = torch.stack([mean_g, mean_gx
+                              ]) if self._centered else mean_gx[None]
         if self._average is not None:
             # A second backward through the same forward takes the place of
             # the first.
@@ -239,7 +239,7 @@ class MABN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
             ema_mean_square=self.running_var)
         for state in self._states[:1]:
             if state.forward.pushes:
-                averages[f'sma_{second}'] = state.forward.mean()[1]
+                averages[f'sma_{second}'] = state.forward.mean()[-1]
             if state.backward is not None and state.backward.pushes:
                 averages[f'{self.backward_statistics}_psi'] = (
                     state.backward.mean()[-1])
@@ -257,31 +257,38 @@ class MABN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
             if self.forward_statistics != self.backward_statistics:
                 target = self._of_kind(self.forward_statistics, present,
                                        state)
-                r, d = renormalization(*inner, *target, self.eps, self.clip,
-                                       self.clip)
+                r, d = renormalization(*self._mean_var(inner),
+                                       *self._mean_var(target), self.eps,
+                                       self.clip, self.clip)
         if self.centered and inner is present:
             self.check_count(batch.moments.count)
         return Statistics(
-            inner[0],
-            inner[1],
+            *self._with_mean(inner),
             gradient=_GradientStatistics(state.backward, not self.burning_in,
                                          self.centered, self.gradient_scale),
             r=r,
-            d=d if self.centered else None)
+            d=d)
 
     def batch_statistics(self, batch: Batch) -> Statistics:
         if self.centered:
             return super().batch_statistics(batch)
         return Statistics(
-            *self._present(batch),
+            *self._with_mean(self._present(batch)),
             gradient=lambda mean_g, mean_gx: (None, mean_gx))
 
     def _present(self, batch: Batch) -> Tensor:
-        """Mean and variance, or 0 and mean square, shape (2, C)."""
+        """Mean and variance, shape (2, C), or the mean square, (1, C)."""
         if self.centered:
             return torch.stack(batch.moments[:2])
-        square = batch.moments.mean_square()
-        return torch.stack([torch.zeros_like(square), square])
+        return batch.moments.mean_square()[None]
+
+    def _mean_var(self, values: Tensor) -> Tuple[Optional[Tensor], Tensor]:
+        return (values[0] if self.centered else None), values[-1]
+
+    def _with_mean(self, values: Tensor) -> Tuple[Tensor, Tensor]:
+        """Mean, 0 where none is subtracted, and variance."""
+        mean, var = self._mean_var(values)
+        return (torch.zeros_like(var) if mean is None else mean), var
 
     def _of_kind(self, kind: str, present: Tensor,
                  state: _MovingStatistics) -> Tensor:
@@ -289,8 +296,11 @@ class MABN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
             return present
         if kind == 'sma':
             return state.forward.mean()
-        return torch.stack([self.running_mean,
-                            self.running_var]).to(present.dtype)
+        # A copy: they are updated before they are used.
+        kept = [self.running_var]
+        if self.centered:
+            kept.insert(0, self.running_mean)
+        return torch.stack(kept).to(present.dtype)
 
     def running_targets(self, moments: Moments,
                         factor: float) -> Tuple[Optional[Tensor], Tensor]:
@@ -311,7 +321,8 @@ class MABN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
             var.add_(mean.square())
             mean.zero_()
         warnings.warn(
-            f'{self._who()} was given the statistics of a BatchNorm. It '
+            # Without the layer's name: once for all of a model.
+            'MABN was given the statistics of a BatchNorm. It '
             'divides by the root of the mean square, now var + mean ** 2, and '
             'does not subtract the mean: train it before use')
 

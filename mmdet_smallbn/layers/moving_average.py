@@ -50,9 +50,9 @@ class SimpleMovingAverage:
                 self.pushes - self.size <= place < self.pushes):
             place = self.pushes
             self.pushes += 1
-        finite = value - value == 0
-        self._ring[place % self.size] = torch.where(finite, value, 0.)
-        self._counts[place % self.size] = finite
+        slot = place % self.size
+        torch.nan_to_num(value, 0., 0., 0., out=self._ring[slot])
+        torch.eq(value - value, 0, out=self._counts[slot])  # finite
         return place
 
     def mean(self) -> Tensor:

@@ -1,11 +1,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from mmcv.ops import DeformConv2dPack
+from torch import nn
 
-from mmdet_smallbn.functional import (AffineMoments, ConvCall, affine_moments,
-                                      batch_moments, moment_derivatives,
-                                      moments_at_weight,
-                                      variance_about)
+from mmdet_smallbn import CBN
+from mmdet_smallbn.functional import (ConvCall, batch_moments,
+                                      factors_are_smaller, inner_products,
+                                      moment_derivatives)
+from mmdet_smallbn.layers.moment_window import MomentWindow
+from mmdet_smallbn.layers.statistics import Batch
 
 
 def _call(x, weight, **kwargs):
@@ -19,8 +23,18 @@ def _call(x, weight, **kwargs):
     return ConvCall(x, weight, **settings)
 
 
-def _stack(moments):
-    return AffineMoments(*(v[None] for v in moments))
+def _derivatives(y, call, *args, **kwargs):
+    return moment_derivatives(y, batch_moments(y), call, *args, **kwargs)
+
+
+def _at_weight(y, call, weight, other_y=None):
+    """Past mean and variance of ``y`` at another weight."""
+    window = MomentWindow(2)
+    for x, c in ((y, call), (y if other_y is None else other_y,
+                             call._replace(weight=weight))):
+        moments = batch_moments(x)
+        means, variances = window.enter(Batch(x, moments, moments), c)
+    return means[0], variances[0]
 
 
 def test_derivatives_are_those_of_finite_differences():
@@ -33,7 +47,7 @@ def test_derivatives_are_those_of_finite_differences():
 
     y = conv(weight)
     moments = batch_moments(y)
-    found = affine_moments(y, moments, call)
+    found_mean, found_square = _derivatives(y, call)
     for channel, place in ((0, (0, 1, 2)), (4, (1, 2, 0))):
         step = torch.zeros_like(weight)
         step[(channel, *place)] = 1e-6
@@ -42,12 +56,12 @@ def test_derivatives_are_those_of_finite_differences():
         d_mean = (up - down).mean((0, 2, 3))[channel] / 2e-6
         group = channel // 3
         torch.testing.assert_close(
-            found.d_mean[group, flat], d_mean, rtol=1e-6, atol=1e-8)
+            found_mean[group, flat], d_mean, rtol=1e-6, atol=1e-8)
         centre = moments.mean[channel]
         d_square = ((up[:, channel] - centre)**2 -
                     (down[:, channel] - centre)**2).mean() / 2e-6
         torch.testing.assert_close(
-            found.d_square[channel, flat], d_square, rtol=1e-6, atol=1e-8)
+            found_square[channel, flat], d_square, rtol=1e-6, atol=1e-8)
 
 
 def test_same_weight_gives_back_the_moments_in_half_precision():
@@ -56,11 +70,9 @@ def test_same_weight_gives_back_the_moments_in_half_precision():
     weight = torch.randn(8, 8, 3, 3).bfloat16() * 0.2
     y = F.conv2d(x, weight, padding=1)
     moments = batch_moments(y)
-    past = _stack(affine_moments(y, moments, _call(x, weight)))
-    mean, square = moments_at_weight(past, weight.flatten(1))
-    var = variance_about(past.centre, mean, square)
-    torch.testing.assert_close(mean[0], moments.mean, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(var[0], moments.var, rtol=1e-5, atol=1e-6)
+    mean, var = _at_weight(y, _call(x, weight), weight)
+    torch.testing.assert_close(mean, moments.mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(var, moments.var, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 0.01),
@@ -72,13 +84,10 @@ def test_half_precision_derivatives_are_close(dtype, tolerance):
     y = F.conv2d(x.float(), weight.float(), padding=1, groups=2).to(dtype)
 
     def derivatives(kind):
-        return affine_moments(
-            y.to(kind), batch_moments(y.to(kind)),
-            _call(x.to(kind), weight.to(kind), groups=2))
+        return _derivatives(
+            y.to(kind), _call(x.to(kind), weight.to(kind), groups=2))
 
-    found, exact = derivatives(dtype), derivatives(torch.float64)
-    for a, b in ((found.d_square, exact.d_square),
-                 (found.d_mean, exact.d_mean)):
+    for a, b in zip(derivatives(dtype), derivatives(torch.float64)):
         assert (a - b).norm() < tolerance * b.norm()
 
 
@@ -86,29 +95,26 @@ def test_mean_is_exact_at_any_weight_and_variance_is_clamped():
     x = torch.rand(2, 3, 5, 5).double()
     weight = torch.randn(4, 3, 3, 3).double()
     y = F.conv2d(x, weight, padding=1)
-    past = _stack(
-        affine_moments(y, batch_moments(y), _call(x, weight)))
-    other = -weight
-    mean, square = moments_at_weight(past, other.flatten(1))
-    torch.testing.assert_close(mean[0], F.conv2d(
+    call, other = _call(x, weight), -weight
+    mean, var = _at_weight(y, call, other)
+    torch.testing.assert_close(mean, F.conv2d(
         x, other, padding=1).mean((0, 2, 3)))
     # First order says: second moment - 2 * step, far below zero.
-    assert (square < 0).all()
-    assert (variance_about(past.centre, mean, square) == 0).all()
+    moments = batch_moments(y)
+    _, step = inner_products(*(v[None] for v in _derivatives(y, call)),
+                             (other - weight).flatten(1))
+    assert (moments.var + step < 0).all()
+    assert (var == 0).all()
 
 
 def test_autocast_does_not_coarsen_the_products():
     x = torch.randn(2, 8, 6, 6)
     weight = torch.randn(8, 8, 3, 3)
     y = F.conv2d(x, weight, padding=1)
-    moments = batch_moments(y)
     call = _call(x, weight)
-    filters = (weight * 1.001).flatten(1)
-    plain = moments_at_weight(
-        _stack(affine_moments(y, moments, call)), filters)
+    plain = _at_weight(y, call, weight * 1.001)
     with torch.autocast('cpu', torch.bfloat16):
-        cast = moments_at_weight(
-            _stack(affine_moments(y, moments, call)), filters)
+        cast = _at_weight(y, call, weight * 1.001)
     for a, b in zip(cast, plain):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -155,69 +161,140 @@ def test_the_sum_of_patches_is_that_of_the_convolution(name):
     torch.testing.assert_close(found, first.flatten(1))
 
 
-@pytest.mark.parametrize('shape', [(2, 4, 33, 40), (70, 4, 9, 7)],
-                         ids=['maps', 'regions'])
-@pytest.mark.parametrize('name',
-                         [n for n in GEOMETRIES if 'padded' not in n])
-def test_a_part_is_a_part_of_the_call(name, shape):
-    """In all turns together every place whose patch lies inside, once."""
-    call = _geometry(name, shape)
-    weight = call.weight.clone().requires_grad_()
-    y = _conv(call, weight)
-    places = torch.arange(y.numel(), dtype=torch.float64).view_as(y)
-    seen = torch.zeros_like(y)
-    positions = y.numel() // y.size(1) // 6
-    for turn in range(6):
-        at, part = call.part(places, positions, turn)
-        assert positions / 3 < at.numel() / at.size(1) < positions * 3
-        chosen = torch.isin(places, at)
-        assert chosen.sum() == at.numel()
-        seen += chosen
-        # Each place with the patch that made it.
-        grad = torch.randn_like(at)
-        whole = torch.zeros_like(y)
-        whole.flatten()[at.flatten().long()] = grad.flatten()
-        wanted, = torch.autograd.grad(y, weight, whole, retain_graph=True)
-        torch.testing.assert_close(part.products(grad), wanted.flatten(1))
-    assert call.part(places, 10**6, 0) is None
+def _transposed():
+    torch.manual_seed(0)
+    return ConvCall(
+        torch.randn(3, 4, 9, 7).double(),
+        torch.randn(4, 3, 3, 4).double(), False, (2, 1), (1, 0), (1, 2), 2,
+        True)
 
 
-@pytest.mark.parametrize('width', [1, 2, 3, 9])
-def test_narrow_maps_are_taken_as_they_are_or_rightly(width):
-    call = _geometry('3x3', (2, 4, 400, width))
-    weight = call.weight.clone().requires_grad_()
-    y = _conv(call, weight)
-    places = torch.arange(y.numel(), dtype=torch.float64).view_as(y)
-    part = call.part(places, 32, 5)
-    assert (part is None) == (width < 4)
-    if part is not None:
-        grad = torch.zeros_like(y)
-        grad.flatten()[part[0].flatten().long()] = 1
-        wanted, = torch.autograd.grad(y, weight, grad)
-        torch.testing.assert_close(part[1].products(torch.ones_like(part[0])),
-                                   wanted.flatten(1))
+SAMPLED = [*((name, shape) for name in GEOMETRIES
+             for shape in ((2, 4, 33, 40), (70, 4, 9, 7))),
+           ('transposed', (3, 4, 9, 7))]
 
 
-def test_the_estimate_from_a_part_is_unbiased_and_close():
+@pytest.mark.parametrize('name, shape', SAMPLED, ids=str)
+def test_a_sample_is_of_outputs_and_their_patches(name, shape):
+    """With the filters each patch gives the output that it came with."""
+    call = _transposed() if name == 'transposed' else _geometry(name, shape)
+    if name == 'transposed':
+        y = F.conv_transpose2d(call.input, call.weight, None, call.stride,
+                               call.padding, (1, 0), call.groups,
+                               call.dilation)
+    else:
+        y = _conv(call, call.weight)
+    filters = call.filters.unflatten(0, (call.groups, -1))
+    values = y.transpose(0, 1).flatten(1).t()
+    # Places can be told by their values, unless most are padding.
+    many = y[:, 0].numel() > 400 and (y[:, 0] != 0).all()
+    seen = []
+    for turn in range(9):
+        patches = call.sample(y, 40, turn)
+        assert len(patches) == 40
+        outputs = torch.einsum('pgf,gcf->pgc', patches.flatten(2),
+                               filters).flatten(1)
+        distance, places = (outputs[:, None] - values).norm(dim=2).min(1)
+        assert distance.max() < 1e-9
+        torch.testing.assert_close(
+            call.sample_mean(y, 40, turn, y.dtype), outputs.mean(0))
+        seen.append(places)
+        # Spread evenly: over rows, and over examples.
+        rows = places // y.size(3) % y.size(2)
+        for part in (rows / y.size(2), places / y[:, 0].numel()):
+            for third in range(3 if many else 0):
+                inside = (part >= third / 3) & (part < (third + 1) / 3)
+                assert 5 <= inside.sum() <= 22
+    assert (seen[0] == seen[8]).all()  # the turns begin again
+    if many and y[:, 0].numel() > 1000:
+        assert torch.cat(seen[:8]).unique().numel() > 240
+
+
+def _filled_window(as_sample, groups, bias=None):
+    """Iterations at weights that move, their derivatives in either form."""
+    torch.manual_seed(0)
+    weight = torch.randn(12, 8 // groups, 3, 3).double()
+    window = MomentWindow(3, 16)
+    window._as_sample = as_sample
+    window._weight_shape = (*weight.shape, True)
+    for _ in range(5):
+        x = torch.randn(2, 8, 24, 24).double()
+        weight = weight + 0.01 * torch.randn_like(weight)
+        call = _call(x, weight, groups=groups, bias_trains=bias is not None)
+        y = _conv(call, weight)
+        if bias is not None:
+            bias = bias + 0.1
+            y = y + bias
+        moments = batch_moments(y)
+        means, variances = window.enter(Batch(y, moments, moments), call)
+    return window, means, variances
+
+
+@pytest.mark.parametrize('bias', [None, 3.])
+@pytest.mark.parametrize('groups', [1, 2, 4])
+def test_factors_say_what_their_product_says(groups, bias):
+    factors, *moments = _filled_window(True, groups, bias=bias)
+    product, *expected = _filled_window(False, groups, bias=bias)
+    assert [v.dim() for v in factors._derivatives] == [6, 3]
+    assert [v.dim() for v in product._derivatives] == [3, 3]
+    for a, b in zip(moments, expected):
+        torch.testing.assert_close(a, b)
+
+
+def test_derivatives_are_held_in_the_smaller_form():
+
+    def smaller(channels, kernel, groups=1):
+        weight = torch.randn(channels, channels // groups, kernel, kernel)
+        return factors_are_smaller(
+            _call(torch.randn(1, channels, 9, 9), weight, groups=groups), 64)
+
+    assert smaller(256, 3) and smaller(256, 1)
+    assert not smaller(64, 3) and not smaller(256, 3, groups=256)
+    # A window keeps to the form that it has begun with.
+    window = MomentWindow(2, 64)
+    weight = torch.randn(160, 160, 1, 1)
+    for n in (2, 1, 0, 2):
+        x = torch.randn(n, 160, 30, 30)
+        call = _call(x, weight, padding=(0, 0))
+        y = _conv(call, weight)
+        moments = batch_moments(y)
+        window.enter(Batch(y, moments, moments), call)
+    assert window.filled == 2
+    assert sum(v[0].numel() for v in window._derivatives) < 160 * 160
+
+
+def test_a_window_follows_another_convolution():
+    """Also one that cannot be sampled, and other positions."""
+    layer = CBN(160)
+    x = torch.randn(2, 160, 30, 30)
+    for conv in (nn.Conv2d(160, 160, 1), nn.Conv2d(160, 160, 3),
+                 DeformConv2dPack(160, 160, 1), nn.Conv2d(160, 160, 1)):
+        for _ in range(2):
+            layer(conv(x))
+        window, = layer._states
+        assert window.filled == 2
+    layer.derivative_positions = 64
+    layer(nn.Conv2d(160, 160, 1)(x))
+    window, = layer._states
+    assert window.filled == 1 and len(window._derivatives[0][0]) == 64
+
+
+def test_the_estimate_from_a_sample_is_unbiased_and_close():
     """On averages over turns; features after a ReLU have a large mean."""
+    torch.manual_seed(0)
     x = torch.randn(2, 8, 66, 66).double().relu()
     weight = torch.randn(8, 8, 3, 3).double() * 0.1
     y = F.conv2d(x, weight)
     call = _call(x, weight, padding=(0, 0))
     moments = batch_moments(y)
-    d_mean, exact = moment_derivatives(y, moments, call, moments.mean)
-    parts = []
-    for turn in range(8):
-        same, estimate = moment_derivatives(y, moments, call, moments.mean,
-                                            1024, turn)
-        torch.testing.assert_close(same, d_mean)
-        parts.append(estimate)
-    error = (torch.stack(parts) - exact).norm(dim=(1, 2)) / exact.norm()
-    assert (error > 0.01).all() and (error < 0.4).all()
-    mean_error = (torch.stack(parts).mean(0) - exact).norm() / exact.norm()
-    assert mean_error < 0.7 * error.mean()
-    # About another centre, as where several processes share a batch.
-    centre = moments.mean + 0.5
-    _, exact = moment_derivatives(y, moments, call, centre)
-    _, estimate = moment_derivatives(y, moments, call, centre, 1024)
-    assert (estimate - exact).norm() < 0.4 * exact.norm()
+    # About another centre, too, as where several processes share a batch.
+    for centre in (None, moments.mean + 0.5):
+        exact = _derivatives(y, call, centre)
+        parts = [_derivatives(y, call, centre, 256, turn) for turn in range(8)]
+        assert not torch.equal(parts[0][1], exact[1])
+        for truth, estimates in zip(exact, zip(*parts)):
+            estimates = torch.stack(estimates)
+            error = (estimates - truth).norm(dim=(1, 2)) / truth.norm()
+            assert (error > 0.01).all() and (error < 0.7).all()
+            mean_error = (estimates.mean(0) - truth).norm() / truth.norm()
+            assert mean_error < 0.5 * error.mean()

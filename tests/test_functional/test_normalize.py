@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from mmdet_smallbn.functional import (batch_moments, example_moments,
-                                      normalize, pool_moments,
-                                      renormalization)
+                                      normalize, normalize_for_inference,
+                                      pool_moments, renormalization)
 
 
 def _inputs(n=3, c=4, h=5, w=2):
@@ -185,3 +185,50 @@ def test_half_precision_keeps_its_dtype(dtype):
     out32.square().sum().backward()
     torch.testing.assert_close(x.grad.float(), x32.grad, rtol=0.05, atol=0.05)
     torch.testing.assert_close(weight.grad, w32.grad, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize('centered', [True, False])
+@pytest.mark.parametrize('num_groups', [None, 1, 2, 6])
+@pytest.mark.parametrize('weight', [0., 0.3, 1.])
+def test_the_same_is_exported(weight, num_groups, centered, monkeypatch):
+    """Exporters get other operators, with the same numbers."""
+    x = torch.randn(3, 6, 4, 5).double() + torch.arange(6.).view(-1, 1, 1)
+    mean = torch.randn(6).double() if centered else torch.zeros(6).double()
+    settings = (mean, torch.rand(6).double() + 0.5, torch.rand(6).double(),
+                torch.randn(6).double(), 1e-3, weight, num_groups, centered)
+    expected = normalize_for_inference(x, *settings)
+    used = []
+    monkeypatch.setattr(torch.onnx, 'is_in_onnx_export',
+                        lambda: used.append(1) or True)
+    out = normalize_for_inference(x, *settings)
+    # An affine map, and group normalisation, are common operators.
+    assert len(used) == (0 < weight < 1 or weight == 1 and not centered)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize('weight', [0.3, 1.])
+def test_half_precision_is_exported(weight, monkeypatch):
+    x = torch.randn(3, 6, 4, 5).bfloat16() + 100
+    mean, var = torch.full((6, ), 100.), torch.ones(6)
+    expected = normalize_for_inference(x, mean, var, example_weight=weight)
+    monkeypatch.setattr(torch.onnx, 'is_in_onnx_export', lambda: True)
+    out = normalize_for_inference(x, mean, var, example_weight=weight)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.skipif(
+    not hasattr(getattr(torch, 'compiler', None), 'is_exporting'),
+    reason='this torch does not say that it exports')
+@pytest.mark.parametrize('weight', [0.3, 1.])
+def test_torch_export_sees_common_operators(weight):
+
+    class Norm(torch.nn.Module):
+
+        def forward(self, x):
+            return normalize_for_inference(
+                x, torch.zeros(4), torch.ones(4), None, None, 1e-5, weight, 2)
+
+    x = torch.randn(2, 4, 3, 3) + 1
+    program = torch.export.export(Norm(), (x, ))
+    torch.testing.assert_close(program.module()(x), Norm()(x))
+    assert 'batch_norm' not in str(program.graph)

@@ -476,3 +476,23 @@ def test_suggested_window_size():
     # min(ceil(16 / images), 8), CBN Sec. 4.3.
     assert [suggested_window_size(n) for n in (1, 2, 3, 4, 8, 16, 32)
             ] == [8, 8, 6, 4, 2, 1, 1]
+
+
+@pytest.mark.parametrize('compensate', [False, True])
+def test_an_overflowing_batch_is_what_batch_norm_makes_of_it(compensate):
+    """Of finite mean and infinite variance."""
+    conv, layer = nn.Conv2d(3, 4, 3), CBN(4, compensate=compensate)
+    stock = nn.BatchNorm2d(4)
+    for scale in (1., 1., 1., 1e21):
+        x = conv(torch.randn(2, 3, 8, 8) * scale)
+        out = layer(x)
+    assert torch.equal(out, stock(x))
+    assert layer(conv(torch.randn(2, 3, 8, 8))).isfinite().all()
+
+
+def test_running_statistics_take_small_values_exactly():
+    layer, stock = CBN(4, momentum=1.), nn.BatchNorm2d(4, momentum=1.)
+    x = torch.randn(4, 4, 9, 9) * 3e-5
+    layer(x), stock(x)
+    torch.testing.assert_close(
+        layer.running_var, stock.running_var, rtol=1e-5, atol=0)

@@ -7,8 +7,8 @@ from mmcv.ops import DeformConv2dPack, ModulatedDeformConv2dPack
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmdet_smallbn.functional import (DeformCall, affine_moments,
-                                      batch_moments)
+from mmdet_smallbn.functional import (DeformCall, batch_moments,
+                                      moment_derivatives)
 from mmdet_smallbn.layers import CBN, MABN, CenConv2d, NaiveCBN
 from mmdet_smallbn.layers.conv_call import (FROZEN, UNKNOWN, find_producer,
                                             remember_calls)
@@ -186,7 +186,7 @@ def test_what_the_graph_tells_is_remembered(name, use_reentrant, dtype):
     assert before is after is UNKNOWN and remembered.known
     out = conv(_x()).detach().to(dtype)
     moments = batch_moments(out)
-    for a, b in zip(*(affine_moments(out, moments, producer.call)
+    for a, b in zip(*(moment_derivatives(out, moments, producer.call)
                       for producer in (graph, remembered))):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(graph.call.weight, remembered.call.weight)
