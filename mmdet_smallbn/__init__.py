@@ -7,6 +7,7 @@ from .version import __version__, check_versions
 
 check_versions()
 
+from .deploy import fuse_norm  # noqa: E402
 from .hooks import (BurnInHook, ExampleWeightHook,  # noqa: E402
                     StatisticsHook)
 from .layers import (BRN, CBN, MABN, BatchGroupNorm,  # noqa: E402
@@ -16,6 +17,6 @@ from .layers import (BRN, CBN, MABN, BatchGroupNorm,  # noqa: E402
 __all__ = [
     'BRN', 'BatchGroupNorm', 'BurnInHook', 'CBN', 'CenConv2d',
     'ExampleWeightHook', 'GhostBN', 'MABN', 'NaiveCBN', 'StatisticsHook',
-    '__version__', 'calibrate_group_norms', 'set_example_weight',
-    'suggested_window_size'
+    '__version__', 'calibrate_group_norms', 'fuse_norm',
+    'set_example_weight', 'suggested_window_size'
 ]

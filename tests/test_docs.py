@@ -13,7 +13,7 @@ from mmdet_smallbn.cli import print_norms
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     ROOT / 'README.md', ROOT / 'docs' / 'training_features.md',
-    ROOT / 'docs' / 'costs.md',
+    ROOT / 'docs' / 'costs.md', ROOT / 'docs' / 'deployment.md',
     *sorted((ROOT / 'configs').rglob('README.md'))
 ]
 COMMAND = re.compile(
@@ -117,4 +117,20 @@ def test_the_costs_are_the_benchmarks():
                 heads['memory'], everywhere['memory']
             ]
             line = ' | '.join(f'{number:.2f}' for number in numbers)
-            assert f'| {detector} R-CNN, {norm} | {line} |' in page
+            states = ' | '.join(f'{part["state_bytes"] / 2**20:.1f}'
+                                for part in (heads, everywhere))
+            assert f'| {detector} R-CNN, {norm} | {line} | {states} |' in page
+
+
+def test_the_latencies_are_the_benchmarks():
+    docs = ROOT / 'docs'
+    page = (docs / 'deployment.md').read_text()
+    rows = json.loads(
+        (docs / 'benchmark_latency_cpu.json').read_text())['rows']
+    found = {(r['norm'], r['case']): r['time']['median'] for r in rows}
+    cases = list(dict.fromkeys(case for _, case in found))
+    norms = list(dict.fromkeys(norm for norm, _ in found))
+    for norm in norms[1:]:
+        line = ' | '.join(f'{found[norm, case]:.2f}' for case in cases)
+        assert f'| {norm} | {line} |' in page
+    assert len(norms) == 13

@@ -4,13 +4,13 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 import torch
 from mmcv.cnn import ConvModule
-from mmcv.cnn.utils import fuse_conv_bn
 from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
-from ..layers import SmallBatchNorm
+from ..deploy import fuse_norm
+from ..layers import SmallBatchNorm, set_example_weight
 from .measure import Run
 
 # The baseline comes first. MABN's convolutions are centred, as in its method.
@@ -48,6 +48,8 @@ BLOCKS = {
     'bottleneck, 2x256x32x32, 1x1': Block((2, 256, 32, 32), 1),
     'RoI head, 128x256x7x7, 3x3': Block((128, 256, 7, 7), 3),
 }
+# At inference these stand for all: what a layer remembers is not used there.
+DEPLOYED = ('BN', 'GN', 'CBN, window 4', 'MABN', 'BRN', 'BGN', 'GhostBN')
 # Detectors, and configs of configs/cbn with a norm in neck and heads.
 DETECTORS = {
     'Faster R-CNN': 'faster-rcnn_r50_fpn_4conv1fc_cbn-head_4xb4-1x_coco.py',
@@ -189,10 +191,47 @@ def infer_block(norm: dict,
                 setting: Setting,
                 fold: bool = False) -> Contender:
     """Forward of a block in evaluation."""
-    module = _block(norm, block, setting).eval()
+    module = _block(norm, block, setting)
+    return _infer(module, _inputs(block, setting), setting, fold)
+
+
+def infer_network(norm: dict,
+                  side: int,
+                  setting: Setting,
+                  fold: bool = False) -> Contender:
+    """Forward of a ResNet-50 with FPN, norms in all of it, on one image.
+
+    Args:
+        norm (dict): ``norm_cfg`` and ``conv_cfg`` to have there.
+        side (int): Height and width of the image in pixels.
+        setting (Setting): Where and how.
+        fold (bool): Whether the norms are folded into the convolutions.
+    """
+    import mmdet.models  # noqa: F401  registers them
+    init_default_scope('mmdet')
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        MODELS.build(dict(type='ResNet', depth=50, **norm)),
+        MODELS.build(
+            dict(
+                type='FPN',
+                in_channels=[256, 512, 1024, 2048],
+                out_channels=256,
+                num_outs=5,
+                **norm)))
+    images = [torch.randn(1, 3, side, side) for _ in range(2)]
+    return _infer(
+        setting.put(module), [setting.put(x) for x in images], setting, fold)
+
+
+def _infer(module: nn.Module, inputs: List[Tensor], setting: Setting,
+           fold: bool) -> Contender:
+    module.eval()
     if fold:
-        module = fuse_conv_bn(module)
-    next_input = _in_turn(_inputs(block, setting))
+        # As trained, BGN normalises each image with its own statistics.
+        set_example_weight(module, 0)
+        fuse_norm(module)
+    next_input = _in_turn(inputs)
 
     def run() -> None:
         with torch.no_grad(), setting.autocast():

@@ -12,15 +12,16 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ..benchmark.cases import (BLOCKS, DETECTORS, NORMS, PLACES, Contender,
-                               Setting, infer_block, train_block,
-                               train_detector, train_norm)
+from ..benchmark.cases import (BLOCKS, DEPLOYED, DETECTORS, NORMS, PLACES,
+                               Contender, Setting, infer_block,
+                               infer_network, train_block, train_detector,
+                               train_norm)
 from ..benchmark.measure import interleave, launches, peak_memory, ratio
 from ..errors import SetupError, did_you_mean, one_line_errors
 from ..pictures import save_costs
 
 BASELINE = 'BN'
-LEVELS = ('norm', 'block', 'growth', 'inference', 'detector')
+LEVELS = ('norm', 'block', 'growth', 'inference', 'latency', 'detector')
 _DTYPES = dict(
     float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 _CONFIGS = Path(__file__).resolve().parents[2] / 'configs' / 'cbn'
@@ -36,7 +37,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         nargs='+',
         choices=LEVELS,
         default=['norm', 'block', 'growth', 'inference'],
-        help='what the norms are in; a detector takes long')
+        help='what the norms are in; latency (ResNet-50 with FPN on one '
+        'image, folded and not) and a detector take long')
     parser.add_argument(
         '--norms', nargs='+', metavar='NAME', help='all, if not given')
     parser.add_argument('--rounds', type=int, default=25)
@@ -55,6 +57,13 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         default=[320, 320],
         metavar=('HEIGHT', 'WIDTH'),
         help="of a detector's images")
+    parser.add_argument(
+        '--sides',
+        type=int,
+        nargs='+',
+        default=[320, 480, 640],
+        metavar='PIXELS',
+        help="of latency's square images")
     parser.add_argument(
         '--rois', type=int, default=64, help='regions of an image in training')
     parser.add_argument(
@@ -106,6 +115,14 @@ def contests(args: argparse.Namespace, norms: Dict[str, dict],
                     name: (train_block, norms[name], grown, setting)
                     for name in some
                 }
+    if 'latency' in args.levels:
+        for side in args.sides:
+            make = {}
+            for name in (n for n in DEPLOYED if n in norms):
+                make[name] = (infer_network, norms[name], side, setting)
+                if name != 'GN':
+                    make[f'{name}, folded'] = (*make[name], True)
+            yield 'latency', f'R50-FPN, 1x3x{side}x{side}', make
     if 'detector' in args.levels:
         for detector, config in DETECTORS.items():
             for place in PLACES:

@@ -10,6 +10,8 @@ from pathlib import Path
 import cv2
 import pytest
 
+from tests.test_deploy.test_stock import STOCK
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -277,3 +279,21 @@ def test_demo_on_a_folder_of_ones_own(one_class, tmp_path):
     assert list(tmp_path.glob('*.pth'))
     assert 'of 1 classes' in out and 'AP50' in out
     assert 'make demo DATA=' in out
+
+
+def test_stock_mmdet_finds_what_was_found_here(trained, options, tmp_path):
+    """In a process that cannot import this package, and folded there."""
+    work_dir, _ = trained
+    out = _run(sys.executable, 'tools/convert_to_stock.py', DEMO,
+               str(work_dir / f'iter_{ITERS}.pth'), '-o',
+               str(tmp_path / 'stock.pth'), *options)
+    assert 'model.backbone.norm_cfg: CBN -> BN' in out
+    out = _run(sys.executable, '-c', STOCK, str(tmp_path), 'stock')
+    found = [
+        json.loads(line.split(' ', 2)[2]) for line in out.splitlines()
+        if line.startswith('SCORES')
+    ]
+    assert len(found) == 2
+    for metric, score in _scores(_scalars(work_dir)).items():
+        assert [s[metric] for s in found] == pytest.approx(2 * [score],
+                                                           abs=1e-4)

@@ -1,0 +1,137 @@
+"""Bring a checkpoint of another code to mmdet 3.x's layout."""
+import argparse
+from pathlib import Path
+from typing import Any, Iterator, Optional, Sequence
+
+import torch
+from mmengine.logging import MMLogger
+from mmengine.registry import MODELS
+
+from ..deploy.released import (LAYOUTS, Conversion, StateDict, convert,
+                               find_state_dict, layout_of, some)
+from ..errors import SetupError, one_line_errors
+from .runtime import check_norms, load_from_local, open_config
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Flags of the conversion."""
+    parser = argparse.ArgumentParser(
+        description='Convert a checkpoint of the released CBN (mmdet1) or '
+        'MABN (maskrcnn-benchmark, mabn-imagenet) to one that mmdet 3.x loads '
+        "into a model of this package. torchvision's, and those of mmdet 2.x "
+        'and 3.x, need no conversion')
+    parser.add_argument('checkpoint', metavar='IN', help='checkpoint file')
+    parser.add_argument(
+        '-o',
+        '--out',
+        metavar='OUT',
+        required=True,
+        help='checkpoint to write')
+    parser.add_argument(
+        '--layout',
+        choices=['auto', *LAYOUTS],
+        default='auto',
+        help='whose names the file has (auto: seen by the names)')
+    parser.add_argument(
+        '--model',
+        metavar='CONFIG',
+        help="write only what loads strictly into this config's model")
+    parser.add_argument(
+        '--match-eps',
+        action='store_true',
+        help='mmdet1: change the scales of CBN to evaluate as the released '
+        'code, which adds eps to the root; not where it had out_p=True')
+    parser.add_argument(
+        '--verbose', action='store_true', help='print what each key became')
+    args = parser.parse_args(argv)
+    if Path(args.checkpoint).expanduser().resolve() == Path(
+            args.out).expanduser().resolve():
+        parser.error('OUT must be another file than IN')
+    return args
+
+
+def check_fits(state: StateDict, config: str) -> None:
+    """Compare a state dict with a config's model.
+
+    Raises:
+        SetupError: If it does not load strictly.
+    """
+    cfg = open_config(config)
+    check_norms(cfg)
+    # Heads and necks tell of themselves while they are built.
+    MMLogger.get_current_instance().setLevel('WARNING')
+    wanted = MODELS.build(cfg.model).state_dict()
+    missing = [key for key in wanted if key not in state]
+    unexpected = [key for key in state if key not in wanted]
+    shapes = [
+        f'{key} {tuple(state[key].shape)} for {tuple(value.shape)}'
+        for key, value in wanted.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    faults = [
+        f'{len(found)} {name} ({some(found)})'
+        for name, found in (('missing', missing), ('unexpected', unexpected),
+                            ('of another shape', shapes)) if found
+    ]
+    if faults:
+        raise SetupError(f'the keys do not fit {config}: {"; ".join(faults)}. '
+                         'Nothing was written')
+
+
+def report(result: Conversion, verbose: bool) -> Iterator[str]:
+    """What there is to tell of a conversion."""
+    if verbose:
+        for old, new, done in result.became:
+            yield f'{old} -> {new}' + (f' ({done})' if done else '')
+        for key in result.added:
+            yield f'added {key} (0)'
+    for reason, keys in result.dropped.items():
+        yield f'Dropped {some(keys)}: {reason}.'
+    for note in result.notes:
+        yield f'Note: {note}.'
+
+
+def new_meta(old: Any, layout: str) -> dict:
+    """The classes' names, where mmdet 3.x looks for them."""
+    meta = dict(converted_from=layout)
+    names = old.get('CLASSES') if isinstance(old, dict) else None
+    if names:
+        meta['dataset_meta'] = dict(classes=tuple(names))
+    return meta
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Convert a file."""
+    args = parse_args(argv)
+    with one_line_errors():
+        checkpoint = load_from_local(args.checkpoint, map_location='cpu')
+        try:
+            state = find_state_dict(checkpoint)
+            meta = checkpoint.get('meta')
+            layout = args.layout
+            if layout == 'auto':
+                layout = layout_of(state, meta)
+            if layout is None:
+                print(f'{args.checkpoint} needs no conversion: name it as '
+                      'load_from, or in the init_cfg of the backbone. Nothing '
+                      'was written.')
+                return
+            result = convert(state, layout, args.match_eps)
+        except SetupError as error:
+            raise SetupError(f'{args.checkpoint}: {error}') from error
+        if args.model is not None:
+            check_fits(result.state_dict, args.model)
+        for line in report(result, args.verbose):
+            print(line)
+        out = Path(args.out).expanduser()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(
+            dict(
+                meta=new_meta(meta, layout), state_dict=result.state_dict),
+            out)
+        print(f'{args.checkpoint}, {layout}: wrote {len(result.state_dict)} '
+              f'tensors to {out}, {len(result.added)} of them new.')
+
+
+if __name__ == '__main__':
+    main()

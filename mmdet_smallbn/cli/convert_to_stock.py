@@ -1,0 +1,90 @@
+"""Write a trained detector as one that stock mmdet loads."""
+import argparse
+from pathlib import Path
+from typing import Any, Optional, Sequence
+
+import torch
+from mmengine.logging import MMLogger
+
+from ..deploy.released import find_state_dict
+from ..deploy.stock import to_stock
+from ..errors import SetupError, one_line_errors
+from .runtime import (add_config_arguments, check_norms, load_from_local,
+                      read_config)
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Flags of the converter."""
+    parser = argparse.ArgumentParser(
+        description='Write config and checkpoint of a trained detector anew, '
+        'with BatchNorm and plain convolutions, so that mmdet runs it '
+        'without this package: the same detections, and its own tools to '
+        'fuse and deploy it')
+    add_config_arguments(parser)
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument(
+        '-o',
+        '--out',
+        required=True,
+        metavar='OUT.pth',
+        help='checkpoint to write; the config goes beside it, as OUT.py')
+    parser.add_argument(
+        '--example-weight',
+        type=float,
+        choices=[0.],
+        help='0: evaluate norms that weigh examples (BGN) with their moving '
+        'averages alone, which BatchNorm can do; the detections are others '
+        'then, as tools/sweep_example_weight.py shows')
+    args = parser.parse_args(argv)
+    if not args.out.endswith('.pth'):
+        parser.error(f'--out must end in .pth, but got {args.out}')
+    return args
+
+
+def _plain(value: Any) -> Any:
+    """Without numpy's types, which torch's safe loading refuses."""
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(part) for part in value)
+    return value.tolist() if hasattr(value, 'tolist') else value
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Convert, compare, write."""
+    args = parse_args(argv)
+    out = Path(args.out).expanduser()
+    with one_line_errors():
+        for path in (args.config, args.checkpoint):
+            if Path(path).resolve() in (out.resolve(),
+                                        out.with_suffix('.py').resolve()):
+                raise SetupError(f'--out {args.out} would overwrite {path}: '
+                                 'take another name')
+        cfg = read_config(args, training=False)
+        check_norms(cfg)
+        MMLogger.get_current_instance().setLevel('WARNING')
+        checkpoint = load_from_local(args.checkpoint, map_location='cpu')
+        try:
+            state = find_state_dict(checkpoint)
+        except SetupError as error:
+            raise SetupError(f'{args.checkpoint}: {error}') from error
+        stock_cfg, state, changes = to_stock(cfg, state, args.example_weight)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        stock_cfg.dump(out.with_suffix('.py'))
+        meta = checkpoint.get('meta')
+        meta = meta if isinstance(meta, dict) else {}
+        torch.save(
+            dict(
+                state_dict=state,
+                meta={
+                    key: _plain(meta[key])
+                    for key in ('dataset_meta', 'epoch', 'iter')
+                    if key in meta
+                }), out)
+    for change in changes:
+        print(change)
+    print(f'{out} and {out.with_suffix(".py")} are stock now')
+
+
+if __name__ == '__main__':
+    main()

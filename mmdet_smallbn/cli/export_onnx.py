@@ -1,0 +1,133 @@
+"""Export a trained detector's network to ONNX."""
+import argparse
+import re
+from typing import Optional, Sequence
+
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS
+from mmengine.runner import CheckpointLoader
+from torch import nn
+
+from ..deploy.onnx_export import AXES, export_onnx, require_onnx
+from ..errors import SetupError, one_line_errors
+from ..hooks import ExampleWeightHook
+from ..layers import set_example_weight
+from .print_norms import norm_hooks
+from .runtime import (add_config_arguments, check_norms, read_config,
+                      register_checkpoint_loader)
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Flags of the export."""
+    parser = argparse.ArgumentParser(
+        description="Write a trained detector's network to an ONNX file, in "
+        'standard operators: from normalised images to what its head puts '
+        'out, of two-stage detectors to features and what the RPN head puts '
+        'out. Without the data preprocessor, and without what makes boxes of '
+        'it. Compared with torch if onnxruntime is installed')
+    add_config_arguments(parser)
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument(
+        '-o',
+        '--out',
+        required=True,
+        metavar='FILE.onnx',
+        help='file to write')
+    parser.add_argument(
+        '--shape',
+        type=int,
+        nargs=2,
+        default=(320, 320),
+        metavar=('H', 'W'),
+        help='height and width of the example that the network is run with '
+        '(320 320)')
+    parser.add_argument(
+        '--dynamic',
+        nargs='*',
+        default=tuple(AXES),
+        choices=tuple(AXES),
+        metavar='AXIS',
+        help="which axes may differ from the example's: of batch, height, "
+        'width (all)')
+    parser.add_argument(
+        '--fold',
+        action='store_true',
+        help='fold the norms into the convolutions before them')
+    parser.add_argument(
+        '--opset',
+        type=int,
+        default=17,
+        metavar='N',
+        help="version of ONNX's operators (17)")
+    args = parser.parse_args(argv)
+    if min(args.shape) < 1:
+        parser.error(f'--shape must be at least 1, but got {args.shape}')
+    if not args.out.endswith('.onnx'):
+        parser.error(f'--out must end in .onnx, but got {args.out}')
+    return args
+
+
+def load_weights(model: nn.Module, checkpoint: str) -> None:
+    """Load a checkpoint that has all of a model's weights.
+
+    What is missing would be exported as it was initialised.
+
+    Raises:
+        SetupError: If something is missing, or of another shape.
+    """
+    register_checkpoint_loader()
+    loaded = CheckpointLoader.load_checkpoint(checkpoint, 'cpu')
+    loaded = loaded.get('state_dict', loaded)
+    state = {re.sub(r'^module\.', '', key): loaded[key] for key in loaded}
+    try:
+        missing = [
+            key
+            for key in model.load_state_dict(state, strict=False).missing_keys
+            if not key.endswith('num_batches_tracked')
+        ]
+    except RuntimeError as error:  # torch's lists all of them
+        first = str(error).splitlines()[1:2]
+        raise SetupError(f'{checkpoint} is not of this config: '
+                         f'{"".join(first).strip()}') from error
+    if missing:
+        raise SetupError(f'{checkpoint} is not of this config: it lacks '
+                         f'{len(missing)} of its weights, {missing[0]} is '
+                         'the first')
+
+
+def weigh_examples(model: nn.Module, cfg: Config) -> None:
+    """Give examples the weight that the config's testing gives them."""
+    for hook in norm_hooks(cfg):
+        if isinstance(hook, ExampleWeightHook):
+            set_example_weight(model, hook.weight, hook.excluded)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Export as the command line says."""
+    args = parse_args(argv)
+    with one_line_errors():
+        require_onnx()
+        cfg = read_config(args, training=False)
+        check_norms(cfg)
+        # Heads and necks tell of themselves while they are built.
+        MMLogger.get_current_instance().setLevel('WARNING')
+        model = revert_sync_batchnorm(MODELS.build(cfg.model))
+        load_weights(model, args.checkpoint)
+        weigh_examples(model, cfg)
+        export = export_onnx(model, args.out, (1, 3, *args.shape), args.fold,
+                             args.opset, args.dynamic)
+        print(f'written: {args.out}, of normalised images '
+              f'(1, 3, {args.shape[0]}, {args.shape[1]}) to')
+        for name, shape in export.outputs.items():
+            print(f'  {name} {shape}')
+        if export.difference is None:
+            print('not compared with torch: pip install onnxruntime')
+        else:
+            print('largest difference between onnxruntime and torch: '
+                  f'{export.difference:.1e}')
+
+
+if __name__ == '__main__':
+    main()

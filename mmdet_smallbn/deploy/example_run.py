@@ -1,0 +1,96 @@
+"""One forward pass of a model whose inputs nobody named."""
+from typing import Any, Callable, Optional, Sequence, Union
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ..errors import SetupError, describe
+
+# Large enough for all levels of a pyramid, small enough for a CPU.
+_SIDE = 128
+
+Inputs = Union[Tensor, Sequence[Any]]
+
+
+def example_run(model: nn.Module,
+                inputs: Optional[Inputs] = None) -> Callable[[], Any]:
+    """A forward pass that can be repeated, on copies of the same inputs.
+
+    Args:
+        model (nn.Module): A detector, or a part of one.
+        inputs (Tensor | Sequence, optional): What it is called with. None:
+            random images of 128 x 128 pixels, or random maps for a module
+            that states a list as ``in_channels``, as necks do. A detector
+            runs all of its network: the heads of two stages, too.
+
+    Returns:
+        callable: Runs the model in evaluation, without gradients.
+
+    Raises:
+        SetupError: When run, if the model cannot take the inputs.
+    """
+    call = _call(model, inputs)
+
+    @torch.no_grad()
+    def run() -> Any:
+        model.eval()
+        try:
+            return call()
+        except SetupError:  # of hooks that watch it
+            raise
+        except Exception as error:
+            given = 'the inputs given' if inputs is not None else (
+                'random images, which are made where no inputs are given')
+            raise SetupError(f'{type(model).__name__} cannot run on {given}: '
+                             f'{describe(error)}. Give it inputs that it '
+                             'takes') from error
+
+    return run
+
+
+def _call(model: nn.Module, inputs: Optional[Inputs]) -> Callable[[], Any]:
+    if inputs is not None:
+        if isinstance(inputs, Tensor):
+            inputs = (inputs, )
+        return lambda: model(*_copies(inputs))
+    if hasattr(model, 'extract_feat') and hasattr(model, 'data_preprocessor'):
+        image = _random(model, 1, 3, _SIDE)
+        return lambda: model(
+            image.clone(), [_sample()], mode='tensor')
+    channels = getattr(model, 'in_channels', None)
+    if isinstance(channels, (list, tuple)):
+        maps = tuple(
+            _random(model, 1, c, max(1, _SIDE // 2**(level + 2)))
+            for level, c in enumerate(channels))
+        return lambda: model(_copies(maps))
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)),
+                 None)
+    image = _random(model, 1, 3 if first is None else first.in_channels, _SIDE)
+    return lambda: model(image.clone())
+
+
+def _copies(values: Any) -> Any:
+    """A model may work in place on what it is given."""
+    return tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v,
+                    values)
+
+
+def _random(model: nn.Module, n: int, channels: int, side: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn((n, channels, side, side), generator=generator)
+    anchor = next(model.parameters(), image)
+    return image.to(anchor.device, anchor.dtype)
+
+
+def _sample() -> Any:
+    """What a detector is told of an image."""
+    from mmdet.structures import DetDataSample
+    size = (_SIDE, _SIDE)
+    return DetDataSample(
+        metainfo=dict(
+            img_shape=size,
+            ori_shape=size,
+            pad_shape=size,
+            batch_input_shape=size,
+            scale_factor=(1., 1.)))

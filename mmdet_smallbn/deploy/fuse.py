@@ -1,0 +1,404 @@
+"""Folding norms into the convolutions before them."""
+import warnings
+from collections import defaultdict
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from ..errors import SetupError
+from ..layers.cen_conv import CenConv2d, centred
+from .example_run import Inputs, example_run
+from .statistics import fixed_statistics, is_batch_norm
+
+# How far a folded convolution may be from what it stands for, relative to
+# the largest output.
+_TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.float16: 0.02,
+    torch.bfloat16: 0.1
+}
+
+
+def fuse_norm(model: nn.Module,
+              inputs: Optional[Inputs] = None,
+              strict: bool = True) -> nn.Module:
+    r"""Fold every norm of BatchNorm's form into its convolution, in place.
+
+    In evaluation such a norm is an affine map of each channel, and a
+    convolution before it can do that, too:
+
+    .. math::
+        w'_c = \frac{\gamma_c}{\sqrt{\sigma_c^2 + \epsilon}}\, w_c, \qquad
+        b'_c = (b_c - \mu_c)\,\frac{\gamma_c}{\sqrt{\sigma_c^2 + \epsilon}}
+            + \beta_c.
+
+    CBN, MABN, BRN, stock BatchNorm and SyncBatchNorm are folded, and BGN and
+    GhostBN at an example weight of 0; CenConv2d's filters are centred for
+    good. What is left are plain convolutions with a bias, and
+    ``nn.Identity`` where the norms were. GroupNorm stays.
+
+    Which convolution is before which norm is seen in a forward pass, not
+    guessed from the order of attributes: a norm is folded only if all it was
+    given are outputs of one convolution that nothing else has used. Each
+    folded convolution is compared with what it stands for, and so is the
+    whole model unless it has a RoI head.
+
+    Args:
+        model (nn.Module): A detector or any part of one, with trained norms.
+            Is put into evaluation.
+        inputs (Tensor | Sequence, optional): What to call it with, so that
+            all its norms are reached. None: random images; see
+            :func:`example_run`.
+        strict (bool): Whether a norm that cannot be folded is an error.
+            False: it stays as it is, and a warning tells why.
+
+    Returns:
+        nn.Module: The model.
+
+    Raises:
+        SetupError: If the model cannot run on the inputs, or a norm cannot be
+            folded: it follows no convolution, shares it with another norm or
+            layer, follows one that computes its weight (weight
+            standardisation) or is deformable, was not reached, or normalises
+            each image in its own way. Nothing has changed then.
+
+    Example:
+        >>> model = init_detector(config, checkpoint, device='cpu')
+        >>> fuse_norm(model)
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        _fuse(model, example_run(model, inputs), strict)
+    except BaseException:
+        for module, training in modes.items():
+            module.training = training
+        raise
+    return model
+
+
+def _fuse(model: nn.Module, run: Callable[[], Any], strict: bool) -> None:
+    watch = _Watch(model)
+    before = watch.look(run)
+    folded: Dict[str, nn.Module] = {}
+    reasons: List[str] = []
+    for name, norm in watch.norms.items():
+        try:
+            conv = watch.conv_before(name)
+            folded[name] = _fold(name, norm, watch.convs[conv], conv)
+            watch.check(name, folded[name])
+        except SetupError as error:
+            folded.pop(name, None)
+            reasons.append(str(error))
+    if reasons:
+        told = '; '.join(reasons)
+        if strict:
+            raise SetupError(f'{told}. (fuse_norm(model, strict=False) folds '
+                             f'the other {len(folded)} norms)')
+        warnings.warn(f'not folded: {told}')
+    new: Dict[nn.Module, nn.Module] = {}
+    for name, conv in folded.items():
+        new[watch.convs[watch.conv_before(name)]] = conv
+        new[watch.norms[name]] = nn.Identity()
+    _replace(model, new)
+    if getattr(model, 'with_roi_head', False):
+        return  # regions that are equally good may change their places
+    try:
+        _compare_all(before, run())
+    except Exception:
+        _replace(model, {module: old for old, module in new.items()})
+        raise
+
+
+def _compare_all(before: Any, after: Any) -> None:
+    """Compare what the whole model puts out.
+
+    It shows what a forward pass does out of sight: in scripted functions, or
+    with modules that it keeps in places of its own.
+
+    Raises:
+        SetupError: If it is not the same.
+    """
+    for old, new in zip(*(tree_flatten(v)[0] for v in (before, after))):
+        if not isinstance(old, Tensor) or not old.is_floating_point():
+            continue
+        # Layers add up their errors.
+        bound = 10 * _TOLERANCE[old.dtype] * old.double().abs().max()
+        if old.shape != new.shape or not (
+                old.double() - new.double()).abs().max() <= bound:
+            raise SetupError(
+                'the folded model does not put out the same, though each pair '
+                'does: its forward pass uses a convolution or norm in a way '
+                'that was not seen. Nothing has been changed')
+
+
+# Functions of a tensor that do not use its values.
+_HARMLESS = ('__get__', 'size', 'dim', 'ndimension', 'numel', 'stride',
+             'is_contiguous', 'is_floating_point', 'is_complex',
+             'element_size', '__len__', 'get_device')
+
+
+class _Made(NamedTuple):
+    """A convolution's output, kept so that no other takes its place."""
+    out: Tensor
+    conv: str
+    x: Optional[Tensor]  # its input; None: it had others, too
+
+
+class _Watch(TorchFunctionMode):
+    """Sees which convolutions' outputs go into which norms, and where else.
+
+    Args:
+        model (nn.Module): What is watched.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.norms: Dict[str, nn.Module] = {}
+        self.convs: Dict[str, nn.Module] = {}
+        for name, module in model.named_modules():
+            if is_batch_norm(module):
+                self.norms[name] = module
+            elif _is_conv(module):
+                self.convs[name] = module
+        self._made: Dict[int, _Made] = {}
+        # Whose a parameter or buffer is.
+        self._owners: Dict[int, str] = {
+            id(tensor): name
+            for name, module in (*self.norms.items(), *self.convs.items())
+            for tensor in (*module.parameters(), *module.buffers())
+        }
+        self._hooked = {
+            name
+            for name, module in (*self.norms.items(), *self.convs.items())
+            if module._forward_hooks or module._forward_pre_hooks
+            or 'forward' in vars(module)
+        }
+        self._inside: List[str] = []
+        self._before: Dict[str, Set[Optional[str]]] = defaultdict(set)
+        self._others: Dict[str, Set[str]] = defaultdict(set)
+        self._calls: Dict[str, int] = defaultdict(int)
+        # Inputs of convolutions, and outputs of the norms behind them.
+        self._passes: Dict[str, Tuple[Tensor, Tensor]] = {}
+
+    def look(self, run: Callable[[], Any]) -> Any:
+        """Watch one forward pass, and give a copy of what came out."""
+        handles = []
+        for name, module in (*self.norms.items(), *self.convs.items()):
+            after = self._after_norm if name in self.norms else (
+                self._after_conv)
+            handles += [
+                module.register_forward_pre_hook(self._enter(name)),
+                module.register_forward_hook(after(name), with_kwargs=True)
+            ]
+        try:
+            with self:
+                result = run()
+            for leaf in tree_flatten(result)[0]:
+                if id(leaf) in self._made:
+                    self._others[self._made[id(leaf)].conv].add('the caller')
+            return tree_map(
+                lambda v: v.clone() if isinstance(v, Tensor) else v, result)
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._made.clear()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        used = getattr(func, '__name__', str(func))
+        if used in _HARMLESS and not isinstance(result, Tensor):
+            return result
+        inside = self._inside[-1] if self._inside else None
+        for leaf in tree_flatten((args, kwargs))[0]:
+            if inside not in self.norms and id(leaf) in self._made:
+                self._others[self._made[id(leaf)].conv].add(used)
+            owner = self._owners.get(id(leaf))
+            # A module's own parts are used within its call.
+            if owner is not None and owner != inside and not any(
+                    name.startswith(f'{owner}.') for name in self._inside):
+                self._others[owner].add(f'{used} by its weights')
+        return result
+
+    def _enter(self, name: str):
+
+        def hook(module, inputs) -> None:
+            self._inside.append(name)
+
+        return hook
+
+    def _after_conv(self, name: str):
+
+        def hook(conv, inputs, kwargs, out) -> None:
+            self._inside.pop()
+            self._calls[name] += 1
+            if isinstance(out, Tensor):
+                # What comes later may work on it in place.
+                x = None if kwargs or len(inputs) != 1 else inputs[0].clone()
+                self._made[id(out)] = _Made(out, name, x)
+
+        return hook
+
+    def _after_norm(self, name: str):
+
+        def hook(norm, inputs, kwargs, out) -> None:
+            self._inside.pop()
+            given = inputs[0] if inputs else kwargs.get('input')
+            made = self._made.get(id(given))
+            self._before[name].add(made and made.conv)
+            if made is not None:
+                self._calls[made.conv] -= 1
+                self._others[made.conv].add(name)
+                if made.x is None:
+                    self._others[made.conv].add(
+                        'arguments beside its input')
+                elif made.x.numel():
+                    self._passes[name] = made.x, out.clone()
+
+        return hook
+
+    def conv_before(self, name: str) -> str:
+        """The convolution that a norm can be folded into.
+
+        Raises:
+            SetupError: If there is none.
+        """
+        who = f'{type(self.norms[name]).__name__} {name!r}'
+        before = self._before.get(name)
+        if before is None:
+            raise SetupError(
+                f'{who} was not reached by the forward pass: give fuse_norm '
+                'inputs that it takes part in')
+        if before == {None}:
+            raise SetupError(f'{who} follows no convolution')
+        if len(before) > 1:
+            raise SetupError(
+                f'{who} follows more than one operation ('
+                f'{", ".join(sorted(map(str, before)))}), and cannot be '
+                'folded into all of them')
+        conv, = before
+        others = self._others[conv] | self._others[name]
+        others -= {name}
+        if others:
+            raise SetupError(
+                f'{who} follows {conv!r}, whose output or weight is used by '
+                f'{", ".join(sorted(others))}, too')
+        if self._calls[conv]:
+            raise SetupError(f'{who} and {conv!r} before it were not called '
+                             'equally often')
+        hooked = self._hooked & {name, conv}
+        if hooked:
+            raise SetupError(f'{who} follows {conv!r}, and {hooked.pop()!r} '
+                             'has a hook or a forward of its own, which would '
+                             'be lost')
+        if name not in self._passes:
+            raise SetupError(f'{who} was given no values: give fuse_norm '
+                             'inputs that lead to some')
+        return conv
+
+    def check(self, name: str, folded: nn.Module) -> None:
+        """Compare a folded convolution with what it stands for.
+
+        Raises:
+            SetupError: If they differ.
+        """
+        x, out = self._passes[name]
+        with torch.no_grad():
+            found = folded(x).double()
+        if found.shape == out.shape:
+            out = out.double()
+            error = (found - out).abs().amax((0, 2, 3))
+            # Of each channel by itself, but for rounding.
+            largest = out.abs().amax((0, 2, 3))
+            bound = _TOLERANCE[x.dtype] * torch.maximum(
+                largest, largest.max() * 1e-3)
+            if (error <= bound).all():
+                return
+        raise SetupError(
+            f'{type(self.norms[name]).__name__} {name!r} behind its '
+            'convolution does not put out what it was folded to')
+
+
+def _is_conv(module: nn.Module) -> bool:
+    """Whether a norm's input may be made by it, to be folded or refused."""
+    weight = getattr(module, 'weight', None)
+    return isinstance(weight, Tensor) and weight.dim() == 4
+
+
+def _fold(name: str, norm: nn.Module, conv: nn.Module,
+          conv_name: str) -> nn.Module:
+    who = f'{type(norm).__name__} {name!r}'
+    mean, var = fixed_statistics(name, norm)
+    if not _is_plain(conv):
+        raise SetupError(
+            f'{who} follows {conv_name!r}, a {type(conv).__name__}, which '
+            'does more than convolve with its weight: a scaled weight would '
+            'not give a scaled output')
+    with torch.no_grad():
+        scale = torch.rsqrt(var + norm.eps)
+        if norm.weight is not None:
+            scale = scale * norm.weight.double()
+        weight = conv.weight.double()
+        if isinstance(conv, CenConv2d):
+            weight = centred(weight)
+        bias = 0. if conv.bias is None else conv.bias.double()
+        bias = (bias - mean) * scale
+        if norm.bias is not None:
+            bias = bias + norm.bias.double()
+        shape = (-1, 1, 1, 1)
+        if isinstance(conv, nn.ConvTranspose2d):
+            # (C_in, C / groups, kh, kw): the outputs of each group's inputs.
+            scale = scale.view(conv.groups, -1).repeat_interleave(
+                conv.in_channels // conv.groups, 0)
+            shape = (*scale.shape, 1, 1)
+        return _plain(conv, weight * scale.view(shape), bias)
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    if 'weight' not in conv._parameters:  # computed, as by weight norm
+        return False
+    kind = type(conv)
+    stock = nn.ConvTranspose2d if isinstance(
+        conv, nn.ConvTranspose2d) else nn.Conv2d
+    if kind in (stock, CenConv2d):
+        return True
+    # mmcv's own of the same names differ for empty inputs of old torch.
+    return issubclass(kind, stock) and (
+        kind.__module__ == 'mmcv.cnn.bricks.wrappers')
+
+
+def _plain(conv: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
+    """A stock convolution as ``conv``, with other values."""
+    kind, settings = nn.Conv2d, {}
+    if isinstance(conv, nn.ConvTranspose2d):
+        kind = nn.ConvTranspose2d
+        settings = dict(output_padding=conv.output_padding)
+    plain = skip_init(
+        kind,
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        stride=conv.stride,
+        padding=conv.padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        padding_mode=conv.padding_mode,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
+        **settings)
+    plain.weight.copy_(weight)
+    plain.bias.copy_(bias)
+    plain.requires_grad_(conv.weight.requires_grad)
+    return plain.train(conv.training)
+
+
+def _replace(model: nn.Module, new: Dict[nn.Module, nn.Module]) -> None:
+    """Put modules in the places of others, wherever those are."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in new:
+                parent._modules[name] = new[child]
