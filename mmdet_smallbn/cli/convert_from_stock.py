@@ -7,8 +7,8 @@ import torch
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS
 
-from ..deploy.released import (LAYOUTS, Conversion, StateDict, convert,
-                               find_state_dict, layout_of, some)
+from ..deploy.released import LAYOUTS, Conversion, convert, layout_of
+from ..deploy.state_dict import StateDict, find_state_dict, some
 from ..errors import SetupError, one_line_errors
 from .runtime import check_norms, load_from_local, open_config
 
@@ -105,8 +105,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     with one_line_errors():
         checkpoint = load_from_local(args.checkpoint, map_location='cpu')
+        state = find_state_dict(checkpoint, args.checkpoint)
         try:
-            state = find_state_dict(checkpoint)
             meta = checkpoint.get('meta')
             layout = args.layout
             if layout == 'auto':

@@ -6,7 +6,7 @@ from typing import Any, Optional, Sequence
 import torch
 from mmengine.logging import MMLogger
 
-from ..deploy.released import find_state_dict
+from ..deploy.state_dict import find_state_dict
 from ..deploy.stock import to_stock
 from ..errors import SetupError, one_line_errors
 from .runtime import (add_config_arguments, check_norms, load_from_local,
@@ -64,10 +64,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         check_norms(cfg)
         MMLogger.get_current_instance().setLevel('WARNING')
         checkpoint = load_from_local(args.checkpoint, map_location='cpu')
-        try:
-            state = find_state_dict(checkpoint)
-        except SetupError as error:
-            raise SetupError(f'{args.checkpoint}: {error}') from error
+        state = find_state_dict(checkpoint, args.checkpoint)
         stock_cfg, state, changes = to_stock(cfg, state, args.example_weight)
         out.parent.mkdir(parents=True, exist_ok=True)
         stock_cfg.dump(out.with_suffix('.py'))

@@ -1,6 +1,5 @@
 """Export a trained detector's network to ONNX."""
 import argparse
-import re
 from typing import Optional, Sequence
 
 from mmengine.config import Config
@@ -11,6 +10,7 @@ from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from ..deploy.onnx_export import AXES, export_onnx, require_onnx
+from ..deploy.state_dict import find_state_dict
 from ..errors import SetupError, one_line_errors
 from ..hooks import ExampleWeightHook
 from ..layers import set_example_weight
@@ -78,9 +78,8 @@ def load_weights(model: nn.Module, checkpoint: str) -> None:
         SetupError: If something is missing, or of another shape.
     """
     register_checkpoint_loader()
-    loaded = CheckpointLoader.load_checkpoint(checkpoint, 'cpu')
-    loaded = loaded.get('state_dict', loaded)
-    state = {re.sub(r'^module\.', '', key): loaded[key] for key in loaded}
+    state = find_state_dict(
+        CheckpointLoader.load_checkpoint(checkpoint, 'cpu'), checkpoint)
     try:
         missing = [
             key

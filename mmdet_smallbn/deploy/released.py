@@ -33,14 +33,13 @@ the first levels their sides differ by up to about 6 % from mmdet's.
 """
 import re
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
 
 from ..errors import SetupError
-
-StateDict = Dict[str, Tensor]
+from .state_dict import StateDict, some
 
 MMDET1 = 'mmdet1'
 BENCHMARK = 'maskrcnn-benchmark'
@@ -96,42 +95,6 @@ class Conversion:
 
     def drop(self, key: str, reason: str) -> None:
         self.dropped.setdefault(reason, []).append(key)
-
-
-def find_state_dict(checkpoint: Any) -> StateDict:
-    """The tensors of a checkpoint, without a wrapper's ``module.``.
-
-    Raises:
-        SetupError: If it holds none.
-    """
-    state = checkpoint
-    for name in ('state_dict', 'model'):
-        if isinstance(checkpoint, dict) and name in checkpoint:
-            state = checkpoint[name]
-            break
-    if not isinstance(state, dict) or not state or not all(
-            isinstance(value, Tensor) for value in state.values()):
-        raise SetupError(
-            "it holds no state dict: expected names and tensors, in 'state_"
-            "dict', in 'model' or by themselves, but found "
-            f'{_kind_of(checkpoint)}')
-    if all(key.startswith('module.') for key in state):
-        state = {key[len('module.'):]: v for key, v in state.items()}
-    return dict(state)
-
-
-def _kind_of(checkpoint: Any) -> str:
-    if isinstance(checkpoint, dict):
-        return f'a dict with {some(list(map(str, checkpoint)))}'
-    return f'a {type(checkpoint).__name__}'
-
-
-def some(keys: List[str], most: int = 3) -> str:
-    """A few keys for a message."""
-    if not keys:
-        return 'nothing'
-    more = f' and {len(keys) - most} more' if len(keys) > most else ''
-    return ', '.join(keys[:most]) + more
 
 
 def layout_of(state: StateDict, meta: Optional[dict] = None) -> Optional[str]:

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from mmdet_smallbn import MABN
 from mmdet_smallbn.cli.convert_from_stock import main, parse_args
 from mmdet_smallbn.deploy.released import (BENCHMARK, IMAGENET, MMDET1,
-                                           convert, find_state_dict, layout_of)
+                                           convert, layout_of)
+from mmdet_smallbn.deploy.state_dict import find_state_dict
 from mmdet_smallbn.errors import SetupError
 
 CBN_CONFIG = 'configs/cbn/mask-rcnn_r50_fpn_4conv1fc_cbn-head_4xb4-1x_coco.py'
@@ -301,7 +302,7 @@ def test_the_place_of_eps_matters_where_variances_are_small(cbn):
 
 def test_the_released_mabn_evaluates_alike(mabn):
     cfg, state, old = mabn
-    bare = find_state_dict(dict(model=old))
+    bare = find_state_dict(dict(model=old), 'a.pth')
     assert layout_of(bare) == BENCHMARK
     result = convert(bare, BENCHMARK)
     _assert_same(result.state_dict, state)
@@ -411,7 +412,7 @@ def test_heads_without_norms_and_without_masks():
 
 
 def test_affine_parameters_of_four_dimensions_and_half_precision(mabn):
-    old = find_state_dict(mabn[2])
+    old = find_state_dict(mabn[2], 'a.pth')
     for key in old:
         norm = key.rpartition('.')[0]
         if f'{norm}.running_var' in old and key.endswith(('.weight', '.bias')):
@@ -435,7 +436,7 @@ def test_boxes_and_masks_that_classes_share(cbn, mabn):
 
     for layout, state, boxes, masks, rows in [
         (MMDET1, cbn[2], 'bbox_head.fc_reg', 'mask_head.conv_logits', 4),
-        (BENCHMARK, find_state_dict(mabn[2]),
+        (BENCHMARK, find_state_dict(mabn[2], 'a.pth'),
          'roi_heads.box.predictor.bbox_pred',
          'roi_heads.mask.predictor.mask_fcn_logits', 8)
     ]:
@@ -664,7 +665,7 @@ def test_wrong_files_end_in_one_line(checkpoint, message, tmp_path, capsys):
 
 
 def test_wrong_layouts_are_told(cbn, mabn):
-    old = find_state_dict(mabn[2])
+    old = find_state_dict(mabn[2], 'a.pth')
     with pytest.raises(SetupError, match=r'no rule for rpn\.head\.cls_tower'):
         convert({**old, 'rpn.head.cls_tower.0.weight': torch.ones(1)},
                 BENCHMARK)
