@@ -320,9 +320,10 @@ class MABN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
         with torch.no_grad():
             var.add_(mean.square())
             mean.zero_()
+        # By its name, or once for all of a model.
+        who = self._who() if self.layer_name else type(self).__name__
         warnings.warn(
-            # Without the layer's name: once for all of a model.
-            'MABN was given the statistics of a BatchNorm. It '
+            f'{who} was given the statistics of a BatchNorm. It '
             'divides by the root of the mean square, now var + mean ** 2, and '
             'does not subtract the mean: train it before use')
 
