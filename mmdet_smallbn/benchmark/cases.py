@@ -8,6 +8,7 @@ from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from ..deploy import fuse_norm
 from ..layers import SmallBatchNorm, set_example_weight
@@ -113,14 +114,7 @@ class Contender(NamedTuple):
 
 
 def _tensors(values: Any) -> List[Tensor]:
-    if isinstance(values, Tensor):
-        return [values]
-    if isinstance(values, dict):
-        values = values.values()
-    if isinstance(values, (list, tuple)) or hasattr(values, '__iter__') and (
-            not isinstance(values, str)):
-        return [t for value in values for t in _tensors(value)]
-    return []
+    return [v for v in tree_flatten(values)[0] if isinstance(v, Tensor)]
 
 
 def _block(norm: dict, block: Block, setting: Setting) -> ConvModule:

@@ -4,13 +4,11 @@ from pathlib import Path
 from typing import Any, Iterator, Optional, Sequence
 
 import torch
-from mmengine.logging import MMLogger
-from mmengine.registry import MODELS
 
 from ..deploy.released import LAYOUTS, Conversion, convert, layout_of
 from ..deploy.state_dict import StateDict, find_state_dict, some
 from ..errors import SetupError, one_line_errors
-from .runtime import check_norms, load_from_local, open_config
+from .runtime import build_model, load_from_local, open_config
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -56,11 +54,7 @@ def check_fits(state: StateDict, config: str) -> None:
     Raises:
         SetupError: If it does not load strictly.
     """
-    cfg = open_config(config)
-    check_norms(cfg)
-    # Heads and necks tell of themselves while they are built.
-    MMLogger.get_current_instance().setLevel('WARNING')
-    wanted = MODELS.build(cfg.model).state_dict()
+    wanted = build_model(open_config(config)).state_dict()
     missing = [key for key in wanted if key not in state]
     unexpected = [key for key in state if key not in wanted]
     shapes = [

@@ -3,9 +3,7 @@ import argparse
 from typing import Optional, Sequence
 
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
@@ -15,7 +13,7 @@ from ..errors import SetupError, one_line_errors
 from ..hooks import ExampleWeightHook
 from ..layers import set_example_weight
 from .print_norms import norm_hooks
-from .runtime import (add_config_arguments, check_norms, read_config,
+from .runtime import (add_config_arguments, build_model, read_config,
                       register_checkpoint_loader)
 
 
@@ -109,10 +107,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     with one_line_errors():
         require_onnx()
         cfg = read_config(args, training=False)
-        check_norms(cfg)
-        # Heads and necks tell of themselves while they are built.
-        MMLogger.get_current_instance().setLevel('WARNING')
-        model = revert_sync_batchnorm(MODELS.build(cfg.model))
+        model = revert_sync_batchnorm(build_model(cfg))
         load_weights(model, args.checkpoint)
         weigh_examples(model, cfg)
         export = export_onnx(model, args.out, (1, 3, *args.shape), args.fold,

@@ -4,15 +4,14 @@ from typing import Iterator, List, Optional, Sequence
 
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import HOOKS, MODELS
+from mmengine.registry import HOOKS
 from torch import nn
 
 from ..errors import SetupError, one_line_errors
 from ..hooks import BurnInHook, ExampleWeightHook
 from ..norm_report import norm_summary
-from .runtime import (add_config_arguments, check_norms, images_of,
+from .runtime import (add_config_arguments, build_model, images_of,
                       read_config)
 
 
@@ -70,10 +69,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         cfg = read_config(args)
         alone = args.gpus == 1
         cfg.launcher = 'none' if alone else 'pytorch'
-        check_norms(cfg)
-        # Heads and necks tell of themselves while they are built.
-        MMLogger.get_current_instance().setLevel('WARNING')
-        model = MODELS.build(cfg.model)
+        model = build_model(cfg)
         if alone:  # as the runner does
             model = revert_sync_batchnorm(model)
         hooks = norm_hooks(cfg)

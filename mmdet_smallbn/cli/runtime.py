@@ -11,9 +11,10 @@ from zipfile import is_zipfile
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.dist import barrier, get_local_rank, is_distributed
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger, print_log
 from mmengine.registry import MODELS, RUNNERS, init_default_scope
 from mmengine.runner import CheckpointLoader, Runner
+from torch import nn
 
 from ..errors import SetupError, did_you_mean
 from ..layers import SmallBatchNorm
@@ -150,6 +151,14 @@ def check_norms(cfg: Config) -> None:
                 f'sync_bn={cfg.sync_bn!r} would turn {path}.type={kind!r}, '
                 'and every kind of BatchNorm, into SyncBatchNorm: remove '
                 'sync_bn from the config')
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """Check a config's norms, and build its model without weights or words."""
+    check_norms(cfg)
+    # Heads and necks tell of themselves while they are built.
+    MMLogger.get_current_instance().setLevel('WARNING')
+    return MODELS.build(cfg.model)
 
 
 def _is_ours(cls: Any) -> bool:

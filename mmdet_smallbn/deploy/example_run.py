@@ -53,32 +53,32 @@ def _call(model: nn.Module, inputs: Optional[Inputs]) -> Callable[[], Any]:
     if inputs is not None:
         if isinstance(inputs, Tensor):
             inputs = (inputs, )
-        return lambda: model(*_copies(inputs))
+        return lambda: model(*copies(inputs))
     if hasattr(model, 'extract_feat') and hasattr(model, 'data_preprocessor'):
-        image = _random(model, 1, 3, _SIDE)
+        image = _random(model, 3, _SIDE)
         return lambda: model(
             image.clone(), [_sample()], mode='tensor')
     channels = getattr(model, 'in_channels', None)
     if isinstance(channels, (list, tuple)):
         maps = tuple(
-            _random(model, 1, c, max(1, _SIDE // 2**(level + 2)))
+            _random(model, c, max(1, _SIDE // 2**(level + 2)))
             for level, c in enumerate(channels))
-        return lambda: model(_copies(maps))
+        return lambda: model(copies(maps))
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)),
                  None)
-    image = _random(model, 1, 3 if first is None else first.in_channels, _SIDE)
+    image = _random(model, 3 if first is None else first.in_channels, _SIDE)
     return lambda: model(image.clone())
 
 
-def _copies(values: Any) -> Any:
-    """A model may work in place on what it is given."""
+def copies(values: Any) -> Any:
+    """The tensors in nested values cloned: a model may work in place."""
     return tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v,
                     values)
 
 
-def _random(model: nn.Module, n: int, channels: int, side: int) -> Tensor:
+def _random(model: nn.Module, channels: int, side: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn((n, channels, side, side), generator=generator)
+    image = torch.randn((1, channels, side, side), generator=generator)
     anchor = next(model.parameters(), image)
     return image.to(anchor.device, anchor.dtype)
 

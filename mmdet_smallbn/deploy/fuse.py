@@ -7,15 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
 from ..errors import SetupError
+from ..layers import is_batch_norm
 from ..layers.cen_conv import CenConv2d, centred
-from .example_run import Inputs, example_run
-from .statistics import fixed_statistics, is_batch_norm
+from .example_run import Inputs, copies, example_run
+from .statistics import fixed_statistics
 
-# How far a folded convolution may be from what it stands for, relative to
-# the largest output.
+# How far a folded convolution may be from what it stands for, relative to a
+# channel's largest output.
 _TOLERANCE = {
     torch.float64: 1e-10,
     torch.float32: 1e-4,
@@ -84,26 +85,24 @@ def fuse_norm(model: nn.Module,
 def _fuse(model: nn.Module, run: Callable[[], Any], strict: bool) -> None:
     watch = _Watch(model)
     before = watch.look(run)
-    folded: Dict[str, nn.Module] = {}
+    new: Dict[nn.Module, nn.Module] = {}
     reasons: List[str] = []
     for name, norm in watch.norms.items():
         try:
-            conv = watch.conv_before(name)
-            folded[name] = _fold(name, norm, watch.convs[conv], conv)
-            watch.check(name, folded[name])
+            conv_name = watch.conv_before(name)
+            conv = watch.convs[conv_name]
+            folded = _fold(name, norm, conv, conv_name)
+            watch.check(name, folded)
         except SetupError as error:
-            folded.pop(name, None)
             reasons.append(str(error))
+        else:
+            new.update({conv: folded, norm: nn.Identity()})
     if reasons:
         told = '; '.join(reasons)
         if strict:
             raise SetupError(f'{told}. (fuse_norm(model, strict=False) folds '
-                             f'the other {len(folded)} norms)')
+                             f'the other {len(new) // 2} norms)')
         warnings.warn(f'not folded: {told}')
-    new: Dict[nn.Module, nn.Module] = {}
-    for name, conv in folded.items():
-        new[watch.convs[watch.conv_before(name)]] = conv
-        new[watch.norms[name]] = nn.Identity()
     _replace(model, new)
     if getattr(model, 'with_roi_head', False):
         return  # regions that are equally good may change their places
@@ -165,16 +164,17 @@ class _Watch(TorchFunctionMode):
                 self.norms[name] = module
             elif _is_conv(module):
                 self.convs[name] = module
+        self._watched = {**self.norms, **self.convs}
         self._made: Dict[int, _Made] = {}
         # Whose a parameter or buffer is.
         self._owners: Dict[int, str] = {
             id(tensor): name
-            for name, module in (*self.norms.items(), *self.convs.items())
+            for name, module in self._watched.items()
             for tensor in (*module.parameters(), *module.buffers())
         }
         self._hooked = {
             name
-            for name, module in (*self.norms.items(), *self.convs.items())
+            for name, module in self._watched.items()
             if module._forward_hooks or module._forward_pre_hooks
             or 'forward' in vars(module)
         }
@@ -188,7 +188,7 @@ class _Watch(TorchFunctionMode):
     def look(self, run: Callable[[], Any]) -> Any:
         """Watch one forward pass, and give a copy of what came out."""
         handles = []
-        for name, module in (*self.norms.items(), *self.convs.items()):
+        for name, module in self._watched.items():
             after = self._after_norm if name in self.norms else (
                 self._after_conv)
             handles += [
@@ -201,8 +201,7 @@ class _Watch(TorchFunctionMode):
             for leaf in tree_flatten(result)[0]:
                 if id(leaf) in self._made:
                     self._others[self._made[id(leaf)].conv].add('the caller')
-            return tree_map(
-                lambda v: v.clone() if isinstance(v, Tensor) else v, result)
+            return copies(result)
         finally:
             for handle in handles:
                 handle.remove()

@@ -3,16 +3,9 @@ from typing import Tuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import SetupError
 from ..functional import fold_groups
-
-
-def is_batch_norm(module: nn.Module) -> bool:
-    """Whether it is a norm of feature maps of BatchNorm's form, ours too."""
-    return isinstance(module, _BatchNorm) and not isinstance(
-        module, (nn.BatchNorm1d, nn.BatchNorm3d))
 
 
 def fixed_statistics(name: str, norm: nn.Module) -> Tuple[Tensor, Tensor]:

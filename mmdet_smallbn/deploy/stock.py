@@ -227,7 +227,7 @@ def to_stock(cfg: Config, state: Dict[str, Tensor],
     _load(stock, converted, 'what was converted', 'stock config')
     left = [
         name for name, module in stock.named_modules()
-        if type(module).__module__.split('.')[0] == _PACKAGE
+        if _is_of_package(type(module).__module__)
     ]
     if left:
         raise SetupError(f'{left[0]} of the stock model is still a '

@@ -4,7 +4,8 @@ from .batch_group_norm import BatchGroupNorm, GhostBN
 from .batch_renorm import BRN
 from .cbn import CBN, NaiveCBN, suggested_window_size
 from .cen_conv import CenConv2d
-from .checks import check_example_weight, check_positive_int, is_under
+from .checks import (check_example_weight, check_positive_int, is_batch_norm,
+                     is_under)
 from .conv_call import remember_calls
 from .example_weight import (calibrate_group_norms, lacks_averages,
                              set_example_weight, weights_as_trained)
@@ -14,7 +15,7 @@ from .mabn import MABN
 __all__ = [
     'BRN', 'BatchGroupNorm', 'CBN', 'CenConv2d', 'GhostBN', 'MABN', 'NaiveCBN',
     'SmallBatchNorm', 'calibrate_group_norms', 'check_example_weight',
-    'check_positive_int', 'in_backward', 'is_under', 'lacks_averages',
-    'remember_calls', 'set_example_weight', 'suggested_window_size',
-    'weights_as_trained'
+    'check_positive_int', 'in_backward', 'is_batch_norm', 'is_under',
+    'lacks_averages', 'remember_calls', 'set_example_weight',
+    'suggested_window_size', 'weights_as_trained'
 ]

@@ -1,6 +1,9 @@
 """What the layers ask of arguments and names."""
 from typing import Any
 
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
 
 def check_positive_int(name: str, value: Any) -> None:
     """Refuse what is not an integer of at least 1, by name."""
@@ -23,6 +26,12 @@ def check_example_weight(value: Any) -> None:
             value, bool) or not 0 <= value <= 1:
         raise ValueError('the weight of an example must be a number from 0 to '
                          f'1, but got {value!r}')
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether it is a norm of feature maps of BatchNorm's form, ours too."""
+    return isinstance(module, _BatchNorm) and not isinstance(
+        module, (nn.BatchNorm1d, nn.BatchNorm3d))
 
 
 def is_under(name: str, prefix: str) -> bool:

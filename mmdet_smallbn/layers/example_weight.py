@@ -9,12 +9,11 @@ from typing import Dict, Iterator, List, Optional, Sequence, Set, Union
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional import (Moments, Processes, example_moments, mix_moments,
                           normalize_for_inference)
 from .base import SmallBatchNorm
-from .checks import check_example_weight, is_under
+from .checks import check_example_weight, is_batch_norm, is_under
 
 
 class _WeighsExamples:
@@ -63,8 +62,7 @@ def _norms(model: nn.Module) -> Dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if (isinstance(module, (_BatchNorm, nn.GroupNorm)) and not isinstance(
-            module, (nn.BatchNorm1d, nn.BatchNorm3d)))
+        if is_batch_norm(module) or isinstance(module, nn.GroupNorm)
     }
 
 
