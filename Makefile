@@ -6,6 +6,7 @@
 # TOOLBOX  openmmlab, or onedl for the maintained forks
 # DATA     demo: a COCO-format folder of your own
 # SIZE     demo: pixels that images are brought to (128; time grows with its square)
+# IMAGES   demo: images in a batch (4; as many are seen in all)
 # SEED     demo: the seed
 # NORM     demo: cbn, naivecbn, mabn, brn, bgn, ghostbn, or bn and gn to compare with
 PYTHON ?= python3
@@ -34,7 +35,8 @@ $(VENV)/ready: setup.cfg
 demo: $(VENV)/ready
 	$(RUN) tools/demo.py configs/demo/faster-rcnn_r18_fpn_$(NORM)-all_1xb4_shapes-coco.py \
 		--work-dir $(WORK_DIR) --seed $(SEED) \
-		$(if $(DATA),--data "$(DATA)") $(if $(SIZE),--size $(SIZE))
+		$(if $(DATA),--data "$(DATA)") $(if $(SIZE),--size $(SIZE)) \
+		$(if $(IMAGES),--images $(IMAGES))
 
 test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)

@@ -16,7 +16,9 @@ from rich.table import Table
 
 from ..data.coco_folder import CocoSplit, find_coco_split
 from ..data.shapes_coco import make_shapes_coco
-from ..errors import one_line_errors
+from ..errors import SetupError, one_line_errors
+from ..layers import suggested_window_size
+from ..norm_report import norm_cfgs
 from ..pictures import (Objects, coco_objects, quiet_coco, save_curves,
                         save_detections)
 from .runtime import (add_config_arguments, add_run_arguments, build_runner,
@@ -40,6 +42,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         type=int,
         metavar='PIXELS',
         help='size that images are brought to; time grows with its square')
+    parser.add_argument(
+        '--images',
+        type=int,
+        metavar='N',
+        help='images in a batch; as many are seen in all')
     parser.add_argument('--seed', type=int, default=0)
     return parser.parse_args(argv)
 
@@ -51,6 +58,38 @@ def use_size(cfg: Config, size: int) -> None:
         for transform in loader.dataset.pipeline:
             if transform.type == 'Resize':
                 transform.scale = (size, size)
+
+
+def use_images(cfg: Config, images: int) -> None:
+    """Train with another batch size, on as many images in all.
+
+    The schedule gets longer as the batch gets smaller. AdamW's learning rate
+    follows the square root of the batch size (arXiv:2205.10287), and CBN's
+    window what its paper suggests.
+
+    Raises:
+        SetupError: If there is no batch of this size.
+    """
+    if images < 1:
+        raise SetupError(f'--images must be at least 1, but got {images}')
+    times = cfg.train_dataloader.batch_size / images
+    cfg.train_dataloader.batch_size = images
+    cfg.optim_wrapper.optimizer.lr *= times**-0.5
+
+    def stretch(holder: dict, *keys: str) -> None:
+        for key in keys:
+            if holder.get(key) is not None:
+                holder[key] = round(holder[key] * times)
+
+    stretch(cfg.train_cfg, 'max_iters', 'val_interval')
+    stretch(cfg.default_hooks.checkpoint, 'interval')
+    for scheduler in cfg.param_scheduler:
+        stretch(scheduler, 'begin', 'end')
+    for hook in cfg.custom_hooks:
+        stretch(hook, 'iters')
+    for _, norm_cfg in norm_cfgs(cfg.model, 'model'):
+        if norm_cfg['type'] in ('CBN', 'NaiveCBN'):
+            norm_cfg['window_size'] = suggested_window_size(images)
 
 
 def read_scalars(runner: Runner) -> List[Dict[str, Any]]:
@@ -123,6 +162,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                   f'{len(split.classes)} classes, {split.ann_file}')
         if args.size:
             use_size(cfg, args.size)
+        if args.images is not None:
+            use_images(cfg, args.images)
         runner = build_runner(cfg)
         runner.train()
     work_dir = Path(cfg.work_dir)
