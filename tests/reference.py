@@ -2,7 +2,8 @@
 
 Eq. (5)-(12) of arXiv:2002.05712: full Jacobians of mean and mean square by
 every parameter of the convolution, from autograd; a history of past weights;
-the uncentred moments; gradients from autograd through all of it.
+the uncentred moments; gradients from autograd through all of it. Of today are
+the weights and the input; the past and its Jacobians are constants.
 """
 import torch
 from torch import nn
@@ -17,13 +18,21 @@ class LiteralCBN:
             linear in nothing that is not a parameter.
         window_size (int): Iterations, the present one included.
         compensate (bool): Whether Eq. (7), (8) are applied.
+        gradient (str): ``'released'``: today's weights in Eq. (7), (8) are
+            constants, as in the released code.
         eps (float): Added to the variance.
     """
 
-    def __init__(self, forward, window_size, compensate=True, eps=1e-5):
+    def __init__(self,
+                 forward,
+                 window_size,
+                 compensate=True,
+                 gradient='whole',
+                 eps=1e-5):
         self.forward = forward
         self.window_size = window_size
         self.compensate = compensate
+        self.gradient = gradient
         self.eps = eps
         self.history = []
         self.clamped = 0
@@ -37,9 +46,11 @@ class LiteralCBN:
         mus = [y.mean((0, 2, 3))]
         nus = [y.square().mean((0, 2, 3))]
         today = [p.detach() for p in parameters]
+        followed = parameters if self.gradient == 'whole' else today
         for mu, nu, d_mu, d_nu, then in self.history:
             if self.compensate:
-                for jac_mu, jac_nu, now, past in zip(d_mu, d_nu, today, then):
+                for jac_mu, jac_nu, now, past in zip(d_mu, d_nu, followed,
+                                                     then):
                     step = (now - past).flatten()
                     mu = mu + jac_mu.flatten(1) @ step
                     nu = nu + jac_nu.flatten(1) @ step

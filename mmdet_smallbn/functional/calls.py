@@ -1,27 +1,29 @@
-"""Calls that are linear in filters of their own: one filter a channel."""
+"""Calls of convolutions, and the input patches behind their outputs."""
+import math
 from typing import (Any, Callable, Dict, List, NamedTuple, Optional, Tuple,
-                    Type, Union)
+                    Union)
 
 import torch
 from torch import Tensor
 
 
 class ConvCall(NamedTuple):
-    """One call x = conv(input; weight) + bias, all tensors detached.
+    """One call x = conv(input; weight) + bias.
 
     Attributes:
-        input (Tensor): Shape (N, C_in, H_in, W_in).
+        input (Tensor): Detached, shape (N, C_in, H_in, W_in).
         weight (Tensor): The weight as used (after centralisation, in the
-            autocast dtype), shape (C, C_in / groups, kh, kw); transposed
-            (C_in, C / groups, kh, kw).
-        bias_trains (bool): Whether a bias is added that may move.
+            autocast dtype), live to autograd, shape (C, C_in / groups, kh,
+            kw); transposed (C_in, C / groups, kh, kw).
+        bias (Tensor, optional): The bias if it trains, live to autograd,
+            shape (C,).
         stride, padding, dilation (tuple[int, int]): As in ``nn.Conv2d``.
         groups (int): As in ``nn.Conv2d``.
         transposed (bool): Whether it is ``nn.ConvTranspose2d``'s.
     """
     input: Tensor
     weight: Tensor
-    bias_trains: bool
+    bias: Optional[Tensor]
     stride: Tuple[int, int]
     padding: Tuple[int, int]
     dilation: Tuple[int, int]
@@ -30,162 +32,98 @@ class ConvCall(NamedTuple):
 
     @property
     def filters(self) -> Tensor:
-        """One row for each output channel, shape (C, F)."""
-        return self._as_filters(self.weight)
+        """One row for each output channel, shape (C, F), live to autograd.
 
-    def patch_sums(self, grad: Tensor,
-                   dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
-        """Both :meth:`patch_sum` and :meth:`products`."""
-        return (self.patch_sum(grad.shape[2:], dtype), self.products(grad))
-
-    def patch_sum(self, size: Tuple[int, int], dtype: torch.dtype) -> Tensor:
-        r"""Sum of the input's patches over all positions, :math:`\sum_i p_i`.
-
-        Args:
-            size (tuple[int, int]): Height and width of the output.
-            dtype (torch.dtype): To sum in.
-
-        Returns:
-            Tensor: Shape (groups, F).
+        F = C_in / groups * kh * kw, and one more for a bias.
         """
-        total = self.input.sum(0, dtype=dtype)
-        kernel = self.weight.shape[2:]
-        if kernel.numel() == 1 and not any(self.padding) and (
-                total.shape[1:] == size):
-            return total.sum((1, 2)).view(self.groups, -1)
-        rows, columns = (
-            _table(_reach, *of_axis, self.transposed, dtype, total.device)
-            for of_axis in zip(total.shape[1:], size, kernel, self.stride,
-                               self.padding, self.dilation))
-        # (C_in, H, W) x (kw, W) x (kh, H) -> (C_in, kh, kw)
-        sums = torch.tensordot(total @ columns.t(), rows, ([1], [1]))
-        return sums.transpose(1, 2).reshape(self.groups, -1)
-
-    def products(self, grad: Tensor) -> Tensor:
-        r"""Sums of patches with weights, :math:`\sum_i g_{ij} p_i`.
-
-        Args:
-            grad (Tensor): Shape (N, C, H, W), as the call's output.
-
-        Returns:
-            Tensor: Shape (C, F).
-        """
-        weight, input = self.weight.to(grad.dtype), self.input.to(grad.dtype)
+        weight = self.weight
         if self.transposed:
-            # The convolution whose input's gradient the call is. What
-            # output_padding adds may be out of all patches' reach.
-            height, width = (
-                (size - 1) * step - 2 * pad + dilation * (kernel - 1) + 1
-                for size, step, pad, dilation, kernel in zip(
-                    input.shape[2:], self.stride, self.padding, self.dilation,
-                    weight.shape[2:]))
-            grad, input = input, grad[:, :, :height, :width]
-        _, result, _ = torch.ops.aten.convolution_backward(
-            grad, input, weight, None, self.stride, self.padding,
-            self.dilation, False, (0, 0), self.groups, (False, True, False))
-        return self._as_filters(result)
+            by_group = weight.unflatten(0, (self.groups, -1))
+            weight = by_group.transpose(1, 2).flatten(0, 1)
+        return _with_bias(weight.flatten(1), self.bias)
 
-    def sample(self, x: Tensor, size: int, turn: int) -> Tensor:
+    def sample(self, x: Tensor, size: Optional[int], turn: int) -> Tensor:
         """Patches of the input behind some positions of the output.
 
-        They are spread evenly over examples, rows and columns. There may be
-        fewer than are asked for; some come several times then.
+        They are spread evenly over examples, rows and columns. If the output
+        has fewer than ``size`` positions, some come several times.
 
         Args:
-            x (Tensor): Output of the call, shape (N, C, H, W). Of an empty
-                one they are 0.
-            size (int): How many positions P.
-            turn (int): Others in each turn, of eight.
+            x (Tensor): Output of the call, shape (N, C, H, W). The patches of
+                an empty one are 0.
+            size (int, optional): How many positions P. None: all.
+            turn (int): The positions differ in each of eight turns.
 
         Returns:
-            Tensor: Shape (P, groups, C_in / groups, kh, kw), a view of what
-            is laid out otherwise.
+            Tensor: Shape (P, groups, F).
         """
         channels, kernel = self.input.size(1), self.weight.shape[2:]
         if x.numel() == 0:
-            patches = x.new_zeros((size, channels, *kernel))
-            return patches.unflatten(1, (self.groups, -1))
+            patches = x.new_zeros((size or 0, channels, *kernel))
+            return _as_patches(patches, self.groups, self.bias, 0)
         examples, rows, columns = self._positions(x, size, turn)
         patches = torch.ops.aten.index(
             self.input, [examples.input, None, rows.input, columns.input])
         for lines in (rows, columns):
             if lines.met is not None:
                 patches.mul_(lines.met)
-        # (P, kh, kw, C_in)
-        patches = patches.permute(0, 3, 1, 2)
-        return patches.unflatten(1, (self.groups, -1))
+        # From (P, kh, kw, C_in).
+        return _as_patches(patches.permute(0, 3, 1, 2), self.groups, self.bias)
 
-    def sample_mean(self, x: Tensor, size: int, turn: int,
-                    dtype: torch.dtype) -> Tensor:
-        """Mean of the outputs at the positions of :meth:`sample`.
-
-        Returns:
-            Tensor: Shape (C,).
-        """
-        if x.numel() == 0:
-            return x.new_zeros(x.size(1), dtype=dtype)
-        examples, rows, columns = self._positions(x, size, turn)
-        outputs = torch.ops.aten.index(
-            x, [examples.output, None, rows.output, columns.output])
-        return outputs.mean(0, dtype=dtype)
-
-    def _positions(self, x: Tensor, size: int, turn: int) -> List['_Lines']:
+    def _positions(self, x: Tensor, size: Optional[int],
+                   turn: int) -> List['_Lines']:
         """Those of a turn, on the axes of examples, rows and columns."""
-        device = x.device
-        tables = [_table(_make_examples, x.size(0), size, device)]
-        tables += [
-            _table(_make_lines, axis, self.input.size(axis + 2),
-                   x.size(axis + 2), self.weight.size(axis + 2),
-                   self.stride[axis], self.padding[axis], self.dilation[axis],
-                   self.transposed, size, device) for axis in (0, 1)
-        ]
-        return [table[turn % _TURNS] for table in tables]
+        examples = _output_lines(x, 0, size, turn)
+        positions = [_Lines(examples, examples.view(-1, 1, 1))]
+        for axis in (0, 1):
+            geometry = (self.input.size(axis + 2), self.weight.size(axis + 2),
+                        self.stride[axis], self.padding[axis],
+                        self.dilation[axis], self.transposed)
+            if size is None:
+                lines = _output_lines(x, axis + 2, size, turn)
+                positions.append(_input_lines(axis, lines, *geometry))
+            else:
+                positions.append(
+                    _table(x, _sampled_lines, axis, geometry,
+                           x.size(axis + 2), size, turn % _TURNS))
+        return positions
 
-    def _as_filters(self, weight: Tensor) -> Tensor:
-        if not self.transposed:
-            return weight.flatten(1)
-        by_group = weight.unflatten(0, (self.groups, -1))
-        return by_group.transpose(1, 2).flatten(0, 1).flatten(1)
+
+def _with_bias(filters: Tensor, bias: Optional[Tensor]) -> Tensor:
+    if bias is None:
+        return filters
+    return torch.cat([filters, bias.to(filters.dtype).unsqueeze(1)], 1)
 
 
-# Of the sizes of axes that were met.
+def _as_patches(patches: Tensor, groups: int, bias: Optional[Tensor],
+                one: int = 1) -> Tensor:
+    """From (P, C_in, ...) to (P, groups, F), with an input for a bias."""
+    patches = patches.unflatten(1, (groups, -1)).flatten(2)
+    if bias is None:
+        return patches
+    return torch.nn.functional.pad(patches, (0, 1), value=one)
+
+
+# Index tables, cached by the sizes of an axis.
 _TABLES: Dict[tuple, Any] = {}
 _MOST_TABLES = 4096
 
 
-def _table(make: Callable, *sizes) -> Any:
-    """What ``make`` gives, once for each of the sizes."""
-    key = (make, *sizes)
+def _table(like: Tensor, make: Callable, *sizes) -> Any:
+    """The table that ``make`` gives for these sizes, made once a device."""
+    if type(like) is not Tensor:  # a stand-in, in tracing
+        return make(*sizes, like.device)
+    key = (make, like.device, *sizes)
     table = _TABLES.get(key)
     if table is None:
-        table = make(*sizes)
-        first = table[0].output if isinstance(table, list) else table
-        if type(first) is Tensor:  # no stand-in of one that traces
-            if len(_TABLES) == _MOST_TABLES:
-                _TABLES.clear()
-            _TABLES[key] = table
+        if len(_TABLES) == _MOST_TABLES:
+            _TABLES.clear()
+        table = _TABLES[key] = make(*sizes, like.device)
     return table
 
 
-def _reach(size: int, out: int, kernel: int, stride: int, padding: int,
-           dilation: int, transposed: bool, dtype: torch.dtype,
-           device: torch.device) -> Tensor:
-    """Which lines of the input meet each of the kernel's.
-
-    Returns:
-        Tensor: Of ones and zeros, shape (kernel, size).
-    """
-    lines = torch.arange(size, device=device)
-    taps = torch.arange(kernel, device=device)[:, None] * dilation - padding
-    if transposed:
-        met = lines * stride + taps
-        return ((met >= 0) & (met < out)).to(dtype)
-    met = lines - taps
-    return ((met % stride == 0) & (met >= 0) & (met < out * stride)).to(dtype)
-
-
 class _Lines(NamedTuple):
-    """Where on one axis a sample's positions are.
+    """Where a sample's positions are on one axis.
 
     Attributes:
         output (Tensor): Lines of the output, shape (P,).
@@ -200,88 +138,129 @@ class _Lines(NamedTuple):
 
 _TURNS = 8
 # Powers of the inverse of the root of x^4 = x + 1: points at multiples of
-# them, modulo 1, fill the cube evenly. Of rows, columns and examples.
-_STEPS = tuple(round(1.2207440846057596**-i * 2**24) for i in (1, 2, 3))
+# them, modulo 1, fill the cube evenly. For examples, rows and columns.
+_STEPS = tuple(round(1.2207440846057596**-i * 2**24) for i in (3, 1, 2))
 
 
-def _spread(axis: int, size: int, count: int, device: torch.device) -> Tensor:
-    """Lines of an axis for each turn's positions, shape (turns, count)."""
-    point = torch.arange(_TURNS * count, device=device) * _STEPS[axis]
-    lines = (point + 2**23) % 2**24 * size // 2**24
-    return lines.view(_TURNS, count)
+def _output_lines(x: Tensor, dim: int, size: Optional[int],
+                  turn: int) -> Tensor:
+    """Lines of the output on dimension 0, 2 or 3 at each position, (P,)."""
+    axis = max(dim - 1, 0)
+    if size is not None:
+        return _table(x, _spread, axis, x.size(dim), size, turn % _TURNS)
+    shape = (x.size(0), *x.shape[2:])
+    index = torch.arange(x.numel() // x.size(1), device=x.device)
+    return index // math.prod(shape[axis + 1:]) % shape[axis]
 
 
-def _make_examples(size: int, count: int,
-                   device: torch.device) -> List[_Lines]:
-    return [
-        _Lines(lines, lines.view(-1, 1, 1))
-        for lines in _spread(2, size, count, device)
-    ]
+def _spread(axis: int, size: int, count: int, turn: int,
+            device: torch.device) -> Tensor:
+    """Lines of an axis at a turn's positions, shape (count,)."""
+    first = turn * count
+    point = torch.arange(first, first + count, device=device) * _STEPS[axis]
+    return (point + 2**23) % 2**24 * size // 2**24
 
 
-def _make_lines(axis: int, size: int, out: int, kernel: int, stride: int,
-                padding: int, dilation: int, transposed: bool, count: int,
-                device: torch.device) -> List[_Lines]:
-    output = _spread(axis, out, count, device)
-    taps = torch.arange(kernel, device=device) * dilation - padding
-    lines = output.unsqueeze(2)
+def _sampled_lines(axis: int, geometry: tuple, out: int, count: int,
+                   turn: int, device: torch.device) -> _Lines:
+    lines = _spread(axis + 1, out, count, turn, device)
+    return _input_lines(axis, lines, *geometry)
+
+
+def _input_lines(axis: int, output: Tensor, size: int, kernel: int,
+                 stride: int, padding: int, dilation: int,
+                 transposed: bool) -> _Lines:
+    """Lines of the input behind lines of the output."""
+    taps = torch.arange(kernel, device=output.device) * dilation - padding
+    lines = output.unsqueeze(1)
     lines = lines - taps if transposed else lines * stride + taps
     met = (lines >= 0) & (lines < (size * stride if transposed else size))
     if transposed:
         met &= lines % stride == 0
         lines = lines // stride
-    shape = (_TURNS, count, *((-1, 1) if axis == 0 else (1, -1)))
+    shape = (len(output), *((-1, 1) if axis == 0 else (1, -1)))
     lines = lines.clamp(0, size - 1).view(shape)
-    met = met.view(*shape, 1) if padding or transposed else [None] * _TURNS
-    return [_Lines(*of_turn) for of_turn in zip(output, lines, met)]
+    met = met.view(*shape, 1) if padding or transposed else None
+    return _Lines(output, lines, met)
 
 
 class DeformCall(NamedTuple):
-    """One call of a deformable convolution, all tensors detached.
+    """One call of mmcv's deformable convolutions.
 
-    Where it looks (and how much it weighs, in version 2) is taken as it was:
-    in its own filters the call is linear.
+    Where it looks (and how much it weighs there, in version 2) is taken as it
+    was: it is linear in its filters.
 
     Attributes:
-        function (type): mmcv's ``DeformConv2dFunction`` or
-            ``ModulatedDeformConv2dFunction``.
-        before (tuple): Its arguments before the weight.
-        weight (Tensor): The weight, shape (C, C_in / groups, kh, kw).
-        after (tuple): Its arguments after weight and bias.
-        bias_trains (bool): Whether a bias is added that may move.
-        groups (int): As in ``nn.Conv2d``.
+        input (Tensor): Detached, shape (N, C_in, H_in, W_in).
+        offset (Tensor): Steps of the places, row and column, shape (N,
+            2 * deform_groups * kh * kw, H, W).
+        mask (Tensor, optional): Weights of the places, shape (N,
+            deform_groups * kh * kw, H, W). None: 1.
+        weight (Tensor): Live to autograd, shape (C, C_in / groups, kh, kw).
+        bias (Tensor, optional): As of :class:`ConvCall`.
+        stride, padding, dilation (tuple[int, int]): As in ``nn.Conv2d``.
+        groups, deform_groups (int): Groups of channels with filters, and with
+            places, of their own.
     """
-    function: Type[torch.autograd.Function]
-    before: Tuple[Tensor, ...]
+    input: Tensor
+    offset: Tensor
+    mask: Optional[Tensor]
     weight: Tensor
-    after: Tuple[Any, ...]
-    bias_trains: bool
+    bias: Optional[Tensor]
+    stride: Tuple[int, int]
+    padding: Tuple[int, int]
+    dilation: Tuple[int, int]
     groups: int
+    deform_groups: int
 
     @property
     def filters(self) -> Tensor:
-        """One row for each output channel, shape (C, F)."""
-        return self.weight.flatten(1)
+        """As :attr:`ConvCall.filters`."""
+        return _with_bias(self.weight.flatten(1), self.bias)
 
-    def patch_sums(self, grad: Tensor,
-                   dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
-        """As :meth:`ConvCall.patch_sums`.
+    def sample(self, x: Tensor, size: Optional[int], turn: int) -> Tensor:
+        """As :meth:`ConvCall.sample`."""
+        n, channels, height, width = self.input.shape
+        kernel = self.weight.shape[2:]
+        if x.numel() == 0:
+            patches = x.new_zeros((size or 0, channels, *kernel))
+            return _as_patches(patches, self.groups, self.bias, 0)
+        examples, rows, columns = (
+            _output_lines(x, dim, size, turn) for dim in (0, 2, 3))
+        count, places = len(examples), (self.deform_groups, -1)
+        # Where each tap looks, shape (P, deform_groups, kh * kw).
+        offset = self.offset[examples, :, rows, columns].view(
+            count, *places, 2)
+        grid = torch.broadcast_tensors(
+            self._taps(rows, 0).unsqueeze(2),
+            self._taps(columns, 1).unsqueeze(1))
+        y, x = (
+            offset[..., axis] + grid[axis].flatten(1).unsqueeze(1)
+            for axis in (0, 1))
+        by_place = self.input.view(n, self.deform_groups, -1, height, width)
+        group = torch.arange(self.deform_groups, device=y.device)
+        patches = 0.
+        for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            row, column = y.floor() + down, x.floor() + right
+            weight = (1 - (y - row).abs()) * (1 - (x - column).abs())
+            inside = (row >= 0) & (row < height) & (column >= 0) & (
+                column < width)
+            values = by_place[examples[:, None, None], group[:, None], :,
+                              row.clamp(0, height - 1).long(),
+                              column.clamp(0, width - 1).long()]
+            patches = patches + values * (weight * inside).unsqueeze(-1)
+        if self.mask is not None:
+            mask = self.mask[examples, :, rows, columns].view(count, *places)
+            patches = patches * mask.unsqueeze(-1)
+        # From (P, deform_groups, kh * kw, C_in / deform_groups).
+        patches = patches.transpose(2, 3).flatten(1, 2)
+        return _as_patches(patches, self.groups, self.bias)
 
-        The operator gives a gradient by its weight only with all others, so
-        that both come from one call, with another filter in each group.
-        """
-        by_group = self.weight.unflatten(0, (self.groups, -1))
-        weight = torch.cat([by_group[:, :1], by_group], 1)
-        grad = grad.unflatten(1, (self.groups, -1))
-        # Half precision would overflow with ones.
-        one = grad[:, 0, :1].numel()**-0.5
-        grad = torch.cat([torch.full_like(grad[:, :, :1], one), grad], 2)
-        with torch.enable_grad():
-            weight = weight.flatten(0, 1).requires_grad_()
-            x = self.function.apply(*self.before, weight, *self.after)
-            result, = torch.autograd.grad(x, weight, grad.flatten(1, 2))
-        result = result.flatten(1).unflatten(0, (self.groups, -1))
-        return result[:, 0].to(dtype) / one, result[:, 1:].flatten(0, 1)
+    def _taps(self, lines: Tensor, axis: int) -> Tensor:
+        """Lines of the input that undeformed taps meet, (P, kernel)."""
+        taps = torch.arange(self.weight.size(axis + 2), device=lines.device)
+        return lines.unsqueeze(1) * self.stride[axis] + (
+            taps * self.dilation[axis] - self.padding[axis])
 
 
 LinearCall = Union[ConvCall, DeformCall]

@@ -1,5 +1,5 @@
 """Normalisation with given statistics, and its backward in closed form."""
-from typing import Callable, Optional, Tuple
+from typing import Callable, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -33,11 +33,12 @@ def _batch_norm(x, mean, var, weight, bias, eps):
 class _Normalize(Function):
 
     @staticmethod
-    def forward(ctx, x, mean, var, weight, bias, eps, share, gradient):
+    def forward(ctx, x, mean, var, weight, bias, eps, share, gradient, count):
         wide = weight if weight is None else weight.to(mean.dtype)
         ctx.save_for_backward(x, mean, torch.rsqrt(var + eps), wide, share)
         ctx.eps = eps
         ctx.gradient = gradient
+        ctx.count = count
         if x.numel() == 0:
             return torch.empty_like(x)
         return _batch_norm(x, mean, var, weight, bias, eps)
@@ -46,22 +47,37 @@ class _Normalize(Function):
     @once_differentiable
     def backward(ctx, grad):
         x, mean, inv_std, weight, share = ctx.saved_tensors
-        need = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
+        need_x, need_mean, _, need_weight, need_bias = (
+            ctx.needs_input_grad[:5])
         if x.numel() == 0:  # the fused kernel divides by the count
-            dx, dweight, dbias = grad, torch.zeros_like(mean), (
-                torch.zeros_like(mean))
+            dweight, dbias = torch.zeros_like(mean), torch.zeros_like(mean)
+            dx, sums = grad, (dbias, dweight)
             if ctx.gradient is not None:  # other processes may wait for it
-                ctx.gradient(dweight, dbias)
+                sums = ctx.gradient(*sums)
+                sums = _sums(ctx, *sums) if need_mean else None
         elif ctx.gradient is None:
-            dx, dweight, dbias = _backward_of_share(grad, x, mean, inv_std,
-                                                    weight, share, ctx.eps,
-                                                    need)
+            dx, dweight, dbias = _backward_of_share(
+                grad, x, mean, inv_std, weight, share, ctx.eps,
+                [need_x, need_weight or need_mean, need_bias or need_mean])
+            sums = dbias, dweight
+            if weight is not None and need_mean:
+                sums = dbias * weight, dweight * weight
         else:
-            dx, dweight, dbias = _backward_with(ctx.gradient, grad, x, mean,
-                                                inv_std, weight, ctx.eps)
-        return (dx if need[0] else None, None, None,
-                dweight if need[1] else None, dbias if need[2] else None,
-                None, None, None)
+            dx, dweight, dbias, sums = _backward_with(ctx, grad, x, mean,
+                                                      inv_std, weight, share)
+        dmean = dvar = None
+        if need_mean:
+            dmean = -inv_std * sums[0]
+            dvar = -0.5 * inv_std.square() * sums[1]
+        return (dx if need_x else None, dmean, dvar,
+                dweight if need_weight else None, dbias if need_bias else None,
+                None, None, None, None)
+
+
+def _sums(ctx, mean_g, mean_gx):
+    """Sums of g and g * x_hat over all that the means are over."""
+    return (None if mean_g is None else mean_g * ctx.count,
+            mean_gx * ctx.count)
 
 
 def _backward_of_share(grad, x, mean, inv_std, weight, share, eps, need):
@@ -81,10 +97,10 @@ def _backward_of_share(grad, x, mean, inv_std, weight, share, eps, need):
     return dx, dweight, dbias
 
 
-def _backward_with(gradient, grad, x, mean, inv_std, weight, eps):
+def _backward_with(ctx, grad, x, mean, inv_std, weight, share):
     # dx = inv_std * (g - mean_g - x_hat * mean_gx), g = weight * grad.
     _, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-        grad, x, weight, None, None, mean, inv_std, True, eps,
+        grad, x, weight, None, None, mean, inv_std, True, ctx.eps,
         [False, True, True])
     scale = inv_std
     per_value = x.size(1) / x.numel()
@@ -92,7 +108,10 @@ def _backward_with(gradient, grad, x, mean, inv_std, weight, eps):
     if weight is not None:
         scale = scale * weight
         mean_g, mean_gx = mean_g * weight, mean_gx * weight
-    mean_g, mean_gx = gradient(mean_g, mean_gx)
+    mean_g, mean_gx = ctx.gradient(mean_g, mean_gx)
+    sums = _sums(ctx, mean_g, mean_gx) if ctx.needs_input_grad[1] else None
+    if share is not None:
+        mean_g, mean_gx = mean_g * share, mean_gx * share
     slope = -inv_std.square() * mean_gx
     if mean_g is None:
         dx = x * _per_channel(slope)
@@ -100,8 +119,8 @@ def _backward_with(gradient, grad, x, mean, inv_std, weight, eps):
         offset = -inv_std * mean_g - slope * mean
         dx = torch.addcmul(_per_channel(offset), x, _per_channel(slope))
     # Beside float32 statistics half precision has become float32.
-    return (dx.addcmul_(grad, _per_channel(scale)).to(x.dtype), dweight,
-            dbias)
+    return (dx.addcmul_(grad, _per_channel(scale)).to(x.dtype), dweight, dbias,
+            sums)
 
 
 def normalize(x: Tensor,
@@ -111,7 +130,8 @@ def normalize(x: Tensor,
               bias: Optional[Tensor] = None,
               eps: float = 1e-5,
               share: Optional[Tensor] = None,
-              gradient: Optional[GradientStatistics] = None) -> Tensor:
+              gradient: Optional[GradientStatistics] = None,
+              count: Union[int, Tensor, None] = None) -> Tensor:
     r"""Normalise with given statistics, in both passes.
 
     .. math::
@@ -134,12 +154,22 @@ def normalize(x: Tensor,
     What stands for :math:`\bar g` and :math:`\bar\Psi` is
 
     - by default this batch's means: the forward statistics are its own;
+    - with ``gradient``, what it makes of them: a moving average, a sum over
+      groups or processes;
     - with ``share``, that part of them: the forward statistics are those of a
       pool in which this batch has the weight ``share``, 1 / k for one of k
-      iterations, and the others are constants (CBN, arXiv:2002.05712,
-      Eq. 12);
-    - with ``gradient``, what it makes of them: a moving average, a sum over
-      groups or processes.
+      iterations (CBN, arXiv:2002.05712, Eq. 12).
+
+    ``mean`` and ``var`` may be functions of something else, too, such as the
+    rest of a pool. To that flows the whole gradient by them,
+
+    .. math::
+        \frac{\partial L}{\partial\bar\mu} = -\frac1{\bar\sigma} \sum g,
+        \qquad
+        \frac{\partial L}{\partial\bar\sigma^2} =
+            -\frac1{2\bar\sigma^2} \sum g \hat x,
+
+    which must not lead back to ``x``.
 
     Args:
         x (Tensor): Shape (N, C, H, W).
@@ -154,13 +184,15 @@ def normalize(x: Tensor,
         gradient (callable, optional): From the batch's means of g and of
             g * x_hat, in the shape of ``mean``, to the values to use. Called
             once a backward pass.
+        count (int | Tensor, optional): Values a channel behind what
+            ``gradient`` gives, for the gradient by ``mean`` and ``var``.
 
     Returns:
         Tensor: Same shape and dtype as ``x``.
     """
     if mean.dim() == 1:
         return _Normalize.apply(x, mean, var, weight, bias, eps, share,
-                                gradient)
+                                gradient, count)
     return _normalize_examples(x, mean, var, weight, bias, eps, gradient)
 
 
@@ -179,7 +211,7 @@ def _normalize_examples(x, mean, var, weight, bias, eps, gradient):
     weight, bias = (p if p is None else p.repeat(n) for p in (weight, bias))
     out = _Normalize.apply(
         x.reshape(1, n * c, h, w), mean.flatten(), var.flatten(), weight, bias,
-        eps, None, of_examples)
+        eps, None, of_examples, None)
     # Not a view to autograd: what follows in place, behind activation
     # checkpointing, would be refused.
     out = torch.ops.aten._unsafe_view(out, x.shape)

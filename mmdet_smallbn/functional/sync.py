@@ -61,7 +61,6 @@ class Processes:
 
     def gradient_statistics(self,
                             part: Tensor,
-                            share: Optional[Tensor] = None,
                             then: Optional[GradientStatistics] = None
                             ) -> GradientStatistics:
         """Gradient statistics of the joint batch, for :func:`normalize`.
@@ -69,8 +68,6 @@ class Processes:
         Args:
             part (Tensor): This process's part of the joint batch's values, a
                 scalar from 0 to 1.
-            share (Tensor, optional): The joint batch's part in the forward
-                statistics, shape (C,). None: all.
             then (callable, optional): What to make of them further.
 
         Returns:
@@ -80,8 +77,6 @@ class Processes:
         def joint(mean_g: Tensor, mean_gx: Tensor):
             # Of an empty part the means are 0, and the part is 0.
             both = self.sum(torch.stack([mean_g, mean_gx]) * part)
-            if share is not None:
-                both = both * share
             return tuple(both) if then is None else then(*both)
 
         return joint

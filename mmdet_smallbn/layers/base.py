@@ -287,7 +287,9 @@ class SmallBatchNorm(nn.BatchNorm2d):
         return self.batch_statistics(batch)
 
     def _normalize(self, batch: Batch, statistics: Statistics) -> Tensor:
-        mean, var, share, gradient, r, d = statistics
+        mean, var, share, gradient, r, d, follow = statistics
+        if follow is not None and torch.is_grad_enabled():
+            mean, var = follow()
         weight, bias = self.weight, self.bias
         # Of no values there are no moments: nothing to renormalise with.
         if r is not None and batch.x.numel():
@@ -296,10 +298,9 @@ class SmallBatchNorm(nn.BatchNorm2d):
             weight = r if weight is None else weight * r
         if batch.processes is not None and mean.dim() == 1:
             gradient = batch.processes.gradient_statistics(
-                batch.own.count / batch.moments.count, share, gradient)
-            share = None
+                batch.own.count / batch.moments.count, gradient)
         return normalize(batch.x, mean, var, weight, bias, self.eps, share,
-                         gradient)
+                         gradient, batch.moments.count)
 
     @torch.no_grad()
     def _update_running(self, moments: Moments) -> None:

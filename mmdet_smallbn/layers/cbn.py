@@ -116,11 +116,15 @@ class CBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
                  track_running_stats: bool = True,
                  window_size: int = 4,
                  compensate: bool = True,
+                 gradient: str = 'whole',
                  sync: bool = False,
                  derivative_positions: Optional[int] = 32,
                  device=None,
                  dtype=None) -> None:
         check_positive_int('window_size', window_size)
+        if gradient not in ('whole', 'released'):
+            raise ValueError("gradient must be 'whole' or 'released', but got "
+                             f'{gradient!r}')
         if derivative_positions is not None:
             check_positive_int('derivative_positions', derivative_positions)
             check_at_least('derivative_positions', derivative_positions, 2)
@@ -128,6 +132,7 @@ class CBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
                          track_running_stats, sync, device, dtype)
         self.window_size = window_size
         self.compensate = compensate
+        self.gradient = gradient
         self.derivative_positions = derivative_positions
 
     @property
@@ -141,19 +146,29 @@ class CBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
         return MomentWindow(self.window_size, self.derivative_positions)
 
     def statistics(self, batch: Batch) -> Statistics:
-        """Eq. (9)-(11): the moments of the window at today's weight."""
+        """Eq. (7)-(11): the moments of the window at today's weight."""
         producer = find_producer(batch.x) if self.compensate else FROZEN
         if not producer.known:
             self._warn_of_producer(batch.x)
             return self.batch_statistics(batch)
-        window = self.state_of_call()
-        if (window.size, window.positions) != (self.window_size,
-                                               self.derivative_positions):
+        state = self.state_of_call()
+        if (state.size, state.positions) != (self.window_size,
+                                             self.derivative_positions):
             self.reset_state()
-            window = self.state_of_call()
-        if window.filled == 0:
+            state = self.state_of_call()
+        if state.filled == 0:
             self.check_count(batch.moments.count)
-        return Statistics(*window.pool(batch, producer.call))
+        call = producer.call
+        whole = call is not None and self.gradient == 'whole'
+        window = state.enter(batch, call, lend=whole)
+        mean, var, share, _ = window.pooled
+        follow = None
+        if whole and state.filled > 1:
+            # What a recomputation calls again.
+            def follow():
+                return window.follow(producer.filters())
+
+        return Statistics(mean, var, share, follow=follow)
 
     def _warn_of_producer(self, x: Tensor) -> None:
         if current_pass() is ForwardPass.CHECKPOINTED or is_compiled(x):
@@ -175,7 +190,8 @@ class CBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
                      f'window_size={self.window_size}, '
                      f'compensate={self.compensate}')
         if self.compensate:
-            described += f', derivative_positions={self.derivative_positions}'
+            described += (f', gradient={self.gradient!r}, '
+                          f'derivative_positions={self.derivative_positions}')
         return described
 
 
@@ -199,8 +215,8 @@ class NaiveCBN(CBN, nn.BatchNorm2d, _BatchNorm):
                  device=None,
                  dtype=None) -> None:
         super().__init__(num_features, eps, momentum, affine,
-                         track_running_stats, window_size, False, sync,
-                         device=device, dtype=dtype)
+                         track_running_stats, window_size, compensate=False,
+                         sync=sync, device=device, dtype=dtype)
 
 
 def suggested_window_size(images_per_gpu: int) -> int:

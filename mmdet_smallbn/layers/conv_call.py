@@ -1,5 +1,5 @@
 """The one place that learns which convolution made a layer's input."""
-from typing import List, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +28,22 @@ class Producer(NamedTuple):
             weight or bias trains. None with ``known``: nothing before the
             tensor moves its statistics by a weight of its own, so they stay
             valid.
+        conv (nn.Module, optional): The module that was called, if a hook
+            told it.
     """
     known: bool
     call: Optional[LinearCall] = None
+    conv: Optional[nn.Module] = None
+
+    def filters(self) -> Tensor:
+        """Today's filters, live to autograd in the pass that this is in.
+
+        A recomputation has a graph of its own.
+        """
+        if self.conv is None:
+            return self.call.filters
+        return self.call._replace(
+            **_parameters(self.conv, self.call.weight.dtype)).filters
 
 
 UNKNOWN = Producer(known=False)
@@ -67,27 +80,45 @@ def find_producer(x: Tensor) -> Producer:
     if node is None:
         return UNKNOWN
     if node.name() in _DEFORMABLE and _is_mmcvs(type(node)._forward_cls):
-        return _deformable(node)
-    if node.name() != 'ConvolutionBackward0':
-        return UNKNOWN
-    weight_trains, bias_trains = (
-        edge is not None for edge, _ in node.next_functions[1:])
-    if not weight_trains and not bias_trains:
+        return _of_node(node, _DEFORMABLE[node.name()], _deformable)
+    if node.name() == 'ConvolutionBackward0':
+        return _of_node(node, 1, _convolution)
+    return UNKNOWN
+
+
+def _of_node(node: torch.autograd.graph.Node, place: int,
+             read: Callable[..., LinearCall]) -> Producer:
+    """The call behind a node whose weight is its argument at ``place``."""
+    weight, bias = (edge for edge, _ in (
+        *node.next_functions[place:place + 2], (None, None))[:2])
+    if weight is None and bias is None:
         return FROZEN
-    weight = node._saved_weight.detach()
-    if _is_freed(weight):
-        return UNKNOWN
-    return Producer(
-        known=True,
-        call=ConvCall(
-            input=node._saved_input.detach(),
-            weight=weight,
-            bias_trains=bias_trains,
-            stride=node._saved_stride,
-            padding=node._saved_padding,
-            dilation=node._saved_dilation,
-            groups=node._saved_groups,
-            transposed=node._saved_transposed))
+    if bias is not None:
+        bias = _leaf(bias)
+        if bias is None:
+            return UNKNOWN
+    call = read(node, bias)
+    return UNKNOWN if _is_freed(call.weight) else Producer(True, call)
+
+
+def _leaf(node: torch.autograd.graph.Node) -> Optional[Tensor]:
+    """The parameter behind a node; None if it is a computed value's."""
+    if node.name() == 'ToCopyBackward0':  # of autocast
+        node = node.next_functions[0][0]
+    return getattr(node, 'variable', None)
+
+
+def _convolution(node: torch.autograd.graph.Node,
+                 bias: Optional[Tensor]) -> ConvCall:
+    return ConvCall(
+        input=node._saved_input.detach(),
+        weight=node._saved_weight,
+        bias=bias,
+        stride=node._saved_stride,
+        padding=node._saved_padding,
+        dilation=node._saved_dilation,
+        groups=node._saved_groups,
+        transposed=node._saved_transposed)
 
 
 def _is_freed(weight: Tensor) -> bool:
@@ -100,29 +131,25 @@ def _is_mmcvs(cls: type) -> bool:
     return cls.__module__.startswith('mmcv.')
 
 
-def _deformable(node: torch.autograd.graph.Node) -> Producer:
+def _deformable(node: torch.autograd.graph.Node,
+                bias: Optional[Tensor]) -> DeformCall:
     """What mmcv's function keeps for its backward pass."""
-    place = _DEFORMABLE[node.name()]
-    weight_trains, *bias_trains = (
-        edge is not None for edge, _ in node.next_functions[place:place + 2])
-    if not weight_trains and not any(bias_trains):
-        return FROZEN
-    saved = [tensor.detach() for tensor in node.saved_tensors]
-    after = (node.stride, node.padding, node.dilation, node.groups,
-             node.deform_groups)
-    if place == 2:
-        after = (*after, False, node.im2col_step)
-    else:  # without its bias, which moves the mean alone
-        after = (None, *after)
-    return Producer(
-        known=True,
-        call=DeformCall(
-            function=type(node)._forward_cls,
-            before=tuple(saved[:place]),
-            weight=saved[place],
-            after=after,
-            bias_trains=any(bias_trains),
-            groups=node.groups))
+    input, offset, *mask, weight = node.saved_tensors[:_DEFORMABLE[
+        node.name()] + 1]
+    # Under autocast the function casts its weight where autograd sees nothing.
+    edge = node.next_functions[_DEFORMABLE[node.name()]][0]
+    leaf = None if edge is None else _leaf(edge)
+    return DeformCall(
+        input=input.detach(),
+        offset=offset.detach(),
+        mask=mask[0].detach() if mask else None,
+        weight=weight if leaf is None else leaf,
+        bias=bias,
+        stride=node.stride,
+        padding=node.padding,
+        dilation=node.dilation,
+        groups=node.groups,
+        deform_groups=node.deform_groups)
 
 
 def remember_calls(model: nn.Module) -> List[RemovableHandle]:
@@ -209,27 +236,31 @@ def _producer(conv: nn.Module, x: Optional[Tensor],
               dtype: torch.dtype) -> Producer:
     if x is None:
         return FROZEN
-    bias_trains = conv.bias is not None and conv.bias.requires_grad
-    weight = conv.weight.detach()
-    if _is_freed(weight):
+    if _is_freed(conv.weight):
         return UNKNOWN
-    if isinstance(conv, CenConv2d):
-        weight = centred(weight)
     left, right, top, bottom = conv._reversed_padding_repeated_twice
     padding = (top, left)
     if conv.padding_mode != 'zeros' or (left, top) != (right, bottom):
         mode = (
             'constant' if conv.padding_mode == 'zeros' else conv.padding_mode)
         x, padding = F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
-    return Producer(
-        known=True,
-        call=ConvCall(
-            # In autocast the kernel sees both in the dtype that it gives.
-            input=x.to(dtype),
-            weight=weight.to(dtype),
-            bias_trains=bias_trains,
-            stride=conv.stride,
-            padding=padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            transposed=isinstance(conv, nn.ConvTranspose2d)))
+    call = ConvCall(
+        # In autocast the kernel sees both in the dtype that it gives.
+        input=x.to(dtype),
+        **_parameters(conv, dtype),
+        stride=conv.stride,
+        padding=padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        transposed=isinstance(conv, nn.ConvTranspose2d))
+    return Producer(True, call, conv)
+
+
+def _parameters(conv: nn.Module, dtype: torch.dtype) -> Dict[str, Tensor]:
+    """Weight as it is used, and bias if it trains, live to autograd."""
+    weight, bias = conv.weight, conv.bias
+    if isinstance(conv, CenConv2d):
+        weight = centred(weight)
+    if bias is not None and not bias.requires_grad:
+        bias = None
+    return dict(weight=weight.to(dtype), bias=bias)

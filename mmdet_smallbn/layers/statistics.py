@@ -1,5 +1,5 @@
 """What a norm sees of an iteration, and what it normalises with."""
-from typing import NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional, Tuple
 
 from torch import Tensor
 
@@ -34,6 +34,9 @@ class Statistics(NamedTuple):
             :func:`mmdet_smallbn.functional.normalize`.
         r, d (Tensor, optional): Factor and shift of the normalised values
             before the affine parameters, shape (C,), constants to autograd.
+        follow (callable, optional): Gives ``mean`` and ``var`` as functions
+            of today's weight, live to autograd in the pass that it is called
+            in.
     """
     mean: Tensor
     var: Tensor
@@ -41,3 +44,4 @@ class Statistics(NamedTuple):
     gradient: Optional[GradientStatistics] = None
     r: Optional[Tensor] = None
     d: Optional[Tensor] = None
+    follow: Optional[Callable[[], Tuple[Tensor, Tensor]]] = None

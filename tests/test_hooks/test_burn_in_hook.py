@@ -175,14 +175,18 @@ def test_states_in_a_checkpoint_load_safely_and_fine_tuning_forgets(tmp_path):
     path = tmp_path / 'epoch_3.pth'
     states = torch.load(path, weights_only=False)['smallbn_states']
     assert set(states) == {'backbone.1', 'head.1'}
-    assert states['head.1'][0]['state']['filled'] == 4
+    assert states['head.1'][0]['state']['turn'] == 5  # 6 iterations
     torch.save(states, tmp_path / 'states.pth')
     torch.load(tmp_path / 'states.pth', weights_only=True)
     # Copies: what training does next is not in them.
-    constants = states['head.1'][0]['state']['constants']
-    exported = runner.model.head[1].export_states()[0]
-    runner.model.head[1]._states[0]._constants.zero_()
-    torch.testing.assert_close(exported['state']['constants'], constants)
+    layer = runner.model.head[1]
+    exported, = layer.export_states()
+    layer(runner.model.head[0](torch.randn(2, 4, 5, 5)))
+    for held in (exported, states['head.1'][0]):
+        assert held['state']['turn'] == 5
+    for name, ring in exported['state']['rings'].items():
+        torch.testing.assert_close(states['head.1'][0]['state']['rings'][name],
+                                   ring)
     tuned = toy_runner(
         tmp_path,
         hooks,

@@ -82,7 +82,8 @@ def _literal(conv, layer):
             given['bias'] = bias
         return torch.func.functional_call(conv, given, x)
 
-    return LiteralCBN(forward, layer.window_size, layer.compensate, layer.eps)
+    return LiteralCBN(forward, layer.window_size, layer.compensate,
+                      layer.gradient, layer.eps)
 
 
 def _effective(conv):
@@ -94,20 +95,26 @@ def _effective(conv):
 
 
 def _layer(conv, **kwargs):
-    layer = CBN(conv.out_channels, **kwargs).double()
+    """All positions are remembered, so that Eq. (7), (8) are not estimated."""
+    layer = CBN(
+        conv.out_channels, derivative_positions=None, **kwargs).double()
     nn.init.uniform_(layer.weight, 0.5, 1.5)
     nn.init.normal_(layer.bias)
     return layer
 
 
-@pytest.mark.parametrize('compensate', [True, False])
+@pytest.mark.parametrize('settings', [
+    dict(gradient='whole'),
+    dict(gradient='released'),
+    dict(compensate=False)
+], ids=['whole', 'released', 'naive'])
 @pytest.mark.parametrize('window_size', [1, 4, 8])
 @pytest.mark.parametrize('name', CONVS)
-def test_equals_the_literal_equations(name, window_size, compensate):
+def test_equals_the_literal_equations(name, window_size, settings):
     """Outputs and all gradients over 12 updates with changing batches."""
     torch.manual_seed(0)
     conv = _conv(**CONVS[name])
-    layer = _layer(conv, window_size=window_size, compensate=compensate)
+    layer = _layer(conv, window_size=window_size, **settings)
     reference = _literal(conv, layer)
     leaves = [p for p in conv.parameters() if p.requires_grad]
     leaves += layer.parameters()
@@ -209,7 +216,10 @@ def _errors(step):
     today's weight, in float32."""
     torch.manual_seed(0)
     conv = nn.Conv2d(16, 16, 3, padding=1, bias=False)
-    layers = [CBN(16, window_size=4), NaiveCBN(16, window_size=4)]
+    layers = [
+        CBN(16, window_size=4, derivative_positions=None),
+        NaiveCBN(16, window_size=4)
+    ]
     batches, errors = [], torch.zeros(2)
     for _ in range(12):
         batches = [*batches, torch.randn(2, 16, 8, 8) + 1][-4:]

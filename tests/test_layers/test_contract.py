@@ -13,6 +13,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 
 from mmdet_smallbn.functional import fold_groups
@@ -335,19 +336,14 @@ def test_activation_checkpointing_changes_nothing(norm, use_reentrant, calls):
         for a, b in zip(*(m.state_dict().values() for m in models)):
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
     assert models[1][1].num_batches_tracked == 10 * calls
-    for a, b in zip(*(_tensors(m[1]._states) for m in models)):
+    for a, b in zip(*(_tensors(m[1]) for m in models)):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
-def _tensors(states):
-    """Every tensor of a layer's states, in order."""
-    for state in states:
-        values = vars(state).values() if hasattr(state, '__dict__') else state
-        for value in values:
-            if isinstance(value, torch.Tensor):
-                yield value
-            elif value is not None and not isinstance(value, (int, float)):
-                yield from _tensors([value])
+def _tensors(norm):
+    """Every tensor that a layer remembers, in order."""
+    values, _ = tree_flatten(norm.export_states())
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 @pytest.mark.parametrize('use_reentrant', [True, False])
@@ -525,7 +521,7 @@ def test_torch_compile_changes_nothing(norm):
         torch.testing.assert_close(*losses, rtol=1e-9, atol=1e-9)
     for a, b in zip(plain.buffers(), model.buffers()):
         torch.testing.assert_close(a, b)
-    for a, b in zip(*(_tensors(m[1]._states) for m in (plain, model))):
+    for a, b in zip(*(_tensors(m[1]) for m in (plain, model))):
         torch.testing.assert_close(a, b)
     assert 0 < torch._dynamo.utils.counters['stats']['unique_graphs'] < 8
     plain.eval()

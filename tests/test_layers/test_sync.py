@@ -16,8 +16,15 @@ from tests.reference import relative_error
 PARTS = [(2, 1), (1, 3), (0, 2), (2, 2), (3, 0), (1, 1), (1, 4), (2, 3)]
 CASES = {
     'CBN, window 1': (CBN, dict(window_size=1), False),
-    'CBN': (CBN, dict(window_size=4), False),
-    'CBN, convolution with a bias': (CBN, dict(window_size=3), True),
+    # All positions: the parts of a sample are another sample.
+    'CBN': (CBN, dict(window_size=4, derivative_positions=None), False),
+    'CBN, convolution with a bias':
+    (CBN, dict(window_size=3, derivative_positions=None), True),
+    'CBN, released': (CBN,
+                      dict(
+                          window_size=4,
+                          gradient='released',
+                          derivative_positions=None), False),
     'NaiveCBN': (NaiveCBN, dict(window_size=3), True),
     'BRN': (BRN, dict(r_max=1.1, d_max=0.2, momentum=0.2), False),
     'BRN without affine': (BRN, dict(affine=False), False),
