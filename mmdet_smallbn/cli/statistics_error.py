@@ -88,10 +88,10 @@ class _Layer:
         windows.update((name, (window, producer.call))
                        for name, window in self.compensated.items())
         for name, (window, call) in windows.items():
-            mean, var = window.enter(batch, call)
-            order = [(window.place - back) % window.size
+            entered = window.enter(batch, call)
+            order = [(entered.place - back) % window.size
                      for back in range(window.filled)]
-            self.held[name] = mean[order], var[order]
+            self.held[name] = entered.past.mean[order], entered.past.var[order]
         square = moments.mean_square()
         self.average.push(torch.stack([moments.mean, square]))
 

@@ -78,6 +78,28 @@ def _mask(outline: np.ndarray, size: int) -> np.ndarray:
     return small.astype(np.float32) / 255
 
 
+def shape_mask(rng: np.random.Generator, name: str, size: int) -> np.ndarray:
+    """Coverage of each pixel by a shape that fills most of an image.
+
+    Args:
+        rng (np.random.Generator): Chooses size, place and angle.
+        name (str): One of ``CLASSES``.
+        size (int): Height and width in pixels.
+
+    Returns:
+        np.ndarray: float32 in [0, 1], shape (size, size).
+    """
+    radius = size * rng.uniform(0.28, 0.42)
+    centre = rng.uniform(radius * 0.9, size - radius * 0.9, 2)
+    return _mask(_OUTLINES[name] @ _turn(rng).T * radius + centre, size)
+
+
+def _turn(rng: np.random.Generator) -> np.ndarray:
+    angle = rng.uniform(-0.6, 0.6)
+    return np.array([[np.cos(angle), -np.sin(angle)],
+                     [np.sin(angle), np.cos(angle)]])
+
+
 def _smooth_noise(rng: np.random.Generator, size: int,
                   cells: int) -> np.ndarray:
     """Smooth field in about [-1, 1], shape (size, size, 1)."""
@@ -160,9 +182,7 @@ def _place(rng: np.random.Generator, size: int) -> Tuple[int, np.ndarray]:
     # Even on a log scale: from a twelfth to a quarter of the image in radius.
     radius = size * np.exp(rng.uniform(np.log(0.08), np.log(0.24)))
     centre = rng.uniform(radius * 0.7, size - radius * 0.7, 2)
-    angle = rng.uniform(-0.6, 0.6)
-    turn = np.array([[np.cos(angle), -np.sin(angle)],
-                     [np.sin(angle), np.cos(angle)]])
+    turn = _turn(rng)
     stretch = np.array([1., rng.uniform(0.75, 1.)])[rng.permutation(2)]
     outline = _OUTLINES[CLASSES[category]] * stretch @ turn.T * radius
     return category, outline + centre

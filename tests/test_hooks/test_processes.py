@@ -338,12 +338,12 @@ def test_processes_keep_in_step(ranks, setup, norm, sync):
 @every_case
 @pytest.mark.parametrize('setup', ['plain', 'buffers of the first'])
 def test_each_process_has_a_past_of_its_own(ranks, setup, norm, sync):
-    """Of a synchronised CBN it is a part, of MABN the whole."""
+    """Of a synchronised CBN it is a part; moments alone are the whole's."""
     states = _of_both(ranks, (norm, sync, setup), 'states')
     for of_norms in states:
         filled = [bool(_flat(state)) for state in of_norms]
         assert filled == [norm in REMEMBER] * 2
-    one = norm not in REMEMBER or (sync and norm == 'MABN')
+    one = norm not in REMEMBER or (sync and norm in ('MABN', 'NaiveCBN'))
     assert _same(*states) == one
     assert _same(*_of_both(ranks, (norm, sync, setup), 'buffers')) == sync
 
@@ -388,9 +388,10 @@ def test_a_resume_takes_up_the_past_of_the_main_process(ranks, norm, sync):
         else:
             assert began_with == [[], []]
         if norm in ('CBN', 'NaiveCBN'):
-            filled = 3 if kept and rank == 0 else 2
-            assert [s['state']['filled']
-                    for s, in resumed['states']] == [filled] * 2
+            # Of a window of 3; others have seen the two after the resume.
+            turns = 4 if kept and rank == 0 else 2
+            assert [s['state']['turn'] + 1
+                    for s, in resumed['states']] == [turns] * 2
         assert _finite(resumed)
     runs = [results[norm, sync, 'runs'] for results in ranks]
     assert _same(*(run['resumed']['weights'] for run in runs))

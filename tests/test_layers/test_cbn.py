@@ -138,6 +138,118 @@ def test_equals_the_literal_equations(name, window_size, settings):
         optimizer.step()
 
 
+def test_whole_gradient_is_that_of_finite_differences():
+    """By weight and bias, a past with steps behind it, first order alone."""
+    torch.manual_seed(0)
+    conv = _conv(**CONVS['biased'])
+    layer = _layer(conv, window_size=4)
+    for _ in range(5):
+        layer(conv(torch.randn(2, 4, 6, 6).double()))
+        with torch.no_grad():
+            for p in conv.parameters():
+                p.add_(torch.randn_like(p) * 0.02)
+    x = torch.randn(2, 4, 6, 6).double()
+    factors = torch.randn(2, 8, 6, 6).double()
+
+    def loss(*parameters):
+        """Of the next iteration, by a copy: the window goes on in it."""
+        convolution, norm = copy.deepcopy(conv), copy.deepcopy(layer)
+        for p, value in zip(convolution.parameters(), parameters):
+            p.data.copy_(value)
+        value = (norm(convolution(x)) * factors).sum()
+        return value, torch.autograd.grad(value, [*convolution.parameters()])
+
+    start = [p.detach() for p in conv.parameters()]
+    _, gradients = loss(*start)
+    for index in range(len(start)):
+        step = [torch.zeros_like(p) for p in start]
+        step[index].normal_(std=1e-6)
+        up, down = (
+            loss(*(p + sign * s for p, s in zip(start, step)))[0]
+            for sign in (1, -1))
+        wanted = (gradients[index] * step[index]).sum()
+        torch.testing.assert_close((up - down) / 2, wanted, rtol=1e-5, atol=0)
+
+
+def test_whole_gradient_of_weights_at_rest_is_orthogonal_to_them():
+    """The scale of a filter before a norm does not matter."""
+    torch.manual_seed(0)
+    cosines = {}
+    for gradient in ('whole', 'released'):
+        conv = _conv(**CONVS['3x3'])
+        layer = _layer(conv, window_size=4, gradient=gradient)
+        layer.eps = 0.
+        for _ in range(6):
+            out = layer(conv(torch.randn(2, 4, 6, 6).double() + 1))
+        (out * torch.randn_like(out)).sum().backward()
+        cosines[gradient] = F.cosine_similarity(
+            conv.weight.flatten(1), conv.weight.grad.flatten(1)).abs().max()
+    assert cosines['whole'] < 1e-9 < 1e-3 < cosines['released']
+
+
+def test_gradients_over_a_window_at_rest_are_batch_norms():
+    """Summed over the iterations, of this convolution's own weight."""
+    torch.manual_seed(0)
+    conv = _conv(**CONVS['biased'])
+    layer = _layer(conv, window_size=4)
+    stock = nn.BatchNorm2d(8).double()
+    stock.load_state_dict(layer.state_dict())
+    batches = [torch.randn(2, 4, 6, 6).double() * i for i in range(1, 5)]
+    factors = torch.randn(4, 2, 8, 6, 6).double()
+    for x in batches:  # fills the window
+        layer(conv(x))
+    for x, factor in zip(batches, factors):
+        (layer(conv(x)) * factor).sum().backward()
+    found = [p.grad for p in conv.parameters()]
+    out = stock(conv(torch.cat(batches)))
+    wanted = torch.autograd.grad((out * factors.flatten(0, 1)).sum(),
+                                 list(conv.parameters()))
+    for a, b in zip(found, wanted):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('steps', [1, 6])
+def test_forwards_before_their_backwards_keep_what_they_need(steps):
+    """Without a hook each is an iteration, and overwrites the oldest."""
+    torch.manual_seed(0)
+    conv = _conv(**CONVS['3x3'])
+    layers = [_layer(conv, window_size=3)]
+    layers.append(copy.deepcopy(layers[0]))
+    batches = torch.randn(4 + steps, 2, 4, 6, 6).double()
+    results = []
+    for layer, together in zip(layers, (True, False)):
+        torch.manual_seed(1)
+        for x in batches[:4]:
+            layer(conv(x)).square().sum().backward()
+        conv.zero_grad()
+        outs = []
+        for x in batches[4:]:
+            outs.append((layer(conv(x)) * torch.randn(8, 6, 6)).sum())
+            if not together:
+                outs.pop().backward()
+        if outs:
+            sum(outs).backward()
+        results.append(conv.weight.grad.clone())
+    torch.testing.assert_close(*results)
+
+
+def test_the_gradient_reaches_what_a_weight_was_computed_from():
+    """A frozen part of the weight gets none; a bias alone may train."""
+    torch.manual_seed(0)
+    conv = _conv(**CONVS['biased'])
+    conv.weight.requires_grad_(False)
+    layer = _layer(conv, window_size=2)
+    for _ in range(2):
+        out = layer(conv(torch.randn(2, 4, 5, 5).double()))
+    out.square().sum().backward()
+    assert conv.weight.grad is None and conv.bias.grad.isfinite().all()
+
+
+def test_a_bad_gradient_is_named():
+    with pytest.raises(ValueError, match="'whole' or 'released'.*'full'"):
+        CBN(4, gradient='full')
+
+
 def test_clamping_is_reached_and_right():
     """Steps so large that Eq. (8) leaves nu < mu^2, which Eq. (10) mends."""
     torch.manual_seed(0)

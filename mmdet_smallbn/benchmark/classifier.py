@@ -1,0 +1,179 @@
+"""A small classifier on made images: minutes where a detector takes hours."""
+from typing import Callable, Dict, Iterator, NamedTuple, Tuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import ConvModule
+from torch import Tensor, nn
+
+from ..data.shapes import CLASSES, shape_mask
+from ..layers import SmallBatchNorm
+
+SIZE = 24
+
+
+class Images(NamedTuple):
+    """Images and their classes.
+
+    Attributes:
+        pixels (Tensor): Shape (N, 3, 24, 24), about from -1 to 1.
+        labels (Tensor): Shape (N,).
+    """
+    pixels: Tensor
+    labels: Tensor
+
+    def of(self, indices: Tensor) -> 'Images':
+        return Images(self.pixels[indices], self.labels[indices])
+
+
+def make_images(count: int, seed: int = 0) -> Images:
+    """One of ShapesCOCO's shapes on each, on noise.
+
+    Each image has a gain from 0.5 to 1.5 and an offset from -0.5 to 0.5 of
+    its own, as pictures have that were taken in different light: what is
+    between images is more than the pixels of a few of them can tell.
+
+    Args:
+        count (int): How many.
+        seed (int): The images are a function of seed and place alone.
+    """
+    rng = np.random.default_rng(seed)
+    pixels = np.empty((count, SIZE, SIZE, 3), np.float32)
+    labels = rng.integers(0, len(CLASSES), count)
+    for image, label in zip(pixels, labels):
+        shape = shape_mask(rng, CLASSES[label], SIZE)[..., None]
+        behind = rng.uniform(-0.5, 0.5, 3)
+        colour = behind + rng.uniform(0.4, 1, 3)
+        image[:] = behind + shape * (colour - behind)
+        image += rng.normal(0, 0.1, image.shape)
+        image *= rng.uniform(0.5, 1.5)
+        image += rng.uniform(-0.5, 0.5)
+    return Images(
+        torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
+        torch.from_numpy(labels))
+
+
+class Block(nn.Module):
+    """Two convolutions and a shortcut, as in ResNet-18."""
+
+    def __init__(self, inputs: int, channels: int, stride: int,
+                 norm: dict) -> None:
+        super().__init__()
+        self.first = ConvModule(
+            inputs, channels, 3, stride, 1, bias=False, **norm)
+        self.second = ConvModule(
+            channels, channels, 3, 1, 1, bias=False, act_cfg=None, **norm)
+        self.shortcut = None
+        if stride > 1 or inputs != channels:
+            self.shortcut = ConvModule(
+                inputs, channels, 1, stride, bias=False, act_cfg=None,
+                norm_cfg=norm['norm_cfg'])
+
+    def forward(self, x: Tensor) -> Tensor:
+        past = x if self.shortcut is None else self.shortcut(x)
+        return F.relu(self.second(self.first(x)) + past)
+
+
+def build_classifier(norm: dict, width: int = 16) -> nn.Sequential:
+    """A residual network of 10 convolutions and a linear layer.
+
+    Args:
+        norm (dict): ``norm_cfg``, and ``conv_cfg`` where it takes one.
+        width (int): Channels of the first stage.
+    """
+    return nn.Sequential(
+        ConvModule(3, width, 3, 1, 1, bias=False, **norm),
+        Block(width, width, 1, norm), Block(width, 2 * width, 2, norm),
+        Block(2 * width, 4 * width, 2, norm),
+        Block(4 * width, 4 * width, 1, norm), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(4 * width, len(CLASSES)))
+
+
+def norms_of(model: nn.Module) -> Dict[str, nn.Module]:
+    """The norms of a model that remember iterations, by name."""
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, SmallBatchNorm)
+    }
+
+
+def tell_iteration(model: nn.Module, iteration: int, scale: float = 1.,
+                   burning_in: bool = False) -> None:
+    """What BurnInHook tells the norms in a detector's training."""
+    for layer in norms_of(model).values():
+        layer.iteration = iteration
+        layer.gradient_scale = scale
+        layer.burning_in = burning_in
+
+
+class Schedule(NamedTuple):
+    """How a classifier trains.
+
+    Attributes:
+        images (int): Of a batch that is normalised.
+        batches (int): That a step accumulates.
+        steps (int): Of the optimizer.
+        lr (float): Highest learning rate of SGD.
+        burn_in (int): Steps with the norms in burn-in.
+    """
+    images: int
+    batches: int
+    steps: int
+    lr: float
+    burn_in: int
+
+
+def batches_of(count: int, size: int, seed: int) -> Iterator[Tensor]:
+    """Indices of shuffled batches without end."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(count, generator=generator)
+        yield from order[:count // size * size].view(-1, size)
+
+
+def train_classifier(model: nn.Module,
+                     train: Images,
+                     schedule: Schedule,
+                     seed: int,
+                     tell: Callable[[], None] = lambda: None) -> None:
+    """SGD with momentum, warm-up and a cosine schedule.
+
+    With the same seed, any split of a step into batches sees the same images
+    in it.
+    """
+    optimizer = torch.optim.SGD(
+        model.parameters(), schedule.lr, momentum=0.9, weight_decay=5e-4)
+    warm_up = max(1, schedule.steps // 10)
+    steps = batches_of(
+        len(train.labels), schedule.images * schedule.batches, seed)
+    model.train()
+    for step in range(schedule.steps):
+        rate = min(1., (step + 1) / warm_up) * 0.5 * (
+            1 + np.cos(np.pi * step / schedule.steps))
+        for group in optimizer.param_groups:
+            group['lr'] = schedule.lr * rate
+        optimizer.zero_grad()
+        for part, indices in enumerate(
+                next(steps).view(schedule.batches, schedule.images)):
+            tell_iteration(model, step * schedule.batches + part,
+                           1 / schedule.batches, step < schedule.burn_in)
+            loss_of(model, train.of(indices)).div(schedule.batches).backward()
+        optimizer.step()
+        tell()
+    tell_iteration(model, None)
+
+
+def loss_of(model: nn.Module, images: Images) -> Tensor:
+    """Cross entropy of a batch."""
+    return F.cross_entropy(model(images.pixels), images.labels)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Images) -> float:
+    """Part of the images whose class is found, in evaluation."""
+    model.eval()
+    found: Tuple[Tensor, ...] = tuple(
+        model(pixels).argmax(1) for pixels in images.pixels.split(256))
+    return (torch.cat(found) == images.labels).float().mean().item()

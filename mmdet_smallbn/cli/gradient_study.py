@@ -1,0 +1,331 @@
+"""Which gradient CBN should have: cosines to BatchNorm's, and trainings."""
+import argparse
+import copy
+import json
+import statistics
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import ConvModule
+from mmengine.hooks import Hook
+from mmengine.registry import MODELS
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..benchmark.classifier import (Images, Schedule, accuracy, batches_of,
+                                    build_classifier, loss_of, make_images,
+                                    tell_iteration, train_classifier)
+from ..errors import one_line_errors
+from ..hooks import bare_model
+from ..layers import CBN
+from ..layers.moving_average import SimpleMovingAverage
+from ..layers.statistics import Batch, Statistics
+from ..norm_report import norm_cfgs
+from .runtime import build_runner, open_config
+from .statistics_error import prepare
+
+WINDOW = 8
+_DEMO = 'configs/demo/faster-rcnn_r18_fpn_cbn-all_1xb4_shapes-coco.py'
+
+
+@MODELS.register_module()
+class AveragedCBN(CBN, nn.BatchNorm2d, _BatchNorm):
+    """CBN with MABN's backward pass, for this study alone.
+
+    The means of g and of g * x_hat (MABN, arXiv:2001.06838, Eq. 20) are
+    averaged over the last ``window_size`` backward passes, and the present
+    batch gets all of what they say.
+
+    Args:
+        num_features, window_size, gradient: As of :class:`CBN`.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5,
+                 window_size: int = 4, gradient: str = 'whole') -> None:
+        super().__init__(
+            num_features, eps, window_size=window_size, gradient=gradient)
+        self.backwards = SimpleMovingAverage(window_size)
+
+    def statistics(self, batch: Batch) -> Statistics:
+        found = super().statistics(batch)
+
+        def average(mean_g: Tensor, mean_gx: Tensor):
+            self.backwards.push(torch.stack([mean_g, mean_gx]))
+            return self.backwards.mean()
+
+        return found._replace(share=None, gradient=average)
+
+
+BN = dict(type='BN')
+VARIANTS: Dict[str, dict] = {
+    'BN': BN,
+    'NaiveCBN': dict(type='NaiveCBN', window_size=WINDOW),
+    "CBN, gradient='released'": dict(
+        type='CBN', window_size=WINDOW, gradient='released'),
+    "CBN, gradient='whole'": dict(type='CBN', window_size=WINDOW),
+    'CBN, averaged gradient statistics': dict(
+        type='AveragedCBN', window_size=WINDOW, gradient='released'),
+    'CBN, averaged and whole': dict(type='AveragedCBN', window_size=WINDOW),
+    "MABN(centered=True, forward_statistics='sma')": dict(
+        type='MABN',
+        centered=True,
+        forward_statistics='sma',
+        buffer_size=WINDOW),
+}
+
+
+class Regime(NamedTuple):
+    """A training in which norms are compared.
+
+    Attributes:
+        schedule (Schedule): At 2 images a batch.
+        large (Schedule): The same at 16, for BatchNorm.
+    """
+    schedule: Schedule
+    large: Schedule
+
+
+def regimes(steps: int) -> Dict[str, Regime]:
+    """As many images seen in all; SGD's rate in proportion to a step's."""
+    large = Schedule(16, 1, steps, 0.05, 0)
+    return {
+        'normalise 2, accumulate to 16': Regime(
+            Schedule(2, 8, steps, 0.05, steps // 10), large),
+        '2 images a step': Regime(
+            Schedule(2, 1, 8 * steps, 0.05 / 8, 8 * steps // 10), large),
+    }
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Flags of the tool."""
+    parser = argparse.ArgumentParser(
+        description='Compare the gradients that CBN may have, on a small '
+        'classifier of made images: with the gradient of BatchNorm on a '
+        'large batch, and in training')
+    parser.add_argument(
+        '--parts',
+        nargs='+',
+        choices=['cosines', 'training', 'orthogonality'],
+        default=['cosines', 'training'],
+        help='orthogonality: of gradient and weight, in the demo; needs '
+        '--data')
+    parser.add_argument(
+        '--data', metavar='DIR', help='ShapesCOCO, as the demo makes it')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument(
+        '--steps', type=int, default=250, help='of 16 images, in training')
+    parser.add_argument('--train', type=int, default=4000, help='images')
+    parser.add_argument('--val', type=int, default=1000, help='images')
+    parser.add_argument(
+        '--iters', type=int, default=100, help='of the demo, to watch')
+    parser.add_argument(
+        '--out',
+        default='work_dirs/gradient_study.json',
+        help='JSON file, with results of earlier calls kept')
+    return parser.parse_args(argv)
+
+
+def _weights(model: nn.Module) -> Dict[str, nn.Parameter]:
+    """The convolutions' weights, by name."""
+    return {
+        name: module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+    }
+
+
+def _gradients(model: nn.Module, batches: Sequence[Images],
+               first: int = 0) -> Dict[str, Tensor]:
+    """Of the mean loss over batches, at the same weights."""
+    model.zero_grad()
+    for iteration, batch in enumerate(batches, first):
+        tell_iteration(model, iteration, 1 / len(batches))
+        loss_of(model, batch).div(len(batches)).backward()
+    return {name: w.grad.clone() for name, w in _weights(model).items()}
+
+
+def cosines(train: Images, seed: int, steps: int) -> Dict[str, List[float]]:
+    """How well gradients of 8 batches of 2 agree with that of all 16 images.
+
+    The weights stand still, and every variant sees the batches often enough
+    for its past to be theirs, in all layers.
+
+    Returns:
+        dict: Of each variant, the cosines by layer.
+    """
+    torch.manual_seed(seed)
+    base = build_classifier(dict(norm_cfg=BN))
+    train_classifier(base, train, Schedule(16, 1, steps, 0.05, 0), seed)
+    base.train()
+    sixteen = train.of(next(batches_of(len(train.labels), 16, seed + 100)))
+    wanted = _gradients(copy.deepcopy(base), [sixteen])
+    twos = [
+        sixteen.of(indices) for indices in torch.arange(16).view(WINDOW, 2)
+    ]
+    found = {}
+    for name, norm_cfg in VARIANTS.items():
+        model = build_classifier(dict(norm_cfg=norm_cfg))
+        model.load_state_dict(base.state_dict())
+        model.train()
+        for turn in range(12):  # as many as there are convolutions
+            gradients = _gradients(model, twos, turn * WINDOW)
+        found[name] = [
+            F.cosine_similarity(wanted[key].flatten(), value.flatten(),
+                                0).item()
+            for key, value in gradients.items()
+        ]
+    return found
+
+
+def train_variant(name: str, regime: Regime, train: Images, val: Images,
+                  seed: int) -> float:
+    """Accuracy of one training."""
+    torch.manual_seed(seed)
+    large = name == 'BN at 16'
+    model = build_classifier(
+        dict(norm_cfg=BN if large else VARIANTS[name]))
+    train_classifier(model, train,
+                     regime.large if large else regime.schedule, seed)
+    return accuracy(model, val)
+
+
+class _Orthogonality(Hook):
+    """Watches the cosine of each weight and its gradient, before a step."""
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self.tell = tell
+        self.values: List[Tensor] = []
+
+    def before_train(self, runner) -> None:
+        self.handles = [
+            module.conv.weight.register_post_accumulate_grad_hook(self._watch)
+            for module in bare_model(runner).modules()
+            if isinstance(module, ConvModule) and module.with_norm
+        ]
+
+    def _watch(self, weight: Tensor) -> None:
+        self.values.append(
+            F.cosine_similarity(weight.flatten(), weight.grad.flatten(),
+                                0).abs().detach())
+
+    def after_train_iter(self, runner, *args, **kwargs) -> None:
+        self.tell()
+
+    def after_train(self, runner) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def orthogonality(data: str, iters: int, seed: int, norm_cfg: dict,
+                  folder: Path, tell: Callable[[], None]) -> float:
+    """Mean |cosine| of weights and gradients in the demo, 2 images a batch.
+
+    Where a norm follows a convolution whose scale does not matter, it is 0.
+    """
+    cfg = open_config(_DEMO)
+    for _, place in norm_cfgs(cfg.model, 'model'):
+        place.clear()
+        place.update(norm_cfg)
+    from .own_data import use_data
+    use_data(cfg, data, True)
+    cfg.launcher, cfg.work_dir = 'none', str(folder / norm_cfg['type'])
+    watched = argparse.Namespace(batch=2, iters=iters, seed=seed)
+    cfg = prepare(cfg, watched, 1.)
+    if norm_cfg['type'] == 'BN':
+        cfg.custom_hooks = []
+    cfg.experiment_name = f'orthogonality_{len(list(folder.iterdir()))}'
+    runner = build_runner(cfg)
+    hook = _Orthogonality(tell)
+    runner.register_hook(hook)
+    runner.train()
+    return torch.stack(hook.values).mean().item()
+
+
+def report(results: Dict[str, Any], console: Console) -> None:
+    """Tables of what was measured."""
+    table = Table(title='CBN at 2 images, window 8')
+    table.add_column('gradient')
+    columns = []
+    if 'cosines' in results:
+        columns += ['cosine, mean', 'cosine, least']
+    names = list(results.get('training', {}))
+    for column in (*columns, *names):
+        table.add_column(column, justify='right')
+    for variant in ('BN at 16', *VARIANTS):
+        cells = []
+        if columns:
+            rows = results['cosines'].get(variant)
+            values = [v for row in rows.values() for v in row] if rows else []
+            cells += [f'{f(values):.3f}' if values else ''
+                      for f in (statistics.mean, min)]
+        for name in names:
+            by_seed = results['training'][name].get(variant, {})
+            cells.append(spread([100 * v for v in by_seed.values()]))
+        table.add_row(variant, *cells)
+    console.print(table)
+    for name, value in results.get('orthogonality', {}).items():
+        console.print(f'|cosine| of gradient and weight, demo, {name}: '
+                      f'{value:.4f}')
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and deviation of a few values, for a table."""
+    if not values:
+        return ''
+    if len(values) == 1:
+        return f'{values[0]:.1f}'
+    return f'{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}'
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Measure what is not in the file yet, and report."""
+    args = parse_args(argv)
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(out.read_text()) if out.exists() else {}
+
+    def keep() -> None:
+        out.write_text(json.dumps(results, indent=1) + '\n')
+
+    with one_line_errors(), Progress() as progress:
+        train, val = make_images(args.train, 0), make_images(args.val, 1)
+        if 'cosines' in args.parts:
+            found = results.setdefault('cosines', {})
+            for seed in progress.track(args.seeds, description='cosines'):
+                for name, row in cosines(train, seed, args.steps).items():
+                    found.setdefault(name, {})[str(seed)] = row
+                keep()
+        if 'training' in args.parts:
+            jobs = [(seed, regime, name) for seed in args.seeds
+                    for regime in regimes(args.steps)
+                    for name in ('BN at 16', *VARIANTS)]
+            found = results.setdefault('training', {})
+            for seed, regime, name in progress.track(
+                    jobs, description='training'):
+                rows = found.setdefault(regime, {}).setdefault(name, {})
+                if str(seed) not in rows:
+                    rows[str(seed)] = train_variant(
+                        name, regimes(args.steps)[regime], train, val, seed)
+                    keep()
+        if 'orthogonality' in args.parts:
+            found = results.setdefault('orthogonality', {})
+            for name in ('BN', "CBN, gradient='released'",
+                         "CBN, gradient='whole'"):
+                task = progress.add_task(name, total=args.iters)
+                folder = out.parent / 'orthogonality'
+                folder.mkdir(exist_ok=True)
+                found[name] = orthogonality(
+                    args.data, args.iters, args.seeds[0], VARIANTS[name],
+                    folder, lambda: progress.advance(task))
+                keep()
+    report(results, Console())
+    print(f'In {out}')
+
+
+if __name__ == '__main__':
+    main()
