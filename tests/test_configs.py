@@ -358,13 +358,12 @@ def _check_convolutions(model, intent):
 
 def _check_state(norm, steps):
     """The steps are in the window or buffer, if the layer saw something."""
-    assert norm.num_batches_tracked == steps or (norm.num_batches_tracked == 0
-                                                 and not norm._states)
-    for state in norm._states:
-        if isinstance(norm, CBN):
-            assert state.filled == steps
-        if isinstance(norm, MABN):
-            assert state.forward.pushes == state.backward.pushes == steps
+    assert norm.num_batches_tracked == steps or (
+        norm.num_batches_tracked == 0 and not norm.held_iterations)
+    assert set(norm.held_iterations) <= {steps}
+    if isinstance(norm, MABN):  # and as many backward passes
+        for held in norm.export_states():
+            assert held['state']['backward']['pushes'] == steps
 
 
 @_same(COCO)

@@ -76,7 +76,7 @@ def test_every_norm_gathers_its_iterations(name):
     assert any(key.startswith(head) for key in norms)
     for key, norm in norms.items():
         expected = windows if key.startswith(head) else [3]
-        assert [w.filled for w in norm._states] == expected, key
+        assert norm.held_iterations == expected, key
 
 
 @pytest.mark.parametrize('kind', ['CBN', 'MABN', 'BRN', 'BGN', 'GhostBN'])
@@ -118,7 +118,7 @@ def test_a_checkpointed_backbone_trains_alike(kind, by):
     for norm in _norms(model):
         assert norm.num_batches_tracked == 10
         if kind == 'CBN':
-            assert [w.filled for w in norm._states] == [4]
+            assert norm.held_iterations == [4]
 
 
 def _norms(model):

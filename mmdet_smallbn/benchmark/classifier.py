@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from mmcv.cnn import ConvModule
 from torch import Tensor, nn
 
-from ..data.shapes import CLASSES, shape_mask
+from ..data.shapes import shape_mask
 from ..layers import SmallBatchNorm
 
 SIZE = 24
+KINDS = ('circle', 'triangle', 'cross', 'star')
 
 
 class Images(NamedTuple):
@@ -30,9 +31,9 @@ class Images(NamedTuple):
 def make_images(count: int, seed: int = 0) -> Images:
     """One of ShapesCOCO's shapes on each, on noise.
 
-    Each image has a gain from 0.5 to 1.5 and an offset from -0.5 to 0.5 of
-    its own, as pictures have that were taken in different light: what is
-    between images is more than the pixels of a few of them can tell.
+    Each image has a gain from 0.5 to 2 and an offset from -0.5 to 0.5 of its
+    own, as pictures have that were taken in different light. So images differ
+    from each other in what the many pixels of one cannot tell.
 
     Args:
         count (int): How many.
@@ -40,14 +41,12 @@ def make_images(count: int, seed: int = 0) -> Images:
     """
     rng = np.random.default_rng(seed)
     pixels = np.empty((count, SIZE, SIZE, 3), np.float32)
-    labels = rng.integers(0, len(CLASSES), count)
+    labels = rng.integers(0, len(KINDS), count)
     for image, label in zip(pixels, labels):
-        shape = shape_mask(rng, CLASSES[label], SIZE)[..., None]
-        behind = rng.uniform(-0.5, 0.5, 3)
-        colour = behind + rng.uniform(0.4, 1, 3)
-        image[:] = behind + shape * (colour - behind)
+        shape = shape_mask(rng, KINDS[label], SIZE)[..., None]
+        image[:] = rng.uniform(-0.2, 0.2, 3) + shape * rng.uniform(0.7, 1.3, 3)
         image += rng.normal(0, 0.1, image.shape)
-        image *= rng.uniform(0.5, 1.5)
+        image *= 2**rng.uniform(-1, 1)
         image += rng.uniform(-0.5, 0.5)
     return Images(
         torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
@@ -82,12 +81,16 @@ def build_classifier(norm: dict, width: int = 16) -> nn.Sequential:
         norm (dict): ``norm_cfg``, and ``conv_cfg`` where it takes one.
         width (int): Channels of the first stage.
     """
-    return nn.Sequential(
+    model = nn.Sequential(
         ConvModule(3, width, 3, 1, 1, bias=False, **norm),
         Block(width, width, 1, norm), Block(width, 2 * width, 2, norm),
         Block(2 * width, 4 * width, 2, norm),
         Block(4 * width, 4 * width, 1, norm), nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(), nn.Linear(4 * width, len(CLASSES)))
+        nn.Flatten(), nn.Linear(4 * width, len(KINDS)))
+    for module in model.modules():
+        if isinstance(module, ConvModule):
+            module.init_weights()
+    return model
 
 
 def norms_of(model: nn.Module) -> Dict[str, nn.Module]:

@@ -42,25 +42,29 @@ class ConvCall(NamedTuple):
             weight = by_group.transpose(1, 2).flatten(0, 1)
         return _with_bias(weight.flatten(1), self.bias)
 
-    def sample(self, x: Tensor, size: Optional[int], turn: int) -> Tensor:
+    def sample(self,
+               x: Tensor,
+               size: Optional[int],
+               turn: int,
+               out: Optional[Tensor] = None) -> Tensor:
         """Patches of the input behind some positions of the output.
 
         They are spread evenly over examples, rows and columns. If the output
-        has fewer than ``size`` positions, some come several times.
+        has fewer than ``size`` positions, some come several times. Values
+        that are not finite become 0.
 
         Args:
             x (Tensor): Output of the call, shape (N, C, H, W). The patches of
                 an empty one are 0.
             size (int, optional): How many positions P. None: all.
             turn (int): The positions differ in each of eight turns.
+            out (Tensor, optional): Where to write them.
 
         Returns:
             Tensor: Shape (P, groups, F).
         """
-        channels, kernel = self.input.size(1), self.weight.shape[2:]
         if x.numel() == 0:
-            patches = x.new_zeros((size or 0, channels, *kernel))
-            return _as_patches(patches, self.groups, self.bias, 0)
+            return _empty_patches(self, x, size, out)
         examples, rows, columns = self._positions(x, size, turn)
         patches = torch.ops.aten.index(
             self.input, [examples.input, None, rows.input, columns.input])
@@ -68,7 +72,7 @@ class ConvCall(NamedTuple):
             if lines.met is not None:
                 patches.mul_(lines.met)
         # From (P, kh, kw, C_in).
-        return _as_patches(patches.permute(0, 3, 1, 2), self.groups, self.bias)
+        return _as_patches(patches.permute(0, 3, 1, 2), self, out)
 
     def _positions(self, x: Tensor, size: Optional[int],
                    turn: int) -> List['_Lines']:
@@ -95,13 +99,26 @@ def _with_bias(filters: Tensor, bias: Optional[Tensor]) -> Tensor:
     return torch.cat([filters, bias.to(filters.dtype).unsqueeze(1)], 1)
 
 
-def _as_patches(patches: Tensor, groups: int, bias: Optional[Tensor],
-                one: int = 1) -> Tensor:
+def _as_patches(patches: Tensor, call: 'LinearCall',
+                out: Optional[Tensor]) -> Tensor:
     """From (P, C_in, ...) to (P, groups, F), with an input for a bias."""
-    patches = patches.unflatten(1, (groups, -1)).flatten(2)
-    if bias is None:
-        return patches
-    return torch.nn.functional.pad(patches, (0, 1), value=one)
+    patches = patches.unflatten(1, (call.groups, -1))
+    length = math.prod(patches.shape[2:])
+    if out is None:
+        out = patches.new_empty(
+            (*patches.shape[:2], length + (call.bias is not None)))
+    of_weight = out[..., :length].unflatten(-1, patches.shape[2:])
+    torch.nan_to_num(patches.to(out.dtype), 0., 0., 0., out=of_weight)
+    if call.bias is not None:
+        out[..., length:] = 1
+    return out
+
+
+def _empty_patches(call: 'LinearCall', x: Tensor, size: Optional[int],
+                   out: Optional[Tensor]) -> Tensor:
+    if out is None:
+        out = x.new_empty((size or 0, call.groups, call.filters.size(1)))
+    return out.zero_()
 
 
 # Index tables, cached by the sizes of an axis.
@@ -218,13 +235,15 @@ class DeformCall(NamedTuple):
         """As :attr:`ConvCall.filters`."""
         return _with_bias(self.weight.flatten(1), self.bias)
 
-    def sample(self, x: Tensor, size: Optional[int], turn: int) -> Tensor:
+    def sample(self,
+               x: Tensor,
+               size: Optional[int],
+               turn: int,
+               out: Optional[Tensor] = None) -> Tensor:
         """As :meth:`ConvCall.sample`."""
-        n, channels, height, width = self.input.shape
-        kernel = self.weight.shape[2:]
         if x.numel() == 0:
-            patches = x.new_zeros((size or 0, channels, *kernel))
-            return _as_patches(patches, self.groups, self.bias, 0)
+            return _empty_patches(self, x, size, out)
+        n, _, height, width = self.input.shape
         examples, rows, columns = (
             _output_lines(x, dim, size, turn) for dim in (0, 2, 3))
         count, places = len(examples), (self.deform_groups, -1)
@@ -254,7 +273,7 @@ class DeformCall(NamedTuple):
             patches = patches * mask.unsqueeze(-1)
         # From (P, deform_groups, kh * kw, C_in / deform_groups).
         patches = patches.transpose(2, 3).flatten(1, 2)
-        return _as_patches(patches, self.groups, self.bias)
+        return _as_patches(patches, self, out)
 
     def _taps(self, lines: Tensor, axis: int) -> Tensor:
         """Lines of the input that undeformed taps meet, (P, kernel)."""

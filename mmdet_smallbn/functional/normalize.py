@@ -49,6 +49,7 @@ class _Normalize(Function):
         x, mean, inv_std, weight, share = ctx.saved_tensors
         need_x, need_mean, _, need_weight, need_bias = (
             ctx.needs_input_grad[:5])
+        g_scale = None  # of the sums below, where they are not g's
         if x.numel() == 0:  # the fused kernel divides by the count
             dweight, dbias = torch.zeros_like(mean), torch.zeros_like(mean)
             dx, sums = grad, (dbias, dweight)
@@ -59,16 +60,16 @@ class _Normalize(Function):
             dx, dweight, dbias = _backward_of_share(
                 grad, x, mean, inv_std, weight, share, ctx.eps,
                 [need_x, need_weight or need_mean, need_bias or need_mean])
-            sums = dbias, dweight
-            if weight is not None and need_mean:
-                sums = dbias * weight, dweight * weight
+            sums, g_scale = (dbias, dweight), weight
         else:
             dx, dweight, dbias, sums = _backward_with(ctx, grad, x, mean,
                                                       inv_std, weight, share)
         dmean = dvar = None
         if need_mean:
-            dmean = -inv_std * sums[0]
-            dvar = -0.5 * inv_std.square() * sums[1]
+            slope = inv_std if g_scale is None else inv_std * g_scale
+            slope = -slope
+            dmean = slope * sums[0]
+            dvar = slope.mul_(inv_std).mul_(sums[1]).mul_(0.5)
         return (dx if need_x else None, dmean, dvar,
                 dweight if need_weight else None, dbias if need_bias else None,
                 None, None, None, None)

@@ -39,27 +39,25 @@ class Memory(NamedTuple):
     """What is remembered of the last k iterations of a layer.
 
     Attributes:
-        mean (Tensor): Means of the batches, shape (k, C).
-        var (Tensor): Biased variances, shape (k, C).
+        moments (Tensor): Means and biased variances, shape (2, k, C).
         patches (Tensor, optional): Input patches, shape (k, P, groups, F).
             None: the moments do not move.
         outputs (Tensor, optional): What the filters of then made of them,
             shape (k, P, C).
         mean_scale (float | Tensor): 1 / P; or of each iteration, shape
             (k, 1).
-        var_scale (float | Tensor): 2 / (P - 1), or 2 / P if the positions are
-            all that the batch had; same shape.
+        var_factor (float): Between the scales of Eq. (8) and (7): 2 P / (P -
+            1), or 2 if the positions are all that the batch had.
         part (Tensor, optional): This process's part of each batch, shape
             (k, 1), if several processes share it.
         offset (Tensor, optional): From the batch's mean to that of this
             process's part of it, shape (k, C).
     """
-    mean: Tensor
-    var: Tensor
+    moments: Tensor
     patches: Optional[Tensor] = None
     outputs: Optional[Tensor] = None
     mean_scale: Union[float, Tensor] = 1.
-    var_scale: Union[float, Tensor] = 1.
+    var_factor: float = 2.
     part: Optional[Tensor] = None
     offset: Optional[Tensor] = None
 
@@ -85,14 +83,13 @@ class Pooled(NamedTuple):
 
     Attributes:
         mean, var (Tensor): Shape (C,).
-        share (Tensor): Weight of each iteration in them, shape (C,).
-        used (Tensor): Whether an iteration has this weight, or none, shape
-            (k, C).
+        share (Tensor): Weight of an iteration in them, shape (C,).
+        unused (Tensor): Whether an iteration has no weight, shape (k, C).
     """
     mean: Tensor
     var: Tensor
     share: Tensor
-    used: Tensor
+    unused: Tensor
 
 
 def _as_it_is(values: Tensor) -> torch.autocast:
@@ -132,29 +129,34 @@ def replay(memory: Memory,
     Args:
         memory (Memory): What is remembered.
         now (Tensor, optional): What today's filters make of the patches,
-            shape (k, P, C). None: the moments are used as they are.
+            shape (k, P, C); used up. None: the moments are used as they are.
         processes (Processes, optional): Who has the other parts. One
             collective.
 
     Returns:
         Replay: The moments at today's weight.
     """
+    mean, var = memory.moments
     if now is None:
-        return Replay(memory.mean, memory.var)
-    step = now - memory.outputs
-    centred = memory.outputs - memory.outputs.sum(
-        1, keepdim=True) * _broadcast(memory.mean_scale)
-    mean_step = step.sum(1) * memory.mean_scale
-    var_step = (centred * step).sum(1) * memory.var_scale
+        return Replay(mean, var)
+    step = now.sub_(memory.outputs)
+    mean_step = _mean(step, memory.mean_scale)
+    centred = memory.outputs - _mean(memory.outputs,
+                                     memory.mean_scale).unsqueeze(1)
+    var_step = _mean(step.mul_(centred), memory.mean_scale)
+    var_step = var_step.mul_(memory.var_factor)
     if processes is not None:
         # About the mean of the whole batch.
         var_step = var_step + 2 * memory.offset * mean_step
         mean_step, var_step = processes.sum(
             torch.stack([mean_step, var_step]) * memory.part)
-    var = torch.addcmul(
-        memory.var + var_step, mean_step, mean_step, value=-1)
-    return Replay(memory.mean + mean_step, var.clamp_(min=0), mean_step,
-                  centred)
+    var = torch.addcmul(var_step.add_(var), mean_step, mean_step, value=-1)
+    return Replay(mean + mean_step, var.clamp_(min=0), mean_step, centred)
+
+
+def _mean(values: Tensor, scale: Union[float, Tensor]) -> Tensor:
+    """Mean over the positions, of shape (k, P, C)."""
+    return values.sum(1).mul_(scale)
 
 
 @torch.no_grad()
@@ -177,16 +179,20 @@ def pool(past: Replay,
     Returns:
         Pooled: Mean, biased variance and weights.
     """
-    away = past.mean - past.mean[place]  # not far: nothing cancels
-    square = torch.addcmul(past.var, away, away)
-    used = square - square == 0  # finite
-    used[place] = is_there
-    share = used.sum(0, dtype=away.dtype).reciprocal_()
-    unused = ~used
-    away = away.masked_fill_(unused, 0).sum(0).mul_(share)
-    square = square.masked_fill_(unused, 0).sum(0).mul_(share)
-    return Pooled(past.mean[place] + away,
-                  torch.addcmul(square, away, away, value=-1), share, used)
+    present = past.mean[place]
+    values = present.new_empty((2, *past.mean.shape))
+    # About the present mean, which is not far: nothing cancels.
+    away = torch.sub(past.mean, present, out=values[0])
+    square = torch.addcmul(past.var, away, away, out=values[1])
+    unused = square - square != 0  # not finite
+    if is_there is True:
+        unused[place].fill_(False)
+    else:
+        unused[place] = ~is_there
+    share = (len(away) - unused.sum(0, dtype=away.dtype)).reciprocal_()
+    away, square = values.masked_fill_(unused, 0).sum(1).mul_(share)
+    return Pooled(present + away,
+                  torch.addcmul(square, away, away, value=-1), share, unused)
 
 
 class _FollowFilters(Function):
@@ -200,7 +206,7 @@ class _FollowFilters(Function):
         ctx.place = place
         ctx.done = done
         ctx.dtype = filters.dtype
-        return pooled.mean.clone(), pooled.var.clone()
+        return pooled.mean.detach(), pooled.var.detach()
 
     @staticmethod
     @once_differentiable
@@ -208,23 +214,26 @@ class _FollowFilters(Function):
         memory, past, pooled = ctx.memory, ctx.past, ctx.pooled
         patches, centred = ctx.saved_tensors
         ctx.done()
-        # By the moments of each iteration, through Eq. (9)-(11).
-        weight = pooled.share * pooled.used
-        weight[ctx.place] = 0  # the present one's are x's
+        # By the moments of each iteration, through Eq. (9)-(11); the present
+        # one's are x's. The scale is that of Eq. (7).
+        weight = (pooled.share * memory.mean_scale).expand_as(
+            past.mean).masked_fill(pooled.unused, 0)
+        weight[ctx.place].fill_(0)
         by_var = weight * grad_var
-        by_mean = weight * grad_mean + 2 * by_var * (past.mean - pooled.mean)
-        by_var = by_var * (past.var > 0)  # Eq. (10)
-        # By the outputs at the positions, through Eq. (7), (8).
-        by_mean = by_mean - 2 * by_var * past.mean_step
+        by_mean = torch.addcmul(
+            weight * grad_mean, by_var, past.mean - pooled.mean, value=2)
+        # By the outputs at the positions, through Eq. (10), (8), (7).
+        by_var = by_var.mul_(past.var > 0)
+        by_mean = by_mean.addcmul_(by_var, past.mean_step, value=-2)
         if memory.part is not None:
             by_mean = (by_mean + 2 * by_var * memory.offset) * memory.part
             by_var = by_var * memory.part
+        # What is not used may be NaN, and 0 times it is to be 0.
+        by_mean, by_var = (
+            by.masked_fill_(pooled.unused, 0).unsqueeze(1)
+            for by in (by_mean, by_var))
         by_output = torch.addcmul(
-            (by_mean * memory.mean_scale).unsqueeze(1), centred,
-            (by_var * memory.var_scale).unsqueeze(1))
-        # What is not finite is not used: 0 times it is to be 0.
-        by_output = torch.where(pooled.used.unsqueeze(1), by_output, 0.)
-        by_output = by_output.flatten(0, 1)
+            by_mean, centred, by_var, value=memory.var_factor).flatten(0, 1)
         patches = patches.flatten(0, 1)
         groups = patches.size(1)
         with _as_it_is(patches):
@@ -266,6 +275,3 @@ def follow_filters(filters: Tensor,
     """
     return _FollowFilters.apply(filters, memory, past, pooled, place, done)
 
-
-def _broadcast(scale: Union[float, Tensor]) -> Union[float, Tensor]:
-    return scale.unsqueeze(1) if isinstance(scale, Tensor) else scale

@@ -13,7 +13,7 @@ from .recomputation import FirstPasses
 from .statistics import Batch, Statistics
 
 # No model calls a layer so often: the iteration is not told any more.
-_MAX_CALLS = 64
+MAX_CALLS = 64
 
 
 class SmallBatchNorm(nn.BatchNorm2d):
@@ -55,6 +55,8 @@ class SmallBatchNorm(nn.BatchNorm2d):
             in an iteration.
         centered (bool): Whether means are subtracted.
         averaged_iterations (int): Iterations behind the statistics.
+        held_iterations (list[int]): Iterations that it remembers now, of each
+            of its calls in an iteration.
         num_groups (int, optional): Groups of channels that share statistics.
             None: every channel has its own.
         example_weight (float): Weight of an example's own statistics in
@@ -105,16 +107,16 @@ class SmallBatchNorm(nn.BatchNorm2d):
         self.layer_name: Optional[str] = None
         self._last_iteration: Optional[int] = None
         self._call = 0
-        self._states: List[Any] = []
-        self._first_passes = FirstPasses(_MAX_CALLS)
-        self._last_seen: Optional[Tuple[int, torch.Size]] = None
-        self._warned_of_calls = False
-        self._warned_of_levels = False
+        self._first_passes = FirstPasses(MAX_CALLS)
         self._warned_of_fallback = False
 
     @property
     def averaged_iterations(self) -> int:
         return 1
+
+    @property
+    def held_iterations(self) -> List[int]:
+        return []
 
     # What subclasses fill in.
 
@@ -160,54 +162,25 @@ class SmallBatchNorm(nn.BatchNorm2d):
         """Averages over past iterations by name, shape (C,), for records."""
         return dict(ema_mean=self.running_mean, ema_var=self.running_var)
 
-    def new_state(self) -> Any:
-        """Empty state for one of the layer's calls in an iteration."""
-        raise NotImplementedError
-
     # What they use.
 
     def reset_state(self) -> None:
         """Forget what was gathered over past iterations."""
-        self._states = []
 
     def export_states(self) -> List[Dict[str, Any]]:
-        """What was gathered over past iterations, for a checkpoint.
+        """What was gathered over past iterations, for a checkpoint."""
+        return []
 
-        Returns:
-            list[dict]: Of each call in an iteration; of tensors and numbers,
-            copied to the CPU, beside the layer's settings. Empty if there is
-            nothing.
-        """
-        return [
-            dict(layer=repr(self), state=_on(state.state_dict(), 'cpu'))
-            for state in self._states
-        ]
-
-    def restore_states(self, exported: List[Dict[str, Any]]) -> None:
-        """Take up what :meth:`export_states` gave.
-
-        Raises:
-            ValueError: If it was gathered by a layer with other settings.
-        """
-        states = []
-        for values in exported:
-            if values['layer'] != repr(self):
-                raise ValueError(f'{self._who()}: it was {values["layer"]}, '
-                                 f'and is {self!r}')
-            state = self.new_state()
-            state.load_state_dict(_on(values['state'], self._device()))
-            states.append(state)
-        self._states = states
-
-    def _device(self) -> Optional[torch.device]:
-        anchor = self.weight if self.weight is not None else self.running_mean
-        return None if anchor is None else anchor.device
-
-    def state_of_call(self) -> Any:
-        """The state of this forward's place among those of the iteration."""
-        while len(self._states) <= self._call:
-            self._states.append(self.new_state())
-        return self._states[self._call]
+    def count_call(self, x: Tensor) -> None:
+        """Set the index of this forward among those of the iteration."""
+        if self.iteration is not None and (
+                self.iteration == self._last_iteration):
+            self._call += 1
+            return
+        if self.iteration is not None:
+            self._first_passes.clear()
+        self._last_iteration = self.iteration
+        self._call = 0
 
     def check_count(self, count) -> None:
         """Refuse one value a channel, of which there is no variance."""
@@ -241,33 +214,58 @@ class SmallBatchNorm(nn.BatchNorm2d):
         """The forward pass with statistics of the input's own."""
         step = current_pass()
         if step is ForwardPass.RECOMPUTED:
-            first = self._first_passes.find(x, self.measure)
-            if first is not None:
-                return self._normalize(
-                    first.batch._replace(x=x), first.statistics)
-            if self.training and self.uses_past() and x.numel():
-                self.warn_once(
-                    'runs in a backward pass, and not as the repetition of '
-                    'a forward that it knows', 'Report how it came to that')
-        elif self.training and step is not ForwardPass.UNTRACKED:
-            self._count_call(x)
-        processes = Processes.current() if self.sync and self.training else (
-            None)
-        own = self.measure(x)
-        moments = own if own.mean.dim() == 1 else own.over_examples()
-        if processes is None and x.numel() == 0:
-            # Zero RoIs: no state changes, the graph stays connected.
-            return normalize(x, moments.mean, moments.var, self.weight,
-                             self.bias, self.eps)
-        if processes is not None:
-            moments = processes.join(moments)
-        batch = Batch(x, own, moments, processes)
-        statistics = self._statistics_in_use(batch, step)
-        if self.training and step is not ForwardPass.RECOMPUTED:
-            self._update_running(moments)
-        if step is ForwardPass.CHECKPOINTED and self.training:
+            return self._recompute(x)
+        if not self.training or step is ForwardPass.UNTRACKED:
+            return self._forward_alone(x, update=self.training)
+        self.count_call(x)
+        batch = self._see(x)
+        if batch.is_empty:
+            return self._pass_through(batch)
+        statistics = (
+            self.statistics(batch)
+            if self.uses_past() else self.batch_statistics(batch))
+        self._update_running(batch.moments)
+        if step is ForwardPass.CHECKPOINTED:
             self._first_passes.add(batch, statistics)
         return self._normalize(batch, statistics)
+
+    def _recompute(self, x: Tensor) -> Tensor:
+        """Activation checkpointing's repetition of a forward pass."""
+        first = self._first_passes.find(x, self.measure)
+        if first is not None:
+            return self._normalize(
+                first.batch._replace(x=x), first.statistics)
+        if self.training and self.uses_past() and x.numel():
+            self.warn_once(
+                'runs in a backward pass, and repeats no forward pass that '
+                'it has seen', 'Please report how to reproduce this')
+        return self._forward_alone(x, update=False)
+
+    def _forward_alone(self, x: Tensor, update: bool) -> Tensor:
+        """A forward pass of no training step: the present batch alone."""
+        batch = self._see(x)
+        if batch.is_empty:
+            return self._pass_through(batch)
+        statistics = self.batch_statistics(batch)
+        if update:
+            self._update_running(batch.moments)
+        return self._normalize(batch, statistics)
+
+    def _see(self, x: Tensor) -> Batch:
+        """The present batch, joined with other processes' parts of it."""
+        own = self.measure(x)
+        moments = own if own.mean.dim() == 1 else own.over_examples()
+        processes = None
+        if self.sync and self.training:
+            processes = Processes.current()
+        if processes is not None:
+            moments = processes.join(moments)
+        return Batch(x, own, moments, processes)
+
+    def _pass_through(self, batch: Batch) -> Tensor:
+        """Zero RoIs: no state changes, and the graph stays connected."""
+        return normalize(batch.x, batch.moments.mean, batch.moments.var,
+                         self.weight, self.bias, self.eps)
 
     def evaluate(self, x: Tensor) -> Tensor:
         """The forward pass in evaluation.
@@ -278,13 +276,6 @@ class SmallBatchNorm(nn.BatchNorm2d):
                                        self.weight, self.bias, self.eps,
                                        self.example_weight, self.num_groups,
                                        self.centered)
-
-    def _statistics_in_use(self, batch: Batch,
-                           step: ForwardPass) -> Statistics:
-        if (self.training and self.uses_past()
-                and step in (ForwardPass.PLAIN, ForwardPass.CHECKPOINTED)):
-            return self.statistics(batch)
-        return self.batch_statistics(batch)
 
     def _normalize(self, batch: Batch, statistics: Statistics) -> Tensor:
         mean, var, share, gradient, r, d, follow = statistics
@@ -336,56 +327,6 @@ class SmallBatchNorm(nn.BatchNorm2d):
                 'and what it gathers would be lost. Use '
                 'DistributedDataParallel')
 
-    def _count_call(self, x: Tensor) -> None:
-        """Set the index of this forward among those of the iteration.
-
-        Raises:
-            RuntimeError: If there are too many to be of one iteration.
-        """
-        if self.iteration is None:
-            self._watch_for_levels(x)
-        if self.iteration is None or self.iteration != self._last_iteration:
-            if self.iteration is not None:
-                self._first_passes.clear()
-            self._last_iteration = self.iteration
-            self._call = 0
-            return
-        self._call += 1
-        if not self.keeps_states:
-            return
-        if self._call == 1 and not self._warned_of_calls:
-            self._warned_of_calls = True
-            warnings.warn(
-                f'{self._who()} is called several times in an iteration, as a '
-                'head that pyramid levels share. Each call has past '
-                'statistics of its own, but the running statistics mix them: '
-                'take a head with a norm for each level (RetinaSepBNHead)')
-        if self._call == _MAX_CALLS:
-            raise RuntimeError(
-                f'{self._who()} was called {_MAX_CALLS} times in iteration '
-                f'{self.iteration}. If training was interrupted and the model '
-                'is now used otherwise, set .iteration = None on its norms')
-
-    def _watch_for_levels(self, x: Tensor) -> None:
-        """Warn of levels of a pyramid that pose as iterations.
-
-        Where the iteration is not known, maps of another size at weights that
-        no step has moved are the sign.
-        """
-        if not self.keeps_states or self._warned_of_levels or (
-                self.weight is None or not self.weight.requires_grad):
-            return
-        seen = (self.weight._version, x.shape[2:])
-        last, self._last_seen = self._last_seen, seen
-        if last is not None and last[0] == seen[0] and last[1] != seen[1]:
-            self._warned_of_levels = True
-            warnings.warn(
-                f'{self._who()} is called with maps of several sizes between '
-                'two steps, and takes every call for an iteration. If they '
-                'are levels of a pyramid that share a head, take one with a '
-                'norm for each level (RetinaSepBNHead), or let BurnInHook '
-                'tell the iterations')
-
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() != 4:
             raise ValueError(
@@ -405,21 +346,6 @@ class SmallBatchNorm(nn.BatchNorm2d):
             return f'{kind} {self.layer_name!r}'
         return f'{kind}({self.num_features})'
 
-    # State that is not in buffers.
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        # The weights jumped: the past has nothing to say about them.
-        self.reset_state()
-
-    def _apply(self, fn, *args, **kwargs):
-        super()._apply(fn, *args, **kwargs)
-        device = self._device()
-        if device is not None:
-            for state in self._states:
-                state.to(device)
-        return self
-
     def extra_repr(self) -> str:
         return super().extra_repr() + (', sync=True' if self.sync else '')
 
@@ -428,13 +354,3 @@ def _affine(x: Tensor, weight: Optional[Tensor],
             bias: Optional[Tensor]) -> Tensor:
     x = x if weight is None else x * weight
     return x if bias is None else x + bias
-
-
-def _on(values: Dict[str, Any], device) -> Dict[str, Any]:
-    """Copies of the tensors in a nested dict on a device."""
-    return {
-        key: _on(value, device) if isinstance(value, dict) else
-        value.detach().to(device, copy=True)
-        if isinstance(value, Tensor) else value
-        for key, value in values.items()
-    }

@@ -3,10 +3,15 @@
 Paper: Cross-Iteration Batch Normalization, Yao et al., CVPR 2021,
 arXiv:2002.05712. Released code: Howal/Cross-iterationBatchNorm.
 
-Where this differs from the released code, it follows the paper: past entries
-are clamped by max[nu, mu^2] (Eq. 10) where the code drops them, eps is inside
-the root and the variance is biased (Eq. 12). No past weights are kept, and
-the backward is in closed form.
+Where this differs from the released code, it follows the paper:
+
+- The gradient flows through Eq. (7), (8) to the present weight. The code uses
+  ``weight.data`` there (``gradient='released'``).
+- Past entries are clamped by max[nu, mu^2], Eq. (10). The code drops them.
+- eps is inside the root and the variance is biased, Eq. (12).
+
+No past weights are kept. Eq. (7), (8) are evaluated on remembered positions;
+see :mod:`mmdet_smallbn.functional.replay`.
 """
 from typing import Optional
 
@@ -14,16 +19,16 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .base import SmallBatchNorm
 from .checks import check_at_least, check_positive_int
 from .conv_call import FROZEN, find_producer, is_compiled
 from .forward_pass import ForwardPass, current_pass
 from .moment_window import MomentWindow
+from .remembering import RememberingNorm
 from .statistics import Batch, Statistics
 
 
 @MODELS.register_module()
-class CBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
+class CBN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
     r"""Cross-Iteration Batch Normalization (arXiv:2002.05712).
 
     A small batch is normalised with the statistics of the last ``window_size``
@@ -49,16 +54,23 @@ class CBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
     batch size. With ``window_size=1``, and in burn-in, the layer is
     ``nn.BatchNorm2d``: outputs, gradients and running statistics.
 
+    The gradient is that of these equations by everything of the present
+    iteration: by :math:`x_t`, whose part in the statistics is 1 / k, and by
+    :math:`\theta_t`, through :math:`x_t` and through Eq. (7), (8). What is
+    remembered is constant. At weights that stand still, the gradients by the
+    convolution's weight, summed over k iterations, are those of batch
+    normalisation on the k batches joined.
+
     The convolution is found in the autograd graph, so that
     ``norm_cfg=dict(type='CBN')`` is all there is to write. It may be grouped,
-    transposed, standardised or deformable, whose sampling places are taken as
-    they were (and whose operator gives the derivative at the price of a
-    second forward and backward pass). When the layer
+    transposed, standardised or deformable. A deformable convolution's
+    sampling places are taken as they were. When the layer
 
     - follows a frozen convolution, or nothing that trains: the past needs no
       compensation and is used as it is;
-    - follows anything but a convolution (a sum, a concatenation, a pooling):
-      it normalises with the present batch, as BatchNorm, and warns once;
+    - follows anything but a convolution (a sum, a concatenation, a pooling),
+      or one whose bias is computed: it normalises with the present batch, as
+      BatchNorm, and warns once;
     - runs inside activation checkpointing, of either kind, under hooks that
       pack saved tensors, or in torch.compile: nothing changes if
       :class:`mmdet_smallbn.BurnInHook` tells it of the convolution there.
@@ -85,16 +97,20 @@ class CBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
             :func:`suggested_window_size` of the images per GPU.
         compensate (bool): False: use the past's statistics as they are, the
             paper's "Naive CBN".
+        gradient (str): ``'whole'``, or ``'released'``: the past's moments at
+            today's weight are constants, as in the released code. Training
+            with it is worse; ``tools/gradient_study.py`` measures that.
         sync (bool): Whether an iteration's batch is that of all processes, as
-            in SyncBatchNorm; the past's moments are brought to today's weight
-            in each process and summed. An iteration that is empty in all of
-            them takes a place in the window.
-        derivative_positions (int, optional): From how many positions of a
-            batch's feature maps the derivatives are estimated, others in each
-            iteration; at least 2. None: all, as of layers with at most 1024
-            positions and 65,536 weights. They only multiply a small step of
-            the weight; ``tools/statistics_error.py`` measures what the
-            estimate costs.
+            in SyncBatchNorm. The steps of the past's moments are summed over
+            the processes. An iteration that is empty in all of them takes a
+            place in the window.
+        derivative_positions (int, optional): How many positions of a batch's
+            feature maps are remembered; at least 2. They are other ones in
+            each iteration. They give an estimate of Eq. (7), (8), which
+            multiplies a small step of the weight;
+            ``tools/statistics_error.py`` measures its error. None: all
+            positions, without an error, at the memory of ``window_size``
+            unfolded inputs.
 
     Shape:
         - Input: (N, C, H, W). N may differ from call to call, and be 0.
@@ -106,7 +122,6 @@ class CBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
     """
 
     burns_in = True
-    keeps_states = True
 
     def __init__(self,
                  num_features: int,

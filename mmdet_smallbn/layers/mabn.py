@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional import Moments, renormalization
-from .base import SmallBatchNorm
 from .checks import check_at_least, check_positive_int
 from .moving_average import ExponentialMovingAverage, SimpleMovingAverage
+from .remembering import RememberingNorm
 from .statistics import Batch, Statistics
 
 _KINDS = ('batch', 'sma', 'ema')
@@ -34,6 +34,11 @@ class _MovingStatistics:
     def __init__(self, buffer_size: int, backward) -> None:
         self.forward = SimpleMovingAverage(buffer_size)
         self.backward = backward
+
+    @property
+    def filled(self) -> int:
+        """Iterations in the average of the forward passes."""
+        return min(self.forward.pushes, self.forward.size)
 
     def state_dict(self) -> Dict[str, Any]:
         backward = self.backward
@@ -85,7 +90,7 @@ class _GradientStatistics:
 
 
 @MODELS.register_module()
-class MABN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
+class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
     r"""Moving Average Batch Normalization (arXiv:2001.06838).
 
     Batch normalisation has statistics in both passes, and those of a small
@@ -179,7 +184,6 @@ class MABN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
     """
 
     burns_in = True
-    keeps_states = True
 
     def __init__(self,
                  num_features: int,

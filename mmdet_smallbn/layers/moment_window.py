@@ -76,82 +76,84 @@ class MomentWindow:
             Window: Moments of the iterations.
         """
         x, own, moments, processes = batch
-        patches = None
-        if call is not None:
-            # Other positions in each iteration, the same after a resume.
-            patches = call.sample(x, self.positions, self.turn + 1)
-            # In the backward pass, 0 times what is not finite is to be 0.
-            patches = patches.to(own.mean.dtype).nan_to_num(0., 0., 0.)
-        self._make_room(moments.mean, patches)
+        filters = None if call is None else call.filters
+        count = self.positions
+        if count is None:
+            count = x.numel() // x.size(1)
+        self._make_room(moments.mean, call, filters, count)
         self.turn += 1
         place, rings = self.turn % self.size, self._rings
-        rings['mean'][place] = moments.mean
-        rings['var'][place] = moments.var
+        torch.stack(moments[:2], out=rings['moments'][:, place])
         if call is None:
-            memory = Memory(*(rings[name][:self.filled]
-                              for name in ('mean', 'var')))
+            memory = Memory(rings['moments'][:, :self.filled])
             past = replay(memory)
         else:
             if processes is not None:
                 rings['part'][place] = own.count / moments.count
                 rings['offset'][place] = own.mean - moments.mean
-            memory = self._remember(patches, place, processes is not None)
-            now = apply_filters(memory.patches, call.filters)
-            memory.outputs[place] = now[place]
+            if self._lent is not None:
+                rings['patches'] = rings['patches'].clone()
+            # Other positions in each iteration, the same after a resume.
+            call.sample(x, self.positions, self.turn,
+                        rings['patches'][place, :count])
+            memory = self._memory(place, count, processes is not None)
+            now = apply_filters(memory.patches, filters)
+            # 0 times what is not finite is to be 0.
+            torch.nan_to_num(
+                now[place], 0., 0., 0., out=memory.outputs[place])
             past = replay(memory, now, processes)
             self._lent = self.turn if lend else None
-        pooled = pool(past, place, moments.count > 0)
-        return Window(memory, past, pooled, place,
+        # Under ``sync`` a batch may be empty in all processes.
+        is_there = True if processes is None else moments.count > 0
+        return Window(memory, past, pool(past, place, is_there), place,
                       partial(self._take_back, self.turn))
 
-    def _remember(self, patches: Tensor, place: int, parted: bool) -> Memory:
-        """Enter patches, and give what is held."""
-        rings, count = self._rings, len(patches)
-        if self._lent is not None:
-            rings['patches'] = rings['patches'].clone()
-        rings['patches'][place, :count] = patches
+    def _memory(self, place: int, count: int, parted: bool) -> Memory:
+        """What is held, once the present patches are in."""
+        rings, filled = self._rings, self.filled
+        memory = Memory(rings['moments'][:, :filled],
+                        rings['patches'][:filled], rings['outputs'][:filled])
         if self.positions is None:
             rings['patches'][place, count:] = 0
             rings['count'][place] = max(count, 1)
-            mean_scale = rings['count'][:self.filled].reciprocal()
-            var_scale = 2 * mean_scale
+            memory = memory._replace(
+                mean_scale=rings['count'][:filled].reciprocal())
         else:
-            mean_scale, var_scale = 1 / count, 2 / (count - 1)
-        names = ['mean', 'var', 'patches', 'outputs']
-        memory = Memory(*(rings[name][:self.filled] for name in names),
-                        mean_scale, var_scale)
+            memory = memory._replace(
+                mean_scale=1 / count, var_factor=2 * count / (count - 1))
         if parted:  # for the backward pass, as they are now
             memory = memory._replace(
-                part=rings['part'][:self.filled].clone(),
-                offset=rings['offset'][:self.filled].clone())
+                part=rings['part'][:filled].clone(),
+                offset=rings['offset'][:filled].clone())
         return memory
 
     def _take_back(self, turn: int) -> None:
         if self._lent == turn:
             self._lent = None
 
-    def _make_room(self, mean: Tensor, patches: Optional[Tensor]) -> None:
+    def _make_room(self, mean: Tensor, call: Optional[LinearCall],
+                   filters: Optional[Tensor], count: int) -> None:
         rings, size = self._rings, self.size
         held = rings.get('patches')
-        if not (rings and alike(rings['mean'][0], mean)
-                and (held is None) == (patches is None)
-                and (held is None or held.shape[2:] == patches.shape[1:])):
+        shape = () if call is None else (call.groups, filters.size(1))
+        if not (rings and alike(rings['moments'][0, 0], mean)
+                and (() if held is None else held.shape[2:]) == shape):
             self.turn, self._lent, held = -1, None, None
             rings = {
-                name: mean.new_zeros((size, length))
-                for name, length in dict(
-                    mean=len(mean), var=len(mean), offset=len(mean), part=1,
-                    count=1).items()
+                name: mean.new_zeros(shape_)
+                for name, shape_ in dict(
+                    moments=(2, size, len(mean)),
+                    offset=(size, len(mean)),
+                    part=(size, 1),
+                    count=(size, 1)).items()
             }
-        if patches is not None and (held is None
-                                    or held.size(1) < len(patches)):
+        if call is not None and (held is None or held.size(1) < count):
             # All positions of a batch may be more than those of others.
-            old = 0 if held is None else held.size(1)
-            for name, shape in dict(
-                    patches=patches.shape[1:], outputs=mean.shape).items():
-                room = mean.new_zeros((size, len(patches), *shape))
-                if old:
-                    room[:, :old] = rings[name]
+            for name, shape_ in dict(
+                    patches=shape, outputs=mean.shape).items():
+                room = mean.new_zeros((size, count, *shape_))
+                if held is not None:
+                    room[:, :held.size(1)] = rings[name]
                 rings[name] = room
             self._lent = None
         self._rings = rings

@@ -22,6 +22,11 @@ class Batch(NamedTuple):
     moments: Moments
     processes: Optional[Processes] = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to normalise, and nobody to wait for."""
+        return self.processes is None and self.x.numel() == 0
+
 
 class Statistics(NamedTuple):
     """What a training forward normalises with.

@@ -32,10 +32,13 @@ def _remembered(calls, positions=None, turn=0):
         outputs = apply_filters(patches, call.filters)
         rows.append((moments.mean, moments.var, patches, outputs))
     count = len(rows[0][2])
+    mean, var, patches, outputs = map(torch.stack, zip(*rows))
     return Memory(
-        *map(torch.stack, zip(*rows)),
+        torch.stack([mean, var]),
+        patches,
+        outputs,
         mean_scale=1 / count,
-        var_scale=2 / (count if positions is None else count - 1))
+        var_factor=2. if positions is None else 2 * count / (count - 1))
 
 
 def _at_weight(call, weight):

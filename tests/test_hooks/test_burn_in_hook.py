@@ -52,11 +52,11 @@ def test_a_second_training_of_a_model_begins_with_an_empty_past(tmp_path):
     model = Toy()
     hook = [dict(type='BurnInHook', epochs=0)]
     _runner(tmp_path, hook, model)[0].train()
-    assert model.head[1]._states[0].filled == 4
+    assert model.head[1].held_iterations == [4]
     _runner(
         tmp_path, hook, model,
         train_cfg=dict(by_epoch=True, max_epochs=1))[0].train()
-    assert model.head[1]._states[0].filled == 2
+    assert model.head[1].held_iterations == [2]
 
 
 def test_by_iteration_and_prefix(tmp_path):
@@ -164,7 +164,7 @@ def test_what_does_not_fit_fills_anew(tmp_path):
         '2 norms do not take up what the checkpoint remembers of past '
         r"iterations, and fill anew: CBN 'backbone.1': it was CBN\(4, .*"
         r'window_size=4.* and is CBN\(4, .*window_size=3', read_log(tmp_path))
-    assert runner.model.head[1]._states[0].filled == 2
+    assert runner.model.head[1].held_iterations == [2]
 
 
 def test_states_in_a_checkpoint_load_safely_and_fine_tuning_forgets(tmp_path):
@@ -193,7 +193,7 @@ def test_states_in_a_checkpoint_load_safely_and_fine_tuning_forgets(tmp_path):
         load_from=str(path),
         train_cfg=dict(by_epoch=True, max_epochs=1))
     tuned.train()
-    assert tuned.model.head[1]._states[0].filled == 2
+    assert tuned.model.head[1].held_iterations == [2]
 
 
 def test_examples_and_suggestion_are_logged(tmp_path):

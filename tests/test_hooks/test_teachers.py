@@ -118,7 +118,7 @@ def test_soft_teacher_trains_with_a_teacher_that_evaluates(tmp_path, kind):
     assert 'kept in evaluation mode' in read_log(tmp_path)
     student, teacher = (_norms(m) for m in (model.student, model.teacher))
     for theirs in teacher:
-        assert not theirs._states
+        assert not theirs.held_iterations
     # Learned from the student's, which moved away from where both began.
     moved = [
         not torch.equal(t.running_var, torch.ones_like(t.running_var))
@@ -129,7 +129,7 @@ def test_soft_teacher_trains_with_a_teacher_that_evaluates(tmp_path, kind):
         return
     # Labelled and unlabelled images each have a past of their own.
     backbone = [m for m in _norms(model.student.backbone) if m.training]
-    assert {len(m._states) for m in backbone} == {2}
+    assert {len(m.held_iterations) for m in backbone} == {2}
     assert len(student) == len(teacher)
 
 

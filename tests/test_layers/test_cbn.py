@@ -486,7 +486,7 @@ def test_an_empty_call_keeps_its_place_in_the_iteration():
         layer.iteration = iteration
         for n in sizes:
             layer(conv(torch.randn(n, 4, 3, 3)))
-    assert [window.filled for window in layer._states] == [2, 3]
+    assert layer.held_iterations == [2, 3]
 
 
 def test_a_new_window_size_takes_effect():
@@ -496,7 +496,7 @@ def test_a_new_window_size_takes_effect():
     layer.window_size = 5
     for _ in range(6):
         layer(conv(torch.randn(2, 4, 3, 3)))
-    assert layer._states[0].filled == 5
+    assert layer.held_iterations == [5]
 
 
 def test_a_moving_bias_over_frozen_weights_is_followed():

@@ -137,7 +137,8 @@ def test_a_second_backward_through_a_forward_takes_the_firsts_place(kind):
         found, = torch.autograd.grad(out, x, grad)
         assert relative_error(found, reference.backward(context, grad)[0]) < (
             1e-9)
-    assert layer._states[0].backward.pushes == 5
+    held, = layer.export_states()
+    assert held['state']['backward']['pushes'] == 5
 
 
 @pytest.mark.filterwarnings('ignore:.*called several times')
@@ -167,8 +168,9 @@ def test_burn_in_fills_the_averages():
     layer, reference = _pair(buffer_size=4)
     for step in range(6):
         _check_step(layer, reference, _input(step), burning_in=step < 5)
-    assert layer._states[0].forward.pushes == 6
-    assert layer._states[0].backward.pushes == 6
+    assert layer.held_iterations == [4]
+    held, = layer.export_states()
+    assert held['state']['backward']['pushes'] == 6
 
 
 def test_an_overflowing_gradient_enters_no_average():

@@ -1,0 +1,150 @@
+"""What norms share that remember past iterations."""
+import warnings
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from .base import MAX_CALLS, SmallBatchNorm
+
+
+class RememberingNorm(SmallBatchNorm):
+    """Base of the norms that remember past iterations.
+
+    A model may call a layer several times in an iteration, as pyramid levels
+    call a head that they share. Each of these calls has a state of its own,
+    which a subclass makes in :meth:`new_state` and asks for with
+    :meth:`state_of_call`. If no hook tells the iterations, every training
+    forward is one.
+
+    States are in no buffer and no state dict. Copies of the layer carry them,
+    and ``.to(device)`` moves them. Loading a state dict empties them.
+
+    Args:
+        *args, **kwargs: As of :class:`SmallBatchNorm`.
+    """
+
+    keeps_states = True
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._states: List[Any] = []
+        self._last_seen: Optional[Tuple[int, torch.Size]] = None
+        self._warned_of_calls = False
+        self._warned_of_levels = False
+
+    def new_state(self) -> Any:
+        """Empty state for one of the layer's calls in an iteration."""
+        raise NotImplementedError
+
+    def state_of_call(self) -> Any:
+        """The state of this forward's place among those of the iteration."""
+        while len(self._states) <= self._call:
+            self._states.append(self.new_state())
+        return self._states[self._call]
+
+    @property
+    def held_iterations(self) -> List[int]:
+        return [state.filled for state in self._states]
+
+    def reset_state(self) -> None:
+        """Forget what was gathered over past iterations."""
+        self._states = []
+
+    def export_states(self) -> List[Dict[str, Any]]:
+        """What was gathered over past iterations, for a checkpoint.
+
+        Returns:
+            list[dict]: Of each call in an iteration; of tensors and numbers,
+            copied to the CPU, beside the layer's settings. Empty if there is
+            nothing.
+        """
+        return [
+            dict(layer=repr(self), state=_on(state.state_dict(), 'cpu'))
+            for state in self._states
+        ]
+
+    def restore_states(self, exported: List[Dict[str, Any]]) -> None:
+        """Take up what :meth:`export_states` gave.
+
+        Raises:
+            ValueError: If it was gathered by a layer with other settings.
+        """
+        states = []
+        for values in exported:
+            if values['layer'] != repr(self):
+                raise ValueError(f'{self._who()}: it was {values["layer"]}, '
+                                 f'and is {self!r}')
+            state = self.new_state()
+            state.load_state_dict(_on(values['state'], self._device()))
+            states.append(state)
+        self._states = states
+
+    def _device(self) -> Optional[torch.device]:
+        anchor = self.weight if self.weight is not None else self.running_mean
+        return None if anchor is None else anchor.device
+
+    def count_call(self, x: Tensor) -> None:
+        """Set the index of this forward among those of the iteration.
+
+        Raises:
+            RuntimeError: If there are too many to be of one iteration.
+        """
+        super().count_call(x)
+        if self.iteration is None:
+            self._watch_for_levels(x)
+        if self._call == 1 and not self._warned_of_calls:
+            self._warned_of_calls = True
+            warnings.warn(
+                f'{self._who()} is called several times in an iteration, as a '
+                'head that pyramid levels share. Each call has past '
+                'statistics of its own, but the running statistics mix them: '
+                'take a head with a norm for each level (RetinaSepBNHead)')
+        if self._call == MAX_CALLS:
+            raise RuntimeError(
+                f'{self._who()} was called {MAX_CALLS} times in iteration '
+                f'{self.iteration}. If training was interrupted and the model '
+                'is now used otherwise, set .iteration = None on its norms')
+
+    def _watch_for_levels(self, x: Tensor) -> None:
+        """Warn of levels of a pyramid that pose as iterations.
+
+        Where the iteration is not known, maps of another size at weights that
+        no step has moved are the sign.
+        """
+        if self._warned_of_levels or self.weight is None or (
+                not self.weight.requires_grad):
+            return
+        seen = (self.weight._version, x.shape[2:])
+        last, self._last_seen = self._last_seen, seen
+        if last is not None and last[0] == seen[0] and last[1] != seen[1]:
+            self._warned_of_levels = True
+            warnings.warn(
+                f'{self._who()} is called with maps of several sizes between '
+                'two steps, and takes every call for an iteration. If they '
+                'are levels of a pyramid that share a head, take one with a '
+                'norm for each level (RetinaSepBNHead), or let BurnInHook '
+                'tell the iterations')
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        # The weights jumped: the past has nothing to say about them.
+        self.reset_state()
+
+    def _apply(self, fn, *args, **kwargs):
+        super()._apply(fn, *args, **kwargs)
+        device = self._device()
+        if device is not None:
+            for state in self._states:
+                state.to(device)
+        return self
+
+
+def _on(values: Dict[str, Any], device) -> Dict[str, Any]:
+    """Copies of the tensors in a nested dict on a device."""
+    return {
+        key: _on(value, device) if isinstance(value, dict) else
+        value.detach().to(device, copy=True)
+        if isinstance(value, Tensor) else value
+        for key, value in values.items()
+    }
