@@ -330,6 +330,29 @@ def save_errors(means: Dict[tuple, Dict[str, float]],
     figure.savefig(path, dpi=110)
 
 
+def save_cosines(found: Dict[str, Dict[str, Sequence[float]]],
+                 path: Union[str, Path]) -> None:
+    """Draw cosines of gradients by layer, a line a variant.
+
+    Args:
+        found (dict): Of each variant and seed, a value a layer.
+        path (str | Path): Image file to write.
+    """
+    figure = Figure(figsize=(7.2, 3.6), layout='constrained')
+    ax = figure.subplots()
+    for name, by_seed in found.items():
+        values = np.mean(list(by_seed.values()), 0)
+        ax.plot(range(1, len(values) + 1), values, 'o-', ms=4, label=name)
+    ax.set(
+        xlabel='convolution, from the input on',
+        ylabel="cosine to BatchNorm's at 16",
+        ylim=(None, 1.05))
+    ax.grid(alpha=0.25)
+    ax.spines[['top', 'right']].set_visible(False)
+    figure.legend(loc='outside right upper', frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def save_costs(rows: Sequence[Dict[str, Any]], path: Union[str,
                                                            Path]) -> None:
     """Draw what norms cost, a panel for each case.

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from mmdet_smallbn.cli import print_norms
+from mmdet_smallbn.cli import gradient_study, print_norms
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     ROOT / 'README.md', ROOT / 'docs' / 'training_features.md',
     ROOT / 'docs' / 'costs.md', ROOT / 'docs' / 'deployment.md',
+    ROOT / 'docs' / 'gradient.md',
     *sorted((ROOT / 'configs').rglob('README.md'))
 ]
 COMMAND = re.compile(
@@ -134,3 +135,14 @@ def test_the_latencies_are_the_benchmarks():
         line = ' | '.join(f'{found[norm, case]:.2f}' for case in cases)
         assert f'| {norm} | {line} |' in page
     assert len(norms) == 13
+
+
+def test_the_gradients_are_the_studys():
+    docs = ROOT / 'docs'
+    page = (docs / 'gradient.md').read_text()
+    tables = gradient_study.tables(
+        json.loads((docs / 'gradient_study.json').read_text()))
+    assert len(tables) == 3
+    for rows in tables:
+        for row in rows:
+            assert f'| {" | ".join(row)} |' in page

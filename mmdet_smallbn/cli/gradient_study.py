@@ -26,6 +26,7 @@ from ..layers import CBN
 from ..layers.moving_average import SimpleMovingAverage
 from ..layers.statistics import Batch, Statistics
 from ..norm_report import norm_cfgs
+from ..pictures import save_cosines
 from .own_data import use_data
 from .runtime import build_runner, open_config
 from .statistics_error import prepare
@@ -232,31 +233,38 @@ def orthogonality(data: str, iters: int, seed: int, norm_cfg: dict,
     return torch.stack(hook.values).mean().item()
 
 
-def report(results: Dict[str, Any], console: Console) -> None:
-    """Tables of what was measured."""
-    table = Table(title='Norms at 2 images, windows of 8')
-    table.add_column('gradient')
-    columns = []
+def tables(results: Dict[str, Any]) -> List[List[List[str]]]:
+    """Rows of what was measured: heads first, then a row a variant."""
+    found = []
     if 'cosines' in results:
-        columns += ['cosine, mean', 'cosine, least']
-    names = list(results.get('training', {}))
-    for column in (*columns, *names):
-        table.add_column(column, justify='right')
-    for variant in VARIANTS:
-        cells = []
-        if columns:
-            rows = results['cosines'].get(variant)
-            values = [v for row in rows.values() for v in row] if rows else []
-            cells += [f'{f(values):.3f}' if values else ''
-                      for f in (statistics.mean, min)]
-        for name in names:
-            by_seed = results['training'][name].get(variant, {})
-            cells.append(spread([100 * v for v in by_seed.values()]))
-        table.add_row(variant, *cells)
-    console.print(table)
-    for name, value in results.get('orthogonality', {}).items():
-        console.print(f'|cosine| of gradient and weight, demo, {name}: '
-                      f'{value:.4f}')
+        rows = [['gradient', 'cosine, mean', 'cosine, least']]
+        for variant, by_seed in results['cosines'].items():
+            values = [v for row in by_seed.values() for v in row]
+            rows.append([variant, f'{statistics.mean(values):.2f}',
+                         f'{min(values):.2f}'])
+        found.append(rows)
+    if 'training' in results:
+        training = results['training']
+        rows = [['gradient', *training]]
+        for variant in VARIANTS:
+            rows.append([variant, *(
+                spread([100 * v for v in by.get(variant, {}).values()])
+                for by in training.values())])
+        found.append(rows)
+    if 'orthogonality' in results:
+        found.append([['gradient', 'mean |cosine| to the weight'], *(
+            [name, f'{value:.4f}']
+            for name, value in results['orthogonality'].items())])
+    return found
+
+
+def report(results: Dict[str, Any], console: Console) -> None:
+    """Print the tables."""
+    for head, *rows in tables(results):
+        table = Table(*head)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
 
 
 def spread(values: Sequence[float]) -> str:
@@ -309,6 +317,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                     args.data, args.iters, args.seeds[0], VARIANTS[name],
                     folder, lambda: progress.advance(task))
                 keep()
+    if 'cosines' in results:
+        save_cosines(results['cosines'], out.with_suffix('.png'))
     report(results, Console())
     print(f'In {out}')
 

@@ -422,7 +422,7 @@ def test_regions_that_part_convolution_and_norm(norm, use_reentrant, outside):
     for a, b in zip(*(m.buffers() for m in models)):
         torch.testing.assert_close(a, b)
     for i in (1, 3):
-        assert len(models[0][i]._states) == len(models[1][i]._states)
+        assert models[0][i].held_iterations == models[1][i].held_iterations
 
 
 def test_data_parallel_is_refused_in_training(norm):
