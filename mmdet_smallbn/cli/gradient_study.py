@@ -80,14 +80,12 @@ VARIANTS: Dict[str, dict] = {
 }
 
 
-def schedules(steps: int) -> Dict[str, Schedule]:
+def schedules(steps: int, lr: float) -> Dict[str, Schedule]:
     """As many images seen in all; SGD's rate in proportion to a step's."""
     return {
-        '16 images': Schedule(16, 1, steps, 0.02, 0),
-        'normalise 2, accumulate to 16': Schedule(2, 8, steps, 0.02,
-                                                  steps // 10),
-        '2 images a step': Schedule(2, 1, 8 * steps, 0.02 / 8,
-                                    8 * steps // 10),
+        '16 images': Schedule(16, 1, steps, lr, 0),
+        'normalise 2, accumulate to 16': Schedule(2, 8, steps, lr, steps // 10),
+        '2 images a step': Schedule(2, 1, 8 * steps, lr / 8, 8 * steps // 10),
     }
 
 
@@ -109,6 +107,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument(
         '--steps', type=int, default=160, help='of 16 images, in training')
+    parser.add_argument(
+        '--lr', type=float, default=0.02, help='of a step of 16 images')
     parser.add_argument('--train', type=int, default=3000, help='images')
     parser.add_argument('--val', type=int, default=1000, help='images')
     parser.add_argument(
@@ -139,11 +139,11 @@ def _gradients(model: nn.Module, batches: Sequence[Images],
     return {name: w.grad.clone() for name, w in _weights(model).items()}
 
 
-def cosines(train: Images, seed: int, steps: int) -> Dict[str, List[float]]:
+def cosines(train: Images, seed: int,
+            schedule: Schedule) -> Dict[str, List[float]]:
     """How well gradients of 8 batches of 2 agree with that of all 16 images.
 
-    The weights stand still at those of a BatchNorm trained at 16 for a
-    quarter of the steps. Every variant sees the batches so often that its
+    The weights stand still at those of a BatchNorm that was trained. Every variant sees the batches so often that its
     past is theirs, in all layers.
 
     Returns:
@@ -151,7 +151,7 @@ def cosines(train: Images, seed: int, steps: int) -> Dict[str, List[float]]:
     """
     torch.manual_seed(seed)
     base = build_classifier(dict(norm_cfg=BN))
-    train_classifier(base, train, Schedule(16, 1, steps, 0.02, 0), seed)
+    train_classifier(base, train, schedule, seed)
     base.train()
     sixteen = train.of(next(batches_of(len(train.labels), 16, seed + 100)))
     wanted = _gradients(copy.deepcopy(base), [sixteen])
@@ -252,7 +252,7 @@ def tables(results: Dict[str, Any]) -> List[List[List[str]]]:
                 for by in training.values())])
         found.append(rows)
     if 'orthogonality' in results:
-        found.append([['gradient', 'mean |cosine| to the weight'], *(
+        found.append([['gradient', 'mean absolute cosine'], *(
             [name, f'{value:.4f}']
             for name, value in results['orthogonality'].items())])
     return found
@@ -289,13 +289,15 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     with one_line_errors(), Progress() as progress:
         train, val = make_images(args.train, 0), make_images(args.val, 1)
         if 'cosines' in args.parts:
+            short = schedules(args.steps // 4, args.lr)['16 images']
             found = results.setdefault('cosines', {})
             for seed in progress.track(args.seeds, description='cosines'):
-                for name, row in cosines(train, seed, args.steps // 4).items():
+                for name, row in cosines(train, seed, short).items():
                     found.setdefault(name, {})[str(seed)] = row
                 keep()
         if 'training' in args.parts:
-            jobs = [(regime, seed, name) for regime in schedules(args.steps)
+            regimes = schedules(args.steps, args.lr)
+            jobs = [(regime, seed, name) for regime in regimes
                     for seed in args.seeds for name in VARIANTS
                     if name == 'BN' or regime != '16 images']
             found = results.setdefault('training', {})
@@ -304,7 +306,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                 rows = found.setdefault(regime, {}).setdefault(name, {})
                 if str(seed) not in rows:
                     rows[str(seed)] = train_variant(
-                        name, schedules(args.steps)[regime], train, val, seed)
+                        name, regimes[regime], train, val, seed)
                     keep()
         if 'orthogonality' in args.parts:
             found = results.setdefault('orthogonality', {})

@@ -41,4 +41,4 @@ def test_gradients_and_trainings_are_measured(shapes, tmp_path, capsys):
     values = found['orthogonality']
     assert set(values) == {'BN', WHOLE, RELEASED}
     assert all(0 < value < 1 for value in values.values())
-    assert 'mean |cosine|' in capsys.readouterr().out
+    assert 'mean absolute' in capsys.readouterr().out
