@@ -360,9 +360,11 @@ def _check_state(norm, steps):
     """The steps are in the window or buffer, if the layer saw something."""
     assert norm.num_batches_tracked == steps or (
         norm.num_batches_tracked == 0 and not norm.held_iterations)
-    assert set(norm.held_iterations) <= {steps}
-    if isinstance(norm, MABN):  # and as many backward passes
-        for held in norm.export_states():
+    for count, held in zip(norm.held_iterations, norm.export_states()):
+        assert count == steps
+        if isinstance(norm, CBN):
+            assert ('patches' in held['state']['rings']) == norm.compensate
+        if isinstance(norm, MABN):  # and as many backward passes
             assert held['state']['backward']['pushes'] == steps
 
 

@@ -24,8 +24,8 @@ NORMS: Dict[str, dict] = {
         f'CBN, window {k}': dict(norm_cfg=dict(type='CBN', window_size=k))
         for k in (1, 2, 4, 8, 16)
     },
-    'CBN, window 4, all positions': dict(
-        norm_cfg=dict(type='CBN', window_size=4, derivative_positions=None)),
+    'CBN, window 4, released gradient': dict(
+        norm_cfg=dict(type='CBN', window_size=4, gradient='released')),
     'MABN': dict(
         norm_cfg=dict(type='MABN'), conv_cfg=dict(type='CenConv')),
     'BRN': dict(norm_cfg=dict(type='BRN')),

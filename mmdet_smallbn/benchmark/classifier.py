@@ -1,5 +1,5 @@
 """A small classifier on made images: minutes where a detector takes hours."""
-from typing import Callable, Dict, Iterator, NamedTuple, Tuple
+from typing import Callable, Dict, Iterator, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ class Images(NamedTuple):
     """Images and their classes.
 
     Attributes:
-        pixels (Tensor): Shape (N, 3, 24, 24), about from -1 to 1.
+        pixels (Tensor): Shape (N, 3, 24, 24), from about -1.5 to 4.
         labels (Tensor): Shape (N,).
     """
     pixels: Tensor
@@ -37,7 +37,7 @@ def make_images(count: int, seed: int = 0) -> Images:
 
     Args:
         count (int): How many.
-        seed (int): The images are a function of seed and place alone.
+        seed (int): The images are a function of count and seed alone.
     """
     rng = np.random.default_rng(seed)
     pixels = np.empty((count, SIZE, SIZE, 3), np.float32)
@@ -75,7 +75,7 @@ class Block(nn.Module):
 
 
 def build_classifier(norm: dict, width: int = 16) -> nn.Sequential:
-    """A residual network of 10 convolutions and a linear layer.
+    """A residual network of 11 convolutions and a linear layer.
 
     Args:
         norm (dict): ``norm_cfg``, and ``conv_cfg`` where it takes one.
@@ -94,7 +94,7 @@ def build_classifier(norm: dict, width: int = 16) -> nn.Sequential:
 
 
 def norms_of(model: nn.Module) -> Dict[str, nn.Module]:
-    """The norms of a model that remember iterations, by name."""
+    """The small-batch norms of a model, by name."""
     return {
         name: layer
         for name, layer in model.named_modules()
@@ -102,7 +102,9 @@ def norms_of(model: nn.Module) -> Dict[str, nn.Module]:
     }
 
 
-def tell_iteration(model: nn.Module, iteration: int, scale: float = 1.,
+def tell_iteration(model: nn.Module,
+                   iteration: Optional[int],
+                   scale: float = 1.,
                    burning_in: bool = False) -> None:
     """What BurnInHook tells the norms in a detector's training."""
     for layer in norms_of(model).values():

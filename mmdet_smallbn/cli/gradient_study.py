@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from mmcv.cnn import ConvModule
 from mmengine.hooks import Hook
-from mmengine.registry import MODELS
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -32,10 +31,11 @@ from .runtime import build_runner, open_config
 from .statistics_error import prepare
 
 WINDOW = 8
+# What results in one file have in common.
+_SETTINGS = ('steps', 'lr', 'train', 'val')
 _DEMO = 'configs/demo/faster-rcnn_r18_fpn_cbn-all_1xb4_shapes-coco.py'
 
 
-@MODELS.register_module()
 class AveragedCBN(CBN, nn.BatchNorm2d, _BatchNorm):
     """CBN with MABN's backward pass, for this study alone.
 
@@ -70,8 +70,8 @@ VARIANTS: Dict[str, dict] = {
         type='CBN', window_size=WINDOW, gradient='released'),
     "CBN, gradient='whole'": dict(type='CBN', window_size=WINDOW),
     'CBN, averaged gradient statistics': dict(
-        type='AveragedCBN', window_size=WINDOW, gradient='released'),
-    'CBN, averaged and whole': dict(type='AveragedCBN', window_size=WINDOW),
+        type=AveragedCBN, window_size=WINDOW, gradient='released'),
+    'CBN, averaged and whole': dict(type=AveragedCBN, window_size=WINDOW),
     "MABN(centered=True, forward_statistics='sma')": dict(
         type='MABN',
         centered=True,
@@ -116,8 +116,12 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--out',
         default='work_dirs/gradient_study.json',
-        help='JSON file, with results of earlier calls kept')
-    return parser.parse_args(argv)
+        help='JSON file; trainings that an earlier call has left there are '
+        'not run again')
+    args = parser.parse_args(argv)
+    if 'orthogonality' in args.parts and args.data is None:
+        parser.error('--parts orthogonality needs --data')
+    return args
 
 
 def _weights(model: nn.Module) -> Dict[str, nn.Parameter]:
@@ -163,7 +167,7 @@ def cosines(train: Images, seed: int,
         model = build_classifier(dict(norm_cfg=norm_cfg))
         model.load_state_dict(base.state_dict())
         model.train()
-        for turn in range(12):  # as many as there are convolutions
+        for turn in range(12):  # one more than there are convolutions
             gradients = _gradients(model, twos, turn * WINDOW)
         found[name] = [
             F.cosine_similarity(wanted[key].flatten(), value.flatten(),
@@ -277,11 +281,18 @@ def spread(values: Sequence[float]) -> str:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Measure what is not in the file yet, and report."""
+    """Measure, and report."""
     args = parse_args(argv)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(out.read_text()) if out.exists() else {}
+    settings = {name: getattr(args, name) for name in _SETTINGS}
+    results = dict(settings=settings)
+    if out.exists():
+        results = json.loads(out.read_text())
+        if results['settings'] != settings:
+            raise SystemExit(
+                f'{out} was measured with {results["settings"]}, and these '
+                f'are {settings}: give another --out')
 
     def keep() -> None:
         out.write_text(json.dumps(results, indent=1) + '\n')

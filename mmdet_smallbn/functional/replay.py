@@ -44,10 +44,12 @@ class Memory(NamedTuple):
             None: the moments do not move.
         outputs (Tensor, optional): What the filters of then made of them,
             shape (k, P, C).
-        mean_scale (float | Tensor): 1 / P; or of each iteration, shape
-            (k, 1).
-        var_factor (float): Between the scales of Eq. (8) and (7): 2 P / (P -
-            1), or 2 if the positions are all that the batch had.
+        mean_scale (Tensor, optional): 1 / P of each iteration, shape (k, 1).
+            Where P is less than in others, patches and outputs behind it are
+            0.
+        var_factor (Tensor, optional): Between the scales of Eq. (8) and (7),
+            shape (k, 1): 2 P / (P - 1), or 2 if the positions are all that
+            the batch had.
         part (Tensor, optional): This process's part of each batch, shape
             (k, 1), if several processes share it.
         offset (Tensor, optional): From the batch's mean to that of this
@@ -56,8 +58,8 @@ class Memory(NamedTuple):
     moments: Tensor
     patches: Optional[Tensor] = None
     outputs: Optional[Tensor] = None
-    mean_scale: Union[float, Tensor] = 1.
-    var_factor: float = 2.
+    mean_scale: Optional[Tensor] = None
+    var_factor: Optional[Tensor] = None
     part: Optional[Tensor] = None
     offset: Optional[Tensor] = None
 
@@ -154,7 +156,7 @@ def replay(memory: Memory,
     return Replay(mean + mean_step, var.clamp_(min=0), mean_step, centred)
 
 
-def _mean(values: Tensor, scale: Union[float, Tensor]) -> Tensor:
+def _mean(values: Tensor, scale: Tensor) -> Tensor:
     """Mean over the positions, of shape (k, P, C)."""
     return values.sum(1).mul_(scale)
 
@@ -216,8 +218,7 @@ class _FollowFilters(Function):
         ctx.done()
         # By the moments of each iteration, through Eq. (9)-(11); the present
         # one's are x's. The scale is that of Eq. (7).
-        weight = (pooled.share * memory.mean_scale).expand_as(
-            past.mean).masked_fill(pooled.unused, 0)
+        weight = pooled.share * memory.mean_scale
         weight[ctx.place].fill_(0)
         by_var = weight * grad_var
         by_mean = torch.addcmul(
@@ -228,12 +229,12 @@ class _FollowFilters(Function):
         if memory.part is not None:
             by_mean = (by_mean + 2 * by_var * memory.offset) * memory.part
             by_var = by_var * memory.part
+        by_var = by_var * memory.var_factor
         # What is not used may be NaN, and 0 times it is to be 0.
         by_mean, by_var = (
             by.masked_fill_(pooled.unused, 0).unsqueeze(1)
             for by in (by_mean, by_var))
-        by_output = torch.addcmul(
-            by_mean, centred, by_var, value=memory.var_factor).flatten(0, 1)
+        by_output = torch.addcmul(by_mean, centred, by_var).flatten(0, 1)
         patches = patches.flatten(0, 1)
         groups = patches.size(1)
         with _as_it_is(patches):

@@ -42,8 +42,8 @@ class BurnInHook(Hook):
     key of its own, and a resume takes it up, so that it goes on as if it had
     never stopped. It is that of the main process: the norms of others, and
     all with ``sync=True`` in several processes, fill anew, within
-    ``window_size`` or ``buffer_size`` iterations. CBN's takes ``window_size``
-    times the convolution's weight for each layer.
+    ``window_size`` or ``buffer_size`` iterations. CBN's takes 32 patches of
+    its input for each iteration and layer.
 
     A frozen detector within the model, the teacher of semi-supervised
     learning or distillation, is a model at work: its norms are put into

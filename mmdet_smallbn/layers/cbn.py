@@ -57,9 +57,11 @@ class CBN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
     The gradient is that of these equations by everything of the present
     iteration: by :math:`x_t`, whose part in the statistics is 1 / k, and by
     :math:`\theta_t`, through :math:`x_t` and through Eq. (7), (8). What is
-    remembered is constant. At weights that stand still, the gradients by the
-    convolution's weight, summed over k iterations, are those of batch
-    normalisation on the k batches joined.
+    remembered is constant. While weights stand still and a window holds the
+    same k batches, the gradients by the convolution's weight, summed over the
+    k, are those of batch normalisation on the batches joined; exactly so with
+    all positions remembered. A graph whose backward pass is run twice must
+    see no other forward pass of the layer in between.
 
     The convolution is found in the autograd graph, so that
     ``norm_cfg=dict(type='CBN')`` is all there is to write. It may be grouped,
@@ -179,8 +181,9 @@ class CBN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
         mean, var, share, _ = window.pooled
         follow = None
         if whole and state.filled > 1:
-            # What a recomputation calls again.
-            def follow():
+            producer = producer.without_input()
+
+            def follow():  # a recomputation calls it again
                 return window.follow(producer.filters())
 
         return Statistics(mean, var, share, follow=follow)

@@ -45,6 +45,10 @@ class Producer(NamedTuple):
         return self.call._replace(
             **_parameters(self.conv, self.call.weight.dtype)).filters
 
+    def without_input(self) -> 'Producer':
+        """For :meth:`filters` alone: activation checkpointing frees it."""
+        return self._replace(call=self.call._replace(input=None))
+
 
 UNKNOWN = Producer(known=False)
 FROZEN = Producer(known=True)

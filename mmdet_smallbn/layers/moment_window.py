@@ -1,6 +1,6 @@
 """What CBN remembers of a layer's last iterations."""
 from functools import partial
-from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -9,6 +9,10 @@ from ..functional import (LinearCall, Memory, Pooled, Replay, apply_filters,
                           follow_filters, pool, replay)
 from .moving_average import alike
 from .statistics import Batch
+
+
+# Sums of products of two such numbers are finite in float32.
+_LARGE = 1e18
 
 
 class Window(NamedTuple):
@@ -53,6 +57,8 @@ class MomentWindow:
         self._rings: Dict[str, Tensor] = {}
         # The iteration whose backward pass still needs the patches.
         self._lent: Optional[int] = None
+        # Positions of each iteration, and whether they are all it had.
+        self._counts: List[Optional[Tuple[int, bool]]] = [None] * size
 
     @property
     def filled(self) -> int:
@@ -77,10 +83,14 @@ class MomentWindow:
         """
         x, own, moments, processes = batch
         filters = None if call is None else call.filters
-        count = self.positions
-        if count is None:
-            count = x.numel() // x.size(1)
-        self._make_room(moments.mean, call, filters, count)
+        found = x.numel() // x.size(1)
+        # A few positions are all taken. An empty batch has none.
+        positions = self.positions
+        if positions is None or positions >= found > 0:
+            positions = None
+        count = positions or found
+        self._make_room(moments.mean, call, filters,
+                        max(count, self.positions or 0))
         self.turn += 1
         place, rings = self.turn % self.size, self._rings
         torch.stack(moments[:2], out=rings['moments'][:, place])
@@ -94,33 +104,39 @@ class MomentWindow:
             if self._lent is not None:
                 rings['patches'] = rings['patches'].clone()
             # Other positions in each iteration, the same after a resume.
-            call.sample(x, self.positions, self.turn,
-                        rings['patches'][place, :count])
-            memory = self._memory(place, count, processes is not None)
+            row = rings['patches'][place]
+            call.sample(x, positions, self.turn, row[:count])
+            if count < len(row):
+                row[count:] = 0
+            self._set_scales(place, count, exact=positions is None)
+            memory = self._memory(processes is not None)
             now = apply_filters(memory.patches, filters)
-            # 0 times what is not finite is to be 0.
+            # What overflows is not used, and 0 times its sums is to be 0.
             torch.nan_to_num(
-                now[place], 0., 0., 0., out=memory.outputs[place])
+                now[place], 0., _LARGE, -_LARGE, out=memory.outputs[place])
+            memory.outputs[place].clamp_(-_LARGE, _LARGE)
             past = replay(memory, now, processes)
-            self._lent = self.turn if lend else None
+            self._lent = self.turn if lend and self.turn else None
         # Under ``sync`` a batch may be empty in all processes.
         is_there = True if processes is None else moments.count > 0
         return Window(memory, past, pool(past, place, is_there), place,
                       partial(self._take_back, self.turn))
 
-    def _memory(self, place: int, count: int, parted: bool) -> Memory:
+    def _set_scales(self, place: int, count: int, exact: bool) -> None:
+        """Those of Eq. (7), (8); where they change, and not in place."""
+        if self._counts[place] != (count, exact):
+            self._counts[place] = (count, exact)
+            scales = self._rings['scales'].clone()
+            scales[0, place] = 1 / max(count, 1)
+            scales[1, place] = 2. if exact else 2 * count / (count - 1)
+            self._rings['scales'] = scales
+
+    def _memory(self, parted: bool) -> Memory:
         """What is held, once the present patches are in."""
         rings, filled = self._rings, self.filled
         memory = Memory(rings['moments'][:, :filled],
-                        rings['patches'][:filled], rings['outputs'][:filled])
-        if self.positions is None:
-            rings['patches'][place, count:] = 0
-            rings['count'][place] = max(count, 1)
-            memory = memory._replace(
-                mean_scale=rings['count'][:filled].reciprocal())
-        else:
-            memory = memory._replace(
-                mean_scale=1 / count, var_factor=2 * count / (count - 1))
+                        rings['patches'][:filled], rings['outputs'][:filled],
+                        *rings['scales'][:, :filled])
         if parted:  # for the backward pass, as they are now
             memory = memory._replace(
                 part=rings['part'][:filled].clone(),
@@ -145,10 +161,11 @@ class MomentWindow:
                     moments=(2, size, len(mean)),
                     offset=(size, len(mean)),
                     part=(size, 1),
-                    count=(size, 1)).items()
+                    scales=(2, size, 1)).items()
             }
+            self._counts = [None] * size
         if call is not None and (held is None or held.size(1) < count):
-            # All positions of a batch may be more than those of others.
+            # Some batches have more positions than others.
             for name, shape_ in dict(
                     patches=shape, outputs=mean.shape).items():
                 room = mean.new_zeros((size, count, *shape_))
@@ -165,6 +182,7 @@ class MomentWindow:
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Hold what :meth:`state_dict` of one of the same size gave."""
         self.turn, self._rings = state['turn'], dict(state['rings'])
+        self._counts = [None] * self.size
 
     def to(self, device: torch.device) -> None:
         """Move to a device. The dtype stays: statistics are not halved."""

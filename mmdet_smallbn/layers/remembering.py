@@ -8,6 +8,10 @@ from torch import Tensor
 from .base import MAX_CALLS, SmallBatchNorm
 
 
+# Of what checkpoints hold of states. Raised when it changes.
+_VERSION = 2
+
+
 class RememberingNorm(SmallBatchNorm):
     """Base of the norms that remember past iterations.
 
@@ -60,7 +64,10 @@ class RememberingNorm(SmallBatchNorm):
             nothing.
         """
         return [
-            dict(layer=repr(self), state=_on(state.state_dict(), 'cpu'))
+            dict(
+                layer=repr(self),
+                version=_VERSION,
+                state=_on(state.state_dict(), 'cpu'))
             for state in self._states
         ]
 
@@ -68,10 +75,16 @@ class RememberingNorm(SmallBatchNorm):
         """Take up what :meth:`export_states` gave.
 
         Raises:
-            ValueError: If it was gathered by a layer with other settings.
+            ValueError: If it was gathered by a layer with other settings, or
+                by another version of this package.
         """
         states = []
         for values in exported:
+            if values.get('version') != _VERSION:
+                raise ValueError(
+                    f'{self._who()}: it is in the format '
+                    f'{values.get("version", 1)}, and this version of '
+                    f'mmdet_smallbn reads {_VERSION}')
             if values['layer'] != repr(self):
                 raise ValueError(f'{self._who()}: it was {values["layer"]}, '
                                  f'and is {self!r}')

@@ -37,8 +37,10 @@ def _remembered(calls, positions=None, turn=0):
         torch.stack([mean, var]),
         patches,
         outputs,
-        mean_scale=1 / count,
-        var_factor=2. if positions is None else 2 * count / (count - 1))
+        mean_scale=mean.new_full((len(rows), 1), 1 / count),
+        var_factor=mean.new_full(
+            (len(rows), 1),
+            2. if positions is None else 2 * count / (count - 1)))
 
 
 def _at_weight(call, weight):

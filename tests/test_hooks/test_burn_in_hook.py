@@ -196,6 +196,29 @@ def test_states_in_a_checkpoint_load_safely_and_fine_tuning_forgets(tmp_path):
     assert tuned.model.head[1].held_iterations == [2]
 
 
+def test_states_in_the_format_of_an_older_version_are_refused(tmp_path):
+    hooks = [dict(type='BurnInHook', epochs=0)]
+    toy_runner(tmp_path, hooks, model=Toy(NaiveCBN)).train()
+    path = tmp_path / 'epoch_3.pth'
+    checkpoint = torch.load(path, weights_only=False)
+    for state, in checkpoint['smallbn_states'].values():
+        state.pop('version')
+        state['state'] = dict(filled=4)
+    torch.save(checkpoint, path)
+    register_checkpoint_loader()
+    runner = toy_runner(
+        tmp_path,
+        hooks,
+        model=Toy(NaiveCBN),
+        resume=True,
+        load_from=str(path),
+        train_cfg=dict(by_epoch=True, max_epochs=4))
+    runner.train()
+    assert re.search(r'2 norms do not take up.*in the format 1, and this '
+                     'version of mmdet_smallbn reads 2', read_log(tmp_path))
+    assert runner.model.head[1].held_iterations == [2]
+
+
 def test_examples_and_suggestion_are_logged(tmp_path):
     _runner(tmp_path, [dict(type='BurnInHook', epochs=0)])[0].train()
     text = read_log(tmp_path)

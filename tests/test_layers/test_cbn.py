@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 from mmcv.ops import DeformConv2dPack, ModulatedDeformConv2dPack
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 from mmdet_smallbn import CBN, NaiveCBN, suggested_window_size
+from mmdet_smallbn.layers import remember_calls
 from tests.reference import (LiteralCBN, ReparametrisedConv2d, centred,
                              relative_error, standardised)
 
@@ -233,8 +236,7 @@ def test_forwards_before_their_backwards_keep_what_they_need(steps):
     torch.testing.assert_close(*results)
 
 
-def test_the_gradient_reaches_what_a_weight_was_computed_from():
-    """A frozen part of the weight gets none; a bias alone may train."""
+def test_a_bias_alone_may_train():
     torch.manual_seed(0)
     conv = _conv(**CONVS['biased'])
     conv.weight.requires_grad_(False)
@@ -354,6 +356,7 @@ def test_compensation_leaves_an_error_of_second_order():
 
 
 def test_autocast_is_close_to_float32():
+    """Outputs, and gradients by the weights."""
     torch.manual_seed(0)
     convs = [nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(2)]
     convs[1].load_state_dict(convs[0].state_dict())
@@ -365,6 +368,11 @@ def test_autocast_is_close_to_float32():
             half = layers[1](convs[1](x))
         assert half.dtype == torch.bfloat16
         torch.testing.assert_close(half.float(), plain, rtol=0.05, atol=0.05)
+        grad = torch.randn_like(plain)
+        a, b = (
+            torch.autograd.grad(out, conv.weight, grad.to(out.dtype))[0]
+            for out, conv in zip((plain, half), convs))
+        assert F.cosine_similarity(a.flatten(), b.flatten(), 0) > 0.99
         step = torch.randn_like(convs[0].weight) * 0.02
         with torch.no_grad():
             for conv in convs:
@@ -463,7 +471,6 @@ def test_no_grad_passes_do_not_enter_the_window():
 
 @pytest.mark.parametrize('use_reentrant', [True, False])
 def test_checkpointing_is_told_once(use_reentrant):
-    from torch.utils.checkpoint import checkpoint
     conv, layer = nn.Conv2d(4, 8, 1), CBN(8, window_size=2)
 
     def step():
@@ -477,6 +484,25 @@ def test_checkpointing_is_told_once(use_reentrant):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         step()
+
+
+@pytest.mark.parametrize('use_reentrant', [True, False])
+def test_checkpointing_frees_the_convolutions_inputs(use_reentrant):
+    """Although its filters are kept for the recomputation."""
+    model = nn.Sequential(nn.Conv2d(4, 8, 1), CBN(8, window_size=2))
+    remember_calls(model)
+    storages = []
+
+    def block(x):
+        x = x * 2
+        storages.append(StorageWeakRef(x.untyped_storage()))
+        return model(x)
+
+    for _ in range(3):
+        x = torch.randn(2, 4, 64, 64, requires_grad=True)
+        out = checkpoint(block, x, use_reentrant=use_reentrant)
+        assert storages[-1].expired()
+        out.sum().backward()
 
 
 @pytest.mark.filterwarnings('ignore:.*called several times')
@@ -600,16 +626,22 @@ def test_suggested_window_size():
             ] == [8, 8, 6, 4, 2, 1, 1]
 
 
+@pytest.mark.parametrize('scale', [1e21, 3e37, 1e38])
 @pytest.mark.parametrize('compensate', [False, True])
-def test_an_overflowing_batch_is_what_batch_norm_makes_of_it(compensate):
-    """Of finite mean and infinite variance."""
+def test_an_overflowing_batch_is_what_batch_norm_makes_of_it(
+        compensate, scale):
+    """Of finite mean and infinite variance, or of neither."""
     conv, layer = nn.Conv2d(3, 4, 3), CBN(4, compensate=compensate)
     stock = nn.BatchNorm2d(4)
-    for scale in (1., 1., 1., 1e21):
-        x = conv(torch.randn(2, 3, 8, 8) * scale)
+    for factor in (1., 1., 1., scale):
+        x = conv(torch.randn(2, 3, 8, 8) * factor)
         out = layer(x)
-    assert torch.equal(out, stock(x))
-    assert layer(conv(torch.randn(2, 3, 8, 8))).isfinite().all()
+    torch.testing.assert_close(
+        out, stock(x), rtol=0, atol=0, equal_nan=True)
+    out = layer(conv(torch.randn(2, 3, 8, 8)))
+    assert out.isfinite().all()
+    out.square().sum().backward()
+    assert conv.weight.grad.isfinite().all()
 
 
 def test_running_statistics_take_small_values_exactly():

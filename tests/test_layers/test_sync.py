@@ -248,6 +248,34 @@ class _Twins(functional.Processes):
         return 2 * values
 
 
+@pytest.mark.parametrize('gradient', ['whole', 'released'])
+def test_a_sample_of_twins_is_that_of_one(gradient, monkeypatch):
+    """Two processes with the same batch: as alone, from 32 positions."""
+    torch.manual_seed(0)
+    models = [
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3), CBN(8, gradient=gradient, sync=sync)).double()
+        for sync in (False, True)
+    ]
+    models[1].load_state_dict(models[0].state_dict())
+    for _ in range(6):
+        x = torch.randn(2, 3, 9, 9).double()
+        results = []
+        for model, processes in zip(models, (functional.Processes, _Twins)):
+            monkeypatch.setattr('mmdet_smallbn.layers.base.Processes',
+                                processes)
+            model.zero_grad()
+            out = model(x)
+            out.pow(3).sum().backward()
+            results.append([out, *(p.grad.clone()
+                                   for p in model.parameters())])
+            with torch.no_grad():
+                for p in model.parameters():
+                    p -= 1e-4 * p.grad
+        for a, b in zip(*results):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize('cls', [BRN, CBN, NaiveCBN, MABN])
 def test_what_is_empty_everywhere_leaves_the_running_statistics(
         cls, monkeypatch):

@@ -38,6 +38,10 @@ def test_gradients_and_trainings_are_measured(shapes, tmp_path, capsys):
     found = json.loads(out.read_text())
     assert found['training']['2 images a step'][WHOLE]['0'] == 2.
     assert 0 <= found['training']['2 images a step'][RELEASED]['0'] <= 1
+    with pytest.raises(SystemExit, match='give another --out'):
+        gradient_study.main([*command, 'training', '--lr', '0.1'])
+    with pytest.raises(SystemExit):
+        gradient_study.parse_args(['--parts', 'orthogonality'])
     values = found['orthogonality']
     assert set(values) == {'BN', WHOLE, RELEASED}
     assert all(0 < value < 1 for value in values.values())
