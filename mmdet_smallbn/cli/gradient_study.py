@@ -82,10 +82,11 @@ VARIANTS: Dict[str, dict] = {
 
 def schedules(steps: int, lr: float) -> Dict[str, Schedule]:
     """As many images seen in all; SGD's rate in proportion to a step's."""
+    burn_in = steps // 10
     return {
         '16 images': Schedule(16, 1, steps, lr, 0),
-        'normalise 2, accumulate to 16': Schedule(2, 8, steps, lr, steps // 10),
-        '2 images a step': Schedule(2, 1, 8 * steps, lr / 8, 8 * steps // 10),
+        'normalise 2, accumulate to 16': Schedule(2, 8, steps, lr, burn_in),
+        '2 images a step': Schedule(2, 1, 8 * steps, lr / 8, 8 * burn_in),
     }
 
 
@@ -147,8 +148,8 @@ def cosines(train: Images, seed: int,
             schedule: Schedule) -> Dict[str, List[float]]:
     """How well gradients of 8 batches of 2 agree with that of all 16 images.
 
-    The weights stand still at those of a BatchNorm that was trained. Every variant sees the batches so often that its
-    past is theirs, in all layers.
+    The weights stand still at those of a BatchNorm that was trained. Every
+    variant sees the batches so often that its past is theirs, in all layers.
 
     Returns:
         dict: Of each variant, the cosines by layer.

@@ -139,7 +139,8 @@ def test_an_average_of_models(tmp_path, name, update_buffers):
     for a, b in zip(hook.ema_model.module.parameters(), weights.average):
         torch.testing.assert_close(a, b)
     averaged = hook.ema_model.module.eval()
-    assert not averaged.head[1].export_states()  # it was copied before the training
+    # It was copied before the training.
+    assert not averaged.head[1].export_states()
     x = [torch.randn(3, 8, 8)] * 2
     assert averaged(x).isfinite().all()
 
