@@ -893,6 +893,9 @@ def test_the_past_is_brought_to_the_weight_that_a_block_computes(name):
     for kind in ('BN', 'CBN', 'NaiveCBN'):
         model = _build(name, kind)
         model.load_state_dict(_trained_stock(name).before)
+        for norm in _ours(model).values():
+            # Inputs without a mean: what 32 positions tell is mostly noise.
+            norm.derivative_positions = None
         _seed(1)
         x, = (_inputs(shape) for shape in CASES[name].inputs)
         model(x)
