@@ -108,7 +108,7 @@ class CBN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
             place in the window.
         derivative_positions (int, optional): How many positions of a batch's
             feature maps are remembered; at least 2. They are other ones in
-            each iteration. They give an estimate of Eq. (7), (8), which
+            each iteration, and all of a map that has no more. They give an estimate of Eq. (7), (8), which
             multiplies a small step of the weight;
             ``tools/statistics_error.py`` measures its error. None: all
             positions, without an error, at the memory of ``window_size``
