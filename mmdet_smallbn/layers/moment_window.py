@@ -86,7 +86,7 @@ class MomentWindow:
         found = x.numel() // x.size(1)
         # A few positions are all taken. An empty batch has none.
         positions = self.positions
-        if positions is None or positions >= found > 0:
+        if positions is not None and 0 < found <= positions:
             positions = None
         count = positions or found
         self._make_room(moments.mean, call, filters,
