@@ -79,13 +79,14 @@ class ConvCall(NamedTuple):
         """Those of a turn, on the axes of examples, rows and columns."""
         examples = _output_lines(x, 0, size, turn)
         positions = [_Lines(examples, examples.view(-1, 1, 1))]
+        shape = (x.size(0), *x.shape[2:])
         for axis in (0, 1):
             geometry = (self.input.size(axis + 2), self.weight.size(axis + 2),
                         self.stride[axis], self.padding[axis],
                         self.dilation[axis], self.transposed)
             if size is None:
-                lines = _output_lines(x, axis + 2, size, turn)
-                positions.append(_input_lines(axis, lines, *geometry))
+                positions.append(
+                    _table_of_all(x, _all_lines, axis, geometry, shape))
             else:
                 positions.append(
                     _table(x, _sampled_lines, axis, geometry,
@@ -124,6 +125,7 @@ def _empty_patches(call: 'LinearCall', x: Tensor, size: Optional[int],
 # Index tables, cached by the sizes of an axis.
 _TABLES: Dict[tuple, Any] = {}
 _MOST_TABLES = 4096
+_MOST_POSITIONS = 1024
 
 
 def _table(like: Tensor, make: Callable, *sizes) -> Any:
@@ -165,9 +167,25 @@ def _output_lines(x: Tensor, dim: int, size: Optional[int],
     axis = max(dim - 1, 0)
     if size is not None:
         return _table(x, _spread, axis, x.size(dim), size, turn % _TURNS)
-    shape = (x.size(0), *x.shape[2:])
-    index = torch.arange(x.numel() // x.size(1), device=x.device)
+    return _table_of_all(x, _all, axis, (x.size(0), *x.shape[2:]))
+
+
+def _table_of_all(like: Tensor, make: Callable, *sizes) -> Any:
+    """A table of all positions of a map; large ones are not kept."""
+    if math.prod(sizes[-1]) > _MOST_POSITIONS:
+        return make(*sizes, like.device)
+    return _table(like, make, *sizes)
+
+
+def _all(axis: int, shape: Tuple[int, ...], device: torch.device) -> Tensor:
+    """Lines of an axis at all positions of a map, shape (P,)."""
+    index = torch.arange(math.prod(shape), device=device)
     return index // math.prod(shape[axis + 1:]) % shape[axis]
+
+
+def _all_lines(axis: int, geometry: tuple, shape: Tuple[int, ...],
+               device: torch.device) -> _Lines:
+    return _input_lines(axis, _all(axis + 1, shape, device), *geometry)
 
 
 def _spread(axis: int, size: int, count: int, turn: int,
