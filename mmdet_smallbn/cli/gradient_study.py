@@ -60,7 +60,12 @@ class AveragedCBN(CBN, nn.BatchNorm2d, _BatchNorm):
             self.backwards.push(torch.stack([mean_g, mean_gx]))
             return self.backwards.mean()
 
-        return found._replace(share=None, gradient=average)
+        past = found.past
+        if past is not None and past.shift is not None:
+            # Of what the averages say, each past iteration gets its share.
+            past = past._replace(
+                shift=past.shift * past.share, scale=past.scale * past.share)
+        return found._replace(gradient=average, past=past)
 
 
 BN = dict(type='BN')

@@ -1,37 +1,33 @@
 """Calls of convolutions, and the input patches behind their outputs."""
 import math
-from typing import (Any, Callable, Dict, List, NamedTuple, Optional, Tuple,
-                    Union)
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
 
 
-class ConvCall(NamedTuple):
-    """One call x = conv(input; weight) + bias.
+class Filters(NamedTuple):
+    """The filters of a convolution.
 
     Attributes:
-        input (Tensor): Detached, shape (N, C_in, H_in, W_in).
-        weight (Tensor): The weight as used (after centralisation, in the
-            autocast dtype), live to autograd, shape (C, C_in / groups, kh,
-            kw); transposed (C_in, C / groups, kh, kw).
+        weight (Tensor): Live to autograd, shape (C, C_in / groups, kh, kw);
+            transposed (C_in, C / groups, kh, kw).
         bias (Tensor, optional): The bias if it trains, live to autograd,
             shape (C,).
-        stride, padding, dilation (tuple[int, int]): As in ``nn.Conv2d``.
         groups (int): As in ``nn.Conv2d``.
         transposed (bool): Whether it is ``nn.ConvTranspose2d``'s.
+        centred (bool): Whether the convolution uses each filter less its mean
+            (:class:`mmdet_smallbn.CenConv2d`). That is the same as to use the
+            filter on patches less their means.
     """
-    input: Tensor
     weight: Tensor
-    bias: Optional[Tensor]
-    stride: Tuple[int, int]
-    padding: Tuple[int, int]
-    dilation: Tuple[int, int]
-    groups: int
+    bias: Optional[Tensor] = None
+    groups: int = 1
     transposed: bool = False
+    centred: bool = False
 
     @property
-    def filters(self) -> Tensor:
+    def rows(self) -> Tensor:
         """One row for each output channel, shape (C, F), live to autograd.
 
         F = C_in / groups * kh * kw, and one more for a bias.
@@ -40,7 +36,39 @@ class ConvCall(NamedTuple):
         if self.transposed:
             by_group = weight.unflatten(0, (self.groups, -1))
             weight = by_group.transpose(1, 2).flatten(0, 1)
-        return _with_bias(weight.flatten(1), self.bias)
+        rows = weight.flatten(1)
+        if self.bias is None:
+            return rows
+        return torch.cat([rows, self.bias.to(rows.dtype).unsqueeze(1)], 1)
+
+    @property
+    def are_parameters(self) -> bool:
+        """Whether they are known before the forward pass, and in memory."""
+        weight = self.weight
+        return weight.is_leaf and weight.untyped_storage().nbytes() > 0
+
+    @property
+    def length(self) -> int:
+        """F."""
+        channels = self.weight.size(0 if self.transposed else 1)
+        if self.transposed:
+            channels //= self.groups
+        return channels * self.weight[0, 0].numel() + (self.bias is not None)
+
+
+class ConvCall(NamedTuple):
+    """One call of a convolution.
+
+    Attributes:
+        filters (Filters): With which.
+        input (Tensor): Detached, shape (N, C_in, H_in, W_in).
+        stride, padding, dilation (tuple[int, int]): As in ``nn.Conv2d``.
+    """
+    filters: Filters
+    input: Tensor
+    stride: Tuple[int, int]
+    padding: Tuple[int, int]
+    dilation: Tuple[int, int]
 
     def sample(self,
                x: Tensor,
@@ -65,64 +93,70 @@ class ConvCall(NamedTuple):
         """
         if x.numel() == 0:
             return _empty_patches(self, x, size, out)
-        examples, rows, columns = self._positions(x, size, turn)
-        patches = torch.ops.aten.index(
-            self.input, [examples.input, None, rows.input, columns.input])
-        for lines in (rows, columns):
-            if lines.met is not None:
-                patches.mul_(lines.met)
+        examples, rows, columns, met = self._positions(x, size, turn)
+        patches = torch.ops.aten.index(self.input,
+                                       [examples, None, rows, columns])
+        if met is not None:
+            patches.mul_(met)
         # From (P, kh, kw, C_in).
-        return _as_patches(patches.permute(0, 3, 1, 2), self, out)
+        return _as_patches(patches.permute(0, 3, 1, 2), self.filters, out)
 
     def _positions(self, x: Tensor, size: Optional[int],
-                   turn: int) -> List['_Lines']:
-        """Those of a turn, on the axes of examples, rows and columns."""
-        examples = _output_lines(x, 0, size, turn)
-        positions = [_Lines(examples, examples.view(-1, 1, 1))]
+                   turn: int) -> Tuple[Tensor, Tensor, Tensor,
+                                       Optional[Tensor]]:
+        """Where a turn's patches are in the input.
+
+        Returns:
+            tuple: Indices of examples, rows and columns, which broadcast to
+            (P, kh, kw); and which of these are no padding, (P, kh, kw, 1).
+        """
         shape = (x.size(0), *x.shape[2:])
-        for axis in (0, 1):
-            geometry = (self.input.size(axis + 2), self.weight.size(axis + 2),
-                        self.stride[axis], self.padding[axis],
-                        self.dilation[axis], self.transposed)
-            if size is None:
-                positions.append(
-                    _table_of_all(x, _all_lines, axis, geometry, shape))
-            else:
-                positions.append(
-                    _table(x, _sampled_lines, axis, geometry,
-                           x.size(axis + 2), size, turn % _TURNS))
-        return positions
+        geometry = [(self.input.size(axis + 2),
+                     self.filters.weight.size(axis + 2), self.stride[axis],
+                     self.padding[axis], self.dilation[axis],
+                     self.filters.transposed) for axis in (0, 1)]
+        if size is None:
+            if math.prod(shape) > _MOST_POSITIONS:
+                return _all_patches(shape, *geometry, x.device)
+            return _table(x, _all_patches, shape, *geometry)
+        turn %= _TURNS
+        examples = _table(x, _spread, 0, shape[0], size, turn)
+        rows, columns = (
+            _table(x, _sampled_lines, axis, geometry[axis], shape[axis + 1],
+                   size, turn) for axis in (0, 1))
+        met = None
+        if self.filters.transposed or any(self.padding):
+            met = _table(x, _both_met, size, turn, *geometry, *shape[1:])
+        return examples.view(-1, 1, 1), rows[0], columns[0], met
 
 
-def _with_bias(filters: Tensor, bias: Optional[Tensor]) -> Tensor:
-    if bias is None:
-        return filters
-    return torch.cat([filters, bias.to(filters.dtype).unsqueeze(1)], 1)
-
-
-def _as_patches(patches: Tensor, call: 'LinearCall',
+def _as_patches(patches: Tensor, filters: Filters,
                 out: Optional[Tensor]) -> Tensor:
     """From (P, C_in, ...) to (P, groups, F), with an input for a bias."""
-    patches = patches.unflatten(1, (call.groups, -1))
-    length = math.prod(patches.shape[2:])
+    patches = patches.unflatten(1, (filters.groups, -1))
     if out is None:
-        out = patches.new_empty(
-            (*patches.shape[:2], length + (call.bias is not None)))
-    of_weight = out[..., :length].unflatten(-1, patches.shape[2:])
-    torch.nan_to_num(patches.to(out.dtype), 0., 0., 0., out=of_weight)
-    if call.bias is not None:
-        out[..., length:] = 1
+        out = patches.new_empty((*patches.shape[:2], filters.length))
+    of_weight = out if filters.bias is None else out[..., :-1]
+    torch.nan_to_num(
+        patches.to(out.dtype), 0., 0., 0.,
+        out=of_weight.unflatten(-1, patches.shape[2:]))
+    if filters.centred:
+        of_weight.sub_(of_weight.mean(2, keepdim=True))
+    if filters.bias is not None:
+        out[..., -1] = 1
     return out
 
 
 def _empty_patches(call: 'LinearCall', x: Tensor, size: Optional[int],
                    out: Optional[Tensor]) -> Tensor:
     if out is None:
-        out = x.new_empty((size or 0, call.groups, call.filters.size(1)))
+        filters = call.filters
+        out = x.new_empty((size or 0, filters.groups, filters.length))
     return out.zero_()
 
 
-# Index tables, cached by the sizes of an axis.
+# Index tables, cached by what they depend on. Those of all positions of a
+# large map are made anew.
 _TABLES: Dict[tuple, Any] = {}
 _MOST_TABLES = 4096
 _MOST_POSITIONS = 1024
@@ -141,51 +175,16 @@ def _table(like: Tensor, make: Callable, *sizes) -> Any:
     return table
 
 
-class _Lines(NamedTuple):
-    """Where a sample's positions are on one axis.
-
-    Attributes:
-        output (Tensor): Lines of the output, shape (P,).
-        input (Tensor): Lines of the input behind them, (P, kernel), in a
-            shape that broadcasts with those of the other axes.
-        met (Tensor, optional): Whether there is such a line, and no padding.
-    """
-    output: Tensor
-    input: Tensor
-    met: Optional[Tensor] = None
-
-
 _TURNS = 8
 # Powers of the inverse of the root of x^4 = x + 1: points at multiples of
 # them, modulo 1, fill the cube evenly. For examples, rows and columns.
 _STEPS = tuple(round(1.2207440846057596**-i * 2**24) for i in (3, 1, 2))
 
 
-def _output_lines(x: Tensor, dim: int, size: Optional[int],
-                  turn: int) -> Tensor:
-    """Lines of the output on dimension 0, 2 or 3 at each position, (P,)."""
-    axis = max(dim - 1, 0)
-    if size is not None:
-        return _table(x, _spread, axis, x.size(dim), size, turn % _TURNS)
-    return _table_of_all(x, _all, axis, (x.size(0), *x.shape[2:]))
-
-
-def _table_of_all(like: Tensor, make: Callable, *sizes) -> Any:
-    """A table of all positions of a map; large ones are not kept."""
-    if math.prod(sizes[-1]) > _MOST_POSITIONS:
-        return make(*sizes, like.device)
-    return _table(like, make, *sizes)
-
-
 def _all(axis: int, shape: Tuple[int, ...], device: torch.device) -> Tensor:
     """Lines of an axis at all positions of a map, shape (P,)."""
     index = torch.arange(math.prod(shape), device=device)
     return index // math.prod(shape[axis + 1:]) % shape[axis]
-
-
-def _all_lines(axis: int, geometry: tuple, shape: Tuple[int, ...],
-               device: torch.device) -> _Lines:
-    return _input_lines(axis, _all(axis + 1, shape, device), *geometry)
 
 
 def _spread(axis: int, size: int, count: int, turn: int,
@@ -196,16 +195,41 @@ def _spread(axis: int, size: int, count: int, turn: int,
     return (point + 2**23) % 2**24 * size // 2**24
 
 
+def _all_patches(shape: Tuple[int, ...], row_geometry: tuple,
+                 column_geometry: tuple, device: torch.device) -> tuple:
+    """What :meth:`ConvCall._positions` gives, of all positions."""
+    examples, *lines = (_all(axis, shape, device) for axis in range(3))
+    rows, columns = (
+        _input_lines(axis, lines[axis], *geometry)
+        for axis, geometry in enumerate((row_geometry, column_geometry)))
+    return (examples.view(-1, 1, 1), rows[0], columns[0],
+            (rows[1] & columns[1]).unsqueeze(-1))
+
+
 def _sampled_lines(axis: int, geometry: tuple, out: int, count: int,
-                   turn: int, device: torch.device) -> _Lines:
+                   turn: int, device: torch.device) -> tuple:
     lines = _spread(axis + 1, out, count, turn, device)
     return _input_lines(axis, lines, *geometry)
 
 
+def _both_met(count: int, turn: int, row_geometry: tuple,
+              column_geometry: tuple, height: int, width: int,
+              device: torch.device) -> Tensor:
+    """Where a sample's patches meet the input, shape (count, kh, kw, 1)."""
+    (_, rows), (_, columns) = (
+        _sampled_lines(axis, geometry, out, count, turn, device)
+        for axis, geometry, out in ((0, row_geometry, height),
+                                    (1, column_geometry, width)))
+    return (rows & columns).unsqueeze(-1)
+
+
 def _input_lines(axis: int, output: Tensor, size: int, kernel: int,
                  stride: int, padding: int, dilation: int,
-                 transposed: bool) -> _Lines:
-    """Lines of the input behind lines of the output."""
+                 transposed: bool) -> Tuple[Tensor, Tensor]:
+    """Lines of the input behind lines of the output, and which there are.
+
+    Both broadcast to (P, kh, kw).
+    """
     taps = torch.arange(kernel, device=output.device) * dilation - padding
     lines = output.unsqueeze(1)
     lines = lines - taps if transposed else lines * stride + taps
@@ -214,9 +238,7 @@ def _input_lines(axis: int, output: Tensor, size: int, kernel: int,
         met &= lines % stride == 0
         lines = lines // stride
     shape = (len(output), *((-1, 1) if axis == 0 else (1, -1)))
-    lines = lines.clamp(0, size - 1).view(shape)
-    met = met.view(*shape, 1) if padding or transposed else None
-    return _Lines(output, lines, met)
+    return lines.clamp(0, size - 1).view(shape), met.view(shape)
 
 
 class DeformCall(NamedTuple):
@@ -226,32 +248,23 @@ class DeformCall(NamedTuple):
     was: it is linear in its filters.
 
     Attributes:
+        filters (Filters): With which.
         input (Tensor): Detached, shape (N, C_in, H_in, W_in).
         offset (Tensor): Steps of the places, row and column, shape (N,
             2 * deform_groups * kh * kw, H, W).
         mask (Tensor, optional): Weights of the places, shape (N,
             deform_groups * kh * kw, H, W). None: 1.
-        weight (Tensor): Live to autograd, shape (C, C_in / groups, kh, kw).
-        bias (Tensor, optional): As of :class:`ConvCall`.
         stride, padding, dilation (tuple[int, int]): As in ``nn.Conv2d``.
-        groups, deform_groups (int): Groups of channels with filters, and with
-            places, of their own.
+        deform_groups (int): Groups of channels with places of their own.
     """
+    filters: Filters
     input: Tensor
     offset: Tensor
     mask: Optional[Tensor]
-    weight: Tensor
-    bias: Optional[Tensor]
     stride: Tuple[int, int]
     padding: Tuple[int, int]
     dilation: Tuple[int, int]
-    groups: int
     deform_groups: int
-
-    @property
-    def filters(self) -> Tensor:
-        """As :attr:`ConvCall.filters`."""
-        return _with_bias(self.weight.flatten(1), self.bias)
 
     def sample(self,
                x: Tensor,
@@ -262,8 +275,11 @@ class DeformCall(NamedTuple):
         if x.numel() == 0:
             return _empty_patches(self, x, size, out)
         n, _, height, width = self.input.shape
+        shape = (x.size(0), *x.shape[2:])
         examples, rows, columns = (
-            _output_lines(x, dim, size, turn) for dim in (0, 2, 3))
+            _all(axis, shape, x.device) if size is None else
+            _table(x, _spread, axis, shape[axis], size, turn % _TURNS)
+            for axis in range(3))
         count, places = len(examples), (self.deform_groups, -1)
         # Where each tap looks, shape (P, deform_groups, kh * kw).
         offset = self.offset[examples, :, rows, columns].view(
@@ -291,11 +307,12 @@ class DeformCall(NamedTuple):
             patches = patches * mask.unsqueeze(-1)
         # From (P, deform_groups, kh * kw, C_in / deform_groups).
         patches = patches.transpose(2, 3).flatten(1, 2)
-        return _as_patches(patches, self, out)
+        return _as_patches(patches, self.filters, out)
 
     def _taps(self, lines: Tensor, axis: int) -> Tensor:
         """Lines of the input that undeformed taps meet, (P, kernel)."""
-        taps = torch.arange(self.weight.size(axis + 2), device=lines.device)
+        taps = torch.arange(
+            self.filters.weight.size(axis + 2), device=lines.device)
         return lines.unsqueeze(1) * self.stride[axis] + (
             taps * self.dilation[axis] - self.padding[axis])
 

@@ -1,9 +1,15 @@
 """Per-channel moments of a feature map, and how several are pooled."""
 import math
-from typing import Callable, NamedTuple, Tuple, Union
+from typing import Callable, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
+
+# From this batch's means of g and of g * x_hat, where g is the gradient by
+# the normalised x_hat, to the values that the backward uses in their place.
+# None for the first: it is zero, the mean is not subtracted.
+GradientStatistics = Callable[[Tensor, Tensor], Tuple[Optional[Tensor],
+                                                      Tensor]]
 
 
 class Moments(NamedTuple):
@@ -55,7 +61,10 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if half else x.dtype
 
 
-def batch_moments(x: Tensor) -> Moments:
+def batch_moments(x: Tensor,
+                  running_mean: Optional[Tensor] = None,
+                  running_var: Optional[Tensor] = None,
+                  momentum: float = 0.) -> Moments:
     """Mean and biased variance of each channel over (N, H, W).
 
     One fused pass. The result is in float32 for half-precision inputs and in
@@ -65,6 +74,9 @@ def batch_moments(x: Tensor) -> Moments:
     Args:
         x (Tensor): Shape (N, C, H, W). Of an empty one the moments are 0,
             with a count of 0.
+        running_mean, running_var (Tensor, optional): To update on the way, as
+            ``nn.BatchNorm2d`` does; in the dtype of the moments.
+        momentum (float): Weight of this batch in them.
 
     Returns:
         Moments: Mean and variance of shape (C,), and the count N * H * W.
@@ -72,13 +84,14 @@ def batch_moments(x: Tensor) -> Moments:
     if x.numel() == 0:
         return _no_moments(x, (x.size(1), ))
     with torch.no_grad():
-        running = (None, None)
         dtype = statistics_dtype(x)
-        if dtype != x.dtype:
+        if running_mean is None and dtype != x.dtype:
             # The kernel's results take the dtype of the running buffers:
             # these two only ask it for float32.
-            running = tuple(x.new_zeros((2, x.size(1)), dtype=dtype))
-        mean, var = torch.batch_norm_update_stats(x.detach(), *running, 0.)
+            running_mean, running_var = x.new_zeros((2, x.size(1)),
+                                                    dtype=dtype)
+        mean, var = torch.batch_norm_update_stats(
+            x.detach(), running_mean, running_var, momentum)
     return Moments(mean, var, x.numel() // x.size(1))
 
 
@@ -135,21 +148,22 @@ def pool_moments(means: Tensor, variances: Tensor,
     return mean, (weights * scatter).sum(0) / total
 
 
-def mix_moments(mean: Tensor, var: Tensor, new_mean: Tensor, new_var: Tensor,
-                weight) -> Tuple[Tensor, Tensor]:
+def mix_moments(moments: Tensor, new: Tensor, weight) -> Tensor:
     """Two batches' moments mixed: :func:`pool_moments` of two.
 
     Args:
-        mean, var (Tensor): Mean and biased variance of the first.
-        new_mean, new_var (Tensor): Of the second.
+        moments (Tensor): Mean and biased variance of the first, shape
+            (2, ...).
+        new (Tensor): Of the second, same shape.
         weight (float | Tensor): Weight of the second, from 0 to 1.
 
     Returns:
-        tuple[Tensor, Tensor]: Mean and biased variance of the mixture.
+        Tensor: Mean and biased variance of the mixture, same shape.
     """
-    between = (new_mean - mean).square() * (weight * (1 - weight))
-    return (torch.lerp(mean, new_mean, weight),
-            torch.lerp(var, new_var, weight) + between)
+    mixed = torch.lerp(moments, new, weight)
+    # Their product is weight * (1 - weight) times the squared distance.
+    mixed[1].addcmul_(new[0] - mixed[0], mixed[0] - moments[0])
+    return mixed
 
 
 def average_groups(values: Tensor, num_groups: int,

@@ -1,10 +1,10 @@
-r"""The past of CBN at today's weight (arXiv:2002.05712), Eq. (7)-(12).
+r"""CBN's statistics (arXiv:2002.05712), Eq. (7)-(11), in the paper's order.
 
-A few positions of each past iteration are remembered: their input patches p
-and the outputs y that the filters :math:`\theta_{t-\tau}` of then made of
-them. Replaying them means to apply today's filters to the same patches. With
-the step of each output, :math:`d_i = \langle p_i, \theta_t\rangle - y_i`, the
-moments of that iteration move, to first order, by
+A layer remembers a few positions of each past iteration: their input patches
+p, and the outputs y that the filters of that iteration made of them. To replay
+them is to apply today's filters to the same patches. With the step of each
+output, :math:`d_i = \langle p_i, \theta_t\rangle - y_i`, the moments of that
+iteration move, to first order, by
 
 .. math::
     \Delta\mu = \frac1P \sum_i d_i, \qquad
@@ -18,14 +18,17 @@ place of the mean square. Eq. (10), :math:`\max[\nu, \mu^2]`, reads
     \sigma^2_{t-\tau}(\theta_t) = \max\left(
         \sigma^2 + \Delta\sigma^2 - \Delta\mu^2,\ 0\right).
 
-At the weight that an iteration was computed with, d is 0 and its moments are
-exact, however few positions there are. Only channel j's own filter moves
-channel j's moments (Appendix B), and convolution is linear in its filters, so
-nothing else of the convolution matters: not its stride, its padding, or
-whether it is transposed. A bias is a filter's weight for an input that is
-always 1.
+If the weights have not changed, d is 0 and the moments are exact, however few
+positions there are. Only channel j's own filter moves channel j's moments
+(Appendix B), and a convolution is linear in its filters. So stride, padding
+and transposition do not matter here, and a bias is a filter's weight for an
+input that is always 1.
+
+All functions take several layers at once, side by side over their channels:
+C is the number of channels of all of them, k the window size. Eq. (12) is
+:func:`mmdet_smallbn.functional.normalize`.
 """
-from typing import Callable, NamedTuple, Optional, Tuple, Union
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -36,243 +39,356 @@ from .sync import Processes
 
 
 class Memory(NamedTuple):
-    """What is remembered of the last k iterations of a layer.
+    """What layers remember of their last iterations.
 
     Attributes:
-        moments (Tensor): Means and biased variances, shape (2, k, C).
-        patches (Tensor, optional): Input patches, shape (k, P, groups, F).
-            None: the moments do not move.
-        outputs (Tensor, optional): What the filters of then made of them,
-            shape (k, P, C).
-        mean_scale (Tensor, optional): 1 / P of each iteration, shape (k, 1).
-            Where P is less than in others, patches and outputs behind it are
-            0.
-        var_factor (Tensor, optional): Between the scales of Eq. (8) and (7),
-            shape (k, 1): 2 P / (P - 1), or 2 if the positions are all that
-            the batch had.
-        part (Tensor, optional): This process's part of each batch, shape
-            (k, 1), if several processes share it.
-        offset (Tensor, optional): From the batch's mean to that of this
-            process's part of it, shape (k, C).
+        moments (Tensor): Means and biased variances, shape (2, C, k).
+        outputs (Tensor): Remembered outputs y, shape (C, k, P). If an
+            iteration has fewer positions, the rest is 0. P may be 0: the
+            moments do not move.
+        scales (Tensor): Of the sums in Eq. (7) and (8), shape (2, C, k):
+            1 / P and 2 / (P - 1), or 2 / P if the positions are all that the
+            batch had.
+        is_past (Tensor): Whether a place holds a past iteration, shape
+            (C, k).
+        parts (Tensor, optional): If processes share a batch, shape
+            (2, C, k): the part of this process in it, and the distance from
+            the batch's mean to that of this part.
     """
     moments: Tensor
-    patches: Optional[Tensor] = None
-    outputs: Optional[Tensor] = None
-    mean_scale: Optional[Tensor] = None
-    var_factor: Optional[Tensor] = None
-    part: Optional[Tensor] = None
-    offset: Optional[Tensor] = None
+    outputs: Tensor
+    scales: Tensor
+    is_past: Tensor
+    parts: Optional[Tensor] = None
 
 
 class Replay(NamedTuple):
-    """The moments of k iterations at today's weight.
+    """Moments of past iterations at today's weight.
 
     Attributes:
-        mean, var (Tensor): Eq. (7), (8), (10), shape (k, C).
-        mean_step (Tensor, optional): How far the mean has moved, shape
-            (k, C). None: nothing moves.
-        centred (Tensor, optional): The remembered outputs less their means,
-            shape (k, P, C).
+        mean, var (Tensor): Eq. (7), (8), (10), shape (C, k).
+        mean_step (Tensor): How far the mean has moved, shape (C, k).
+        centred (Tensor): Remembered outputs less their mean, (C, k, P).
     """
     mean: Tensor
     var: Tensor
-    mean_step: Optional[Tensor] = None
-    centred: Optional[Tensor] = None
+    mean_step: Tensor
+    centred: Tensor
 
 
 class Pooled(NamedTuple):
-    """The moments of the window, Eq. (9)-(11).
+    """Moments of the past part of a window.
 
     Attributes:
-        mean, var (Tensor): Shape (C,).
-        share (Tensor): Weight of an iteration in them, shape (C,).
-        unused (Tensor): Whether an iteration has no weight, shape (k, C).
+        moments (Tensor): Mean and biased variance, shape (2, C).
+        share (Tensor): Weight of one iteration in the window, shape (C,).
+        used (Tensor): Whether an iteration counts, shape (C, k).
     """
-    mean: Tensor
-    var: Tensor
+    moments: Tensor
     share: Tensor
-    unused: Tensor
-
-
-def _as_it_is(values: Tensor) -> torch.autocast:
-    """Autocast would run the products in half precision."""
-    return torch.autocast(values.device.type, enabled=False)
+    used: Tensor
 
 
 @torch.no_grad()
-def apply_filters(patches: Tensor, filters: Tensor) -> Tensor:
+def apply_filters(filters: Tensor, patches: Tensor, out: Tensor) -> Tensor:
     """Outputs of a convolution at some positions.
 
     Args:
-        patches (Tensor): Shape (..., groups, F).
         filters (Tensor): Shape (C, F).
+        patches (Tensor): Shape (N, groups, F).
+        out (Tensor): Where to write the outputs, shape (C, N), in the dtype
+            of the patches. Autocast has no say in it.
 
     Returns:
-        Tensor: Shape (..., C), in the dtype of the patches.
+        Tensor: ``out``.
     """
-    *shape, groups, length = patches.shape
-    rows = patches.reshape(-1, groups, length)
-    filters = filters.detach().to(patches.dtype).view(groups, -1, length)
-    with _as_it_is(rows):
-        if groups == 1:
-            outputs = rows.squeeze(1) @ filters[0].t()
-        else:
-            outputs = torch.bmm(
-                rows.transpose(0, 1), filters.transpose(1, 2)).transpose(0, 1)
-    return outputs.reshape(*shape, -1)
+    filters = filters.to(patches.dtype)
+    groups = patches.size(1)
+    if groups == 1:
+        return torch.mm(filters, patches.squeeze(1).t(), out=out)
+    torch.bmm(
+        filters.unflatten(0, (groups, -1)), patches.permute(1, 2, 0),
+        out=out.unflatten(0, (groups, -1)))
+    return out
 
 
 @torch.no_grad()
 def replay(memory: Memory,
-           now: Optional[Tensor] = None,
+           now: Tensor,
            processes: Optional[Processes] = None) -> Replay:
-    """Eq. (7), (8) and (10): the moments of past iterations, now.
+    """Eq. (7), (8) and (10).
 
     Args:
         memory (Memory): What is remembered.
-        now (Tensor, optional): What today's filters make of the patches,
-            shape (k, P, C); used up. None: the moments are used as they are.
+        now (Tensor): What today's filters make of the patches, shape
+            (C, k, P). It is overwritten.
         processes (Processes, optional): Who has the other parts. One
             collective.
 
     Returns:
-        Replay: The moments at today's weight.
+        Replay: Moments at today's weight.
     """
     mean, var = memory.moments
-    if now is None:
-        return Replay(mean, var)
+    mean_scale, var_scale = memory.scales
     step = now.sub_(memory.outputs)
-    mean_step = _mean(step, memory.mean_scale)
-    centred = memory.outputs - _mean(memory.outputs,
-                                     memory.mean_scale).unsqueeze(1)
-    var_step = _mean(step.mul_(centred), memory.mean_scale)
-    var_step = var_step.mul_(memory.var_factor)
+    mean_step = step.sum(2).mul_(mean_scale)
+    output_mean = memory.outputs.sum(2).mul_(mean_scale)
+    centred = memory.outputs - output_mean.unsqueeze(2)
+    var_step = step.mul_(centred).sum(2).mul_(var_scale)
     if processes is not None:
-        # About the mean of the whole batch.
-        var_step = var_step + 2 * memory.offset * mean_step
+        part, offset = memory.parts  # about the mean of the whole batch
+        var_step.addcmul_(offset, mean_step, value=2)
         mean_step, var_step = processes.sum(
-            torch.stack([mean_step, var_step]) * memory.part)
-    var = torch.addcmul(var_step.add_(var), mean_step, mean_step, value=-1)
+            torch.stack([mean_step, var_step]).mul_(part))
+    var = (var + var_step).addcmul_(mean_step, mean_step, value=-1)
     return Replay(mean + mean_step, var.clamp_(min=0), mean_step, centred)
 
 
-def _mean(values: Tensor, scale: Tensor) -> Tensor:
-    """Mean over the positions, of shape (k, P, C)."""
-    return values.sum(1).mul_(scale)
-
-
 @torch.no_grad()
-def pool(past: Replay,
-         place: int,
-         is_there: Union[bool, Tensor] = True) -> Pooled:
-    r"""Eq. (9)-(11): the moments of the window.
+def pool(past: Replay, is_past: Tensor) -> Pooled:
+    r"""Eq. (9)-(11), of the past iterations alone.
 
     :math:`\bar\nu - \bar\mu^2` is the mean of :math:`\sigma^2_\tau +
     (\mu_\tau - \bar\mu)^2`. Every iteration has the same weight, whatever
-    its batch size. A past iteration whose moments are not finite in a
-    channel has no weight in it. The present one always has: the loss shows
-    what is wrong with it.
+    its batch size. If an iteration's moments are not finite in a channel, it
+    does not count there. The present iteration comes in by
+    :func:`mmdet_smallbn.functional.mix_moments`, with the weight ``share``;
+    it always counts, so that the loss shows what is wrong with it.
 
     Args:
-        past (Replay): Moments of the k iterations.
-        place (int): Which of them is the present one.
-        is_there (bool | Tensor): False if the present one is an empty batch.
+        past (Replay): Moments at today's weight.
+        is_past (Tensor): As in :class:`Memory`.
 
     Returns:
         Pooled: Mean, biased variance and weights.
     """
-    present = past.mean[place]
-    values = present.new_empty((2, *past.mean.shape))
-    # About the present mean, which is not far: nothing cancels.
-    away = torch.sub(past.mean, present, out=values[0])
-    square = torch.addcmul(past.var, away, away, out=values[1])
-    unused = square - square != 0  # not finite
-    if is_there is True:
-        unused[place].fill_(False)
-    else:
-        unused[place] = ~is_there
-    share = (len(away) - unused.sum(0, dtype=away.dtype)).reciprocal_()
-    away, square = values.masked_fill_(unused, 0).sum(1).mul_(share)
-    return Pooled(present + away,
-                  torch.addcmul(square, away, away, value=-1), share, unused)
+    both = past.mean + past.var
+    used = both.sub_(both).eq(0).logical_and_(is_past)
+    count = used.sum(1, dtype=both.dtype)
+    per_count = count.clamp(min=1).reciprocal_().unsqueeze(1)
+    unused = used.logical_not()
+    mean = past.mean.masked_fill(unused, 0).sum(1, keepdim=True)
+    mean.mul_(per_count)
+    away = past.mean - mean
+    var = torch.addcmul(past.var, away, away).masked_fill_(unused, 0)
+    var = var.sum(1, keepdim=True).mul_(per_count)
+    return Pooled(
+        torch.cat([mean, var], 1).t(), count.add_(1).reciprocal_(), used)
+
+
+class Loan:
+    """Patches that a backward pass is going to need.
+
+    Attributes:
+        patches (Tensor): Shape (N, groups, F).
+        is_open (bool): Whether the backward pass is still to come.
+    """
+
+    def __init__(self, patches: Tensor) -> None:
+        self.patches = patches
+        self.is_open = True
+        self._version: Optional[int] = None
+        self.given: Optional[Tuple[Tensor, Tensor, Tensor]] = None
+
+    def seal(self) -> None:
+        """From now on nobody may write to the patches."""
+        self._version = self.patches._version
+
+    def give(self, mean: Tensor, inv_std: Tensor, scale: Tensor) -> None:
+        """What a layer's backward pass knows of its forward pass.
+
+        Args:
+            mean, inv_std (Tensor): What it normalised with, shape (C,).
+            scale (Tensor): From its sums of g and g * x_hat to the part of
+                one iteration in the gradient, shape (C,).
+        """
+        self.given = mean, inv_std, scale
+
+    def close(self) -> None:
+        """The backward pass is here.
+
+        Raises:
+            RuntimeError: If another forward pass has written to the patches.
+        """
+        self.is_open = False
+        if self._version not in (None, self.patches._version):
+            raise RuntimeError(
+                'a graph with CBN cannot be walked a second time after '
+                'another forward pass of the layer. Run all backward passes '
+                'of a forward pass before the next one')
+
+
+class Past(NamedTuple):
+    """The past of one layer, at today's weight.
+
+    Attributes:
+        moments (Tensor): Mean and biased variance of the past iterations,
+            shape (2, C).
+        share (Tensor): Weight of one iteration in the window, shape (C,).
+        shift, scale (Tensor, optional): Zeros of shape (C,), live to
+            autograd. To first order, a change of today's filters changes the
+            layer's shift and scale, by way of the past's moments. These two
+            stand for that.
+        loan (Loan, optional): What the gradient needs.
+    """
+    moments: Tensor
+    share: Tensor
+    shift: Optional[Tensor] = None
+    scale: Optional[Tensor] = None
+    loan: Optional[Loan] = None
+
+
+class Follower(NamedTuple):
+    """A layer whose past follows today's filters in the backward pass.
+
+    Attributes:
+        filters (Tensor): Live to autograd, shape (C, F).
+        patches (Tensor): Shape (k * P, groups, F).
+    """
+    filters: Tensor
+    patches: Tensor
 
 
 class _FollowFilters(Function):
 
     @staticmethod
-    def forward(ctx, filters, memory, past, pooled, place, done):
-        ctx.save_for_backward(memory.patches, past.centred)
-        ctx.memory = memory._replace(patches=None, outputs=None)
-        ctx.past = past._replace(centred=None)
-        ctx.pooled = pooled
-        ctx.place = place
-        ctx.done = done
-        ctx.dtype = filters.dtype
-        return pooled.mean.detach(), pooled.var.detach()
+    def forward(ctx, gradient, loans, *filters):
+        ctx.set_materialize_grads(False)
+        ctx.gradient = gradient
+        ctx.loans = loans
+        ctx.dtypes = [f.dtype for f in filters]
+        sizes = [len(f) for f in filters]
+        zeros = gradient.pooled.moments.new_zeros(2, sum(sizes))
+        return (*zeros[0].split(sizes), *zeros[1].split(sizes))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_mean, grad_var):
-        memory, past, pooled = ctx.memory, ctx.past, ctx.pooled
-        patches, centred = ctx.saved_tensors
-        ctx.done()
-        # By the moments of each iteration, through Eq. (9)-(11); the present
-        # one's are x's. The scale is that of Eq. (7).
-        weight = pooled.share * memory.mean_scale
-        weight[ctx.place].fill_(0)
-        by_var = weight * grad_var
-        by_mean = torch.addcmul(
-            weight * grad_mean, by_var, past.mean - pooled.mean, value=2)
-        # By the outputs at the positions, through Eq. (10), (8), (7).
-        by_var = by_var.mul_(past.var > 0)
-        by_mean = by_mean.addcmul_(by_var, past.mean_step, value=-2)
-        if memory.part is not None:
-            by_mean = (by_mean + 2 * by_var * memory.offset) * memory.part
-            by_var = by_var * memory.part
-        by_var = by_var * memory.var_factor
-        # What is not used may be NaN, and 0 times it is to be 0.
-        by_mean, by_var = (
-            by.masked_fill_(pooled.unused, 0).unsqueeze(1)
-            for by in (by_mean, by_var))
-        by_output = torch.addcmul(by_mean, centred, by_var).flatten(0, 1)
-        patches = patches.flatten(0, 1)
-        groups = patches.size(1)
-        with _as_it_is(patches):
-            if groups == 1:
-                grad = by_output.t() @ patches.squeeze(1)
-            else:
-                grad = torch.bmm(
-                    by_output.unflatten(1, (groups, -1)).permute(1, 2, 0),
-                    patches.transpose(0, 1)).flatten(0, 1)
-        return grad.to(ctx.dtype), None, None, None, None, None
+    def backward(ctx, *sums):
+        count = len(ctx.loans)
+        by_filters = ctx.gradient.by_filters(
+            ctx.loans, list(zip(sums[:count], sums[count:])))
+        return (None, None, *(by if by is None else by.to(dtype)
+                              for by, dtype in zip(by_filters, ctx.dtypes)))
 
 
-def follow_filters(filters: Tensor,
-                   memory: Memory,
-                   past: Replay,
-                   pooled: Pooled,
-                   place: int,
-                   done: Callable[[], None] = lambda: None
-                   ) -> Tuple[Tensor, Tensor]:
-    r"""The pooled moments, as functions of today's filters.
+class _Gradient:
+    r"""The gradient of the pooled moments by today's filters.
 
     The paper's gradients flow "to the network weights and activations at the
     current iteration, :math:`\theta_t` and :math:`x_t`": Eq. (7), (8) are
-    functions of :math:`\theta_t`. What was remembered is constant. The part
-    of the present iteration's moments is not in this gradient; it is that of
-    :func:`normalize` with ``share``.
+    functions of :math:`\theta_t`. What is remembered is constant. The present
+    iteration's own moments are no part of this gradient.
+    """
+
+    def __init__(self, memory: Memory, past: Replay, pooled: Pooled,
+                 channels: List[slice]) -> None:
+        self.pooled = pooled
+        self._centred = past.centred
+        self._channels = channels
+        self._coefficients = self._of_outputs(memory, past, pooled)
+
+    @staticmethod
+    @torch.no_grad()
+    def _of_outputs(memory: Memory, past: Replay,
+                    pooled: Pooled) -> Tuple[Tensor, Tensor, Tensor]:
+        """From the gradient by one iteration's part to that by its outputs.
+
+        An output's gradient is ``a * by_mean + (2 * b + c * centred) *
+        by_var``. Each has shape (C, k). Through Eq. (9)-(11), (10), (8), (7).
+        """
+        kept = past.var.sign()  # 0 where Eq. (10) clamps
+        away = past.mean - pooled.moments[0].unsqueeze(1)
+        a, c = memory.scales
+        b = away.addcmul_(kept, past.mean_step, value=-1)
+        a, c = a.clone(), c * kept
+        if memory.parts is not None:
+            part, offset = memory.parts
+            b.addcmul_(offset, kept)
+            a, c = a.mul_(part), c.mul_(part)
+        return a, b.mul_(a), c
+
+    def by_filters(self, loans: Sequence[Loan],
+                   sums: Sequence[tuple]) -> List[Optional[Tensor]]:
+        """Gradient by each layer's filters; None if no sums came to it."""
+        live = [i for i, pair in enumerate(sums) if pair[0] is not None]
+        if not live:
+            return [None] * len(sums)
+        pasts = torch.cat([
+            self.pooled.moments[0, self._channels[i]] for i in live])
+        mean, inv_std, scale, sum_g, sum_gx = (
+            torch.cat(values) for values in zip(*(
+                (*loans[i].given, *sums[i]) for i in live)))
+        by_mean = sum_g.mul_(inv_std.neg().mul_(scale))
+        by_var = sum_gx.mul_(inv_std).mul_(inv_std).mul_(scale).mul_(-0.5)
+        # Moments are pooled about the mean of the window, not of its past.
+        by_mean.addcmul_(by_var, mean.sub_(pasts), value=-2)
+        a, b, c, centred, used = (
+            self._of(live, values)
+            for values in (*self._coefficients, self._centred,
+                           self.pooled.used))
+        by_mean, by_var = by_mean.unsqueeze(1), by_var.unsqueeze(1)
+        by_mean = (a * by_mean).addcmul_(b, by_var, value=2)
+        by_var = c * by_var
+        by_output = torch.addcmul(
+            by_mean.unsqueeze(2), centred, by_var.unsqueeze(2))
+        # What does not count may be NaN, and 0 times it is to be 0.
+        by_output.masked_fill_(used.logical_not().unsqueeze(2), 0)
+        found: List[Optional[Tensor]] = [None] * len(sums)
+        start = 0
+        for i in live:
+            loans[i].close()
+            stop = start + len(sums[i][0])
+            found[i] = _by_filters(by_output[start:stop].flatten(1),
+                                   loans[i].patches)
+            start = stop
+        return found
+
+    def _of(self, live: List[int], values: Tensor) -> Tensor:
+        if len(live) == len(self._channels) and (
+                sum(c.stop - c.start for c in self._channels) == len(values)):
+            return values
+        return torch.cat([values[self._channels[i]] for i in live])
+
+
+def _by_filters(by_output: Tensor, patches: Tensor) -> Tensor:
+    """From the gradient by outputs, (C, N), to that by filters, (C, F)."""
+    groups, length = patches.shape[1:]
+    found = patches.new_empty(len(by_output), length)
+    if groups == 1:
+        return torch.mm(by_output, patches.squeeze(1), out=found)
+    torch.bmm(
+        by_output.unflatten(0, (groups, -1)), patches.transpose(0, 1),
+        out=found.unflatten(0, (groups, -1)))
+    return found
+
+
+def follow_filters(memory: Memory, past: Replay, pooled: Pooled,
+                   channels: Sequence[slice],
+                   followers: Sequence[Optional[Follower]]) -> List[Past]:
+    """Hand each layer its past, as a function of today's filters.
 
     Args:
-        filters (Tensor): Today's, shape (C, F), live to autograd.
-        memory (Memory): What was replayed.
+        memory (Memory): What was replayed, of all layers.
         past (Replay): What :func:`replay` gave.
         pooled (Pooled): What :func:`pool` gave.
-        place (int): Which iteration is the present one.
-        done (callable): Called once the backward pass needs the patches no
-            more.
+        channels (Sequence[slice]): Those of each layer.
+        followers (Sequence[Follower, optional]): None: the gradient does not
+            flow to the layer's filters.
 
     Returns:
-        tuple[Tensor, Tensor]: Mean and variance of shape (C,).
+        list[Past]: Of each layer.
     """
-    return _FollowFilters.apply(filters, memory, past, pooled, place, done)
-
+    pasts = [
+        Past(pooled.moments[:, own], pooled.share[own]) for own in channels]
+    live = [i for i, follower in enumerate(followers) if follower is not None]
+    if not live:
+        return pasts
+    loans = [Loan(followers[i].patches) for i in live]
+    gradient = _Gradient(memory, past, pooled, [channels[i] for i in live])
+    with torch.enable_grad():
+        zeros = _FollowFilters.apply(gradient, loans,
+                                     *(followers[i].filters for i in live))
+    for place, (i, loan) in enumerate(zip(live, loans)):
+        pasts[i] = pasts[i]._replace(
+            shift=zeros[place], scale=zeros[len(live) + place], loan=loan)
+    return pasts

@@ -1,13 +1,13 @@
 """Statistics of a batch that several processes share."""
 from itertools import accumulate
-from typing import List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .moments import Moments, average_groups, pool_moments
-from .normalize import GradientStatistics
+from .moments import (GradientStatistics, Moments, average_groups,
+                      pool_moments)
 
 
 class Processes:
@@ -24,6 +24,26 @@ class Processes:
                 and dist.get_world_size() > 1):
             return cls()
         return None
+
+    def check_alike(self, values: Dict[str, Any], what: str) -> None:
+        """Make sure that all processes have the same. One collective.
+
+        Args:
+            values (dict): What this one has, by name.
+            what (str): What that is, for the message.
+
+        Raises:
+            RuntimeError: In all of them, if one differs.
+        """
+        theirs: List[Dict[str, Any]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(theirs, values)
+        for rank, other in enumerate(theirs):
+            for name in (*values, *other):
+                if values.get(name) != other.get(name):
+                    raise RuntimeError(
+                        f'processes differ in the {what}: {name!r} has '
+                        f'{values.get(name)} in process {dist.get_rank()} '
+                        f'and {other.get(name)} in process {rank}')
 
     @staticmethod
     def _gather(part: Tensor) -> Tensor:
@@ -61,14 +81,15 @@ class Processes:
 
     def gradient_statistics(self,
                             part: Tensor,
-                            then: Optional[GradientStatistics] = None
-                            ) -> GradientStatistics:
+                            then: Union[Tensor, GradientStatistics,
+                                        None] = None) -> GradientStatistics:
         """Gradient statistics of the joint batch, for :func:`normalize`.
 
         Args:
             part (Tensor): This process's part of the joint batch's values, a
                 scalar from 0 to 1.
-            then (callable, optional): What to make of them further.
+            then (Tensor | callable, optional): What to make of them further;
+                the ``gradient`` of :func:`normalize`.
 
         Returns:
             callable: One collective of 2 C values a backward pass.
@@ -77,7 +98,9 @@ class Processes:
         def joint(mean_g: Tensor, mean_gx: Tensor):
             # Of an empty part the means are 0, and the part is 0.
             both = self.sum(torch.stack([mean_g, mean_gx]) * part)
-            return tuple(both) if then is None else then(*both)
+            if callable(then):
+                return then(*both)
+            return tuple(both if then is None else both * then)
 
         return joint
 

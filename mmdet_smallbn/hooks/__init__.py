@@ -2,9 +2,10 @@
 from .burn_in_hook import BurnInHook
 from .example_weight_hook import ExampleWeightHook
 from .model import bare_model, calibrate, kept_asleep
+from .norm_hook import SmallBatchNormHook
 from .statistics_hook import StatisticsHook
 
 __all__ = [
-    'BurnInHook', 'ExampleWeightHook', 'StatisticsHook', 'bare_model',
-    'calibrate', 'kept_asleep'
+    'BurnInHook', 'ExampleWeightHook', 'SmallBatchNormHook', 'StatisticsHook',
+    'bare_model', 'calibrate', 'kept_asleep'
 ]

@@ -6,14 +6,40 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import (Moments, Processes, batch_moments, normalize,
-                          normalize_for_inference)
-from .checks import check_at_least
+                          normalize_for_inference, statistics_dtype)
+from .checks import check_at_least, check_input, name_of
 from .forward_pass import ForwardPass, current_pass, run_eagerly
 from .recomputation import FirstPasses
 from .statistics import Batch, Statistics
 
 # No model calls a layer so often: the iteration is not told any more.
 MAX_CALLS = 64
+
+
+class TrainingLoop:
+    """What a training loop tells its layers, in one object for all of them.
+
+    Attributes:
+        iteration (int, optional): None: unknown, and every training forward
+            is an iteration of its own.
+        gradient_scale (float | Tensor): What the loss is multiplied with
+            before the backward pass: a loss scale in mixed precision, one
+            part in gradient accumulation.
+        mends_running (bool): Whether the loop takes out of the running
+            statistics what is not finite, after each iteration.
+    """
+
+    def __init__(self) -> None:
+        self.iteration: Optional[int] = None
+        self.gradient_scale: Any = 1.
+        self.mends_running = False
+
+
+def _told(name: str) -> property:
+    """An attribute of the layer that its training loop tells."""
+    return property(
+        lambda self: getattr(self.loop, name),
+        lambda self, value: setattr(self.loop, name, value))
 
 
 class SmallBatchNorm(nn.BatchNorm2d):
@@ -54,6 +80,8 @@ class SmallBatchNorm(nn.BatchNorm2d):
         keeps_states (bool): Whether it remembers past iterations, by the call
             in an iteration.
         centered (bool): Whether means are subtracted.
+        follows_batch_norm (bool): Whether the running statistics are
+            BatchNorm's, and training does not read them.
         averaged_iterations (int): Iterations behind the statistics.
         held_iterations (list[int]): Iterations that it remembers now, of each
             of its calls in an iteration.
@@ -62,12 +90,7 @@ class SmallBatchNorm(nn.BatchNorm2d):
         example_weight (float): Weight of an example's own statistics in
             evaluation; see :func:`mmdet_smallbn.set_example_weight`.
         built_example_weight (float): The one it was built with.
-        gradient_scale (float | Tensor): What the loss is multiplied with
-            before the backward pass, told by the hook: a loss scale in mixed
-            precision, one part in gradient accumulation.
-        iteration (int, optional): The training loop's iteration, told by
-            :class:`mmdet_smallbn.BurnInHook`. None: unknown, and every
-            training forward is an iteration of its own.
+        loop (TrainingLoop): What the training loop tells.
         burning_in (bool): Whether the layer is in its burn-in.
         layer_name (str, optional): The layer's place in the model, told by
             the hook, for messages.
@@ -76,8 +99,12 @@ class SmallBatchNorm(nn.BatchNorm2d):
     burns_in = False
     keeps_states = False
     centered = True
+    follows_batch_norm = True
+    averaged_iterations = 1
     num_groups: Optional[int] = None
     built_example_weight = 0.
+    iteration = _told('iteration')
+    gradient_scale = _told('gradient_scale')
 
     def __init__(self,
                  num_features: int,
@@ -101,18 +128,13 @@ class SmallBatchNorm(nn.BatchNorm2d):
             dtype=dtype)
         self.sync = sync
         self.example_weight = 0.
-        self.gradient_scale = 1.
-        self.iteration: Optional[int] = None
+        self.loop = TrainingLoop()
         self.burning_in = False
         self.layer_name: Optional[str] = None
         self._last_iteration: Optional[int] = None
         self._call = 0
         self._first_passes = FirstPasses(MAX_CALLS)
         self._warned_of_fallback = False
-
-    @property
-    def averaged_iterations(self) -> int:
-        return 1
 
     @property
     def held_iterations(self) -> List[int]:
@@ -173,20 +195,20 @@ class SmallBatchNorm(nn.BatchNorm2d):
 
     def count_call(self, x: Tensor) -> None:
         """Set the index of this forward among those of the iteration."""
-        if self.iteration is not None and (
-                self.iteration == self._last_iteration):
+        iteration = self.loop.iteration
+        if iteration is not None and iteration == self._last_iteration:
             self._call += 1
             return
-        if self.iteration is not None:
+        if iteration is not None:
             self._first_passes.clear()
-        self._last_iteration = self.iteration
+        self._last_iteration = iteration
         self._call = 0
 
     def check_count(self, count) -> None:
         """Refuse one value a channel, of which there is no variance."""
         if isinstance(count, int) and count == 1:
             raise ValueError(
-                f'{self._who()} got one value per channel, which has no '
+                f'{name_of(self)} got one value per channel, which has no '
                 'variance. Give it more images, a larger feature map, or put '
                 'no norm there')
 
@@ -196,15 +218,14 @@ class SmallBatchNorm(nn.BatchNorm2d):
             return
         self._warned_of_fallback = True
         warnings.warn(
-            f'{self._who()} {reason}: it normalises with the present batch '
+            f'{name_of(self)} {reason}: it normalises with the present batch '
             f'alone. {remedy}')
 
     # The forward pass.
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise an input of shape (N, C, H, W); same shape and dtype."""
-        self._refuse_what_would_go_wrong(input)
-        self._check_input_dim(input)
+        check_input(self, input)
         if not self.training and self.running_mean is not None:
             return self.evaluate(input)
         return self._forward_of_batch(input)
@@ -218,13 +239,13 @@ class SmallBatchNorm(nn.BatchNorm2d):
         if not self.training or step is ForwardPass.UNTRACKED:
             return self._forward_alone(x, update=self.training)
         self.count_call(x)
-        batch = self._see(x)
+        batch = self._see(x, update=True)
         if batch.is_empty:
             return self._pass_through(batch)
         statistics = (
             self.statistics(batch)
             if self.uses_past() else self.batch_statistics(batch))
-        self._update_running(batch.moments)
+        self._update_running(batch)
         if step is ForwardPass.CHECKPOINTED:
             self._first_passes.add(batch, statistics)
         return self._normalize(batch, statistics)
@@ -243,16 +264,20 @@ class SmallBatchNorm(nn.BatchNorm2d):
 
     def _forward_alone(self, x: Tensor, update: bool) -> Tensor:
         """A forward pass of no training step: the present batch alone."""
-        batch = self._see(x)
+        batch = self._see(x, update)
         if batch.is_empty:
             return self._pass_through(batch)
         statistics = self.batch_statistics(batch)
         if update:
-            self._update_running(batch.moments)
+            self._update_running(batch)
         return self._normalize(batch, statistics)
 
-    def _see(self, x: Tensor) -> Batch:
+    def _see(self, x: Tensor, update: bool) -> Batch:
         """The present batch, joined with other processes' parts of it."""
+        if update and self._kernel_updates_running(x):
+            moments = batch_moments(x, self.running_mean, self.running_var,
+                                    self.momentum)
+            return Batch(x, moments, moments, updated=True)
         own = self.measure(x)
         moments = own if own.mean.dim() == 1 else own.over_examples()
         processes = None
@@ -278,27 +303,37 @@ class SmallBatchNorm(nn.BatchNorm2d):
                                        self.centered)
 
     def _normalize(self, batch: Batch, statistics: Statistics) -> Tensor:
-        mean, var, share, gradient, r, d, follow = statistics
-        if follow is not None and torch.is_grad_enabled():
-            mean, var = follow()
+        mean, var, gradient, r, d, past = statistics
         weight, bias = self.weight, self.bias
-        # Of no values there are no moments: nothing to renormalise with.
+        # An empty batch has no moments to renormalise with.
         if r is not None and batch.x.numel():
             if d is not None:
                 bias = _affine(d, weight, bias)
             weight = r if weight is None else weight * r
         if batch.processes is not None and mean.dim() == 1:
             gradient = batch.processes.gradient_statistics(
-                batch.own.count / batch.moments.count, gradient)
-        return normalize(batch.x, mean, var, weight, bias, self.eps, share,
-                         gradient, batch.moments.count)
+                batch.part, gradient)
+        return normalize(batch.x, mean, var, weight, bias, self.eps, gradient,
+                         past, batch.moments.count)
+
+    def _kernel_updates_running(self, x: Tensor) -> bool:
+        """Whether the kernel of the moments may update the running ones.
+
+        It lets through what is not finite.
+        """
+        return (self.loop.mends_running and self.follows_batch_norm
+                and self.running_mean is not None and self.momentum is not None
+                and self.running_mean.dtype == statistics_dtype(x)
+                and not self.sync and x.numel() > 0)
 
     @torch.no_grad()
-    def _update_running(self, moments: Moments) -> None:
+    def _update_running(self, batch: Batch) -> None:
         if self.running_mean is None:
             return
         self.num_batches_tracked.add_(1)
-        factor = self.momentum
+        if batch.updated:
+            return
+        moments, factor = batch.moments, self.momentum
         if factor is None:  # cumulative average, as in nn.BatchNorm2d
             factor = self.num_batches_tracked.to(
                 moments.mean.dtype).reciprocal()
@@ -308,43 +343,13 @@ class SmallBatchNorm(nn.BatchNorm2d):
             if target is None:
                 continue
             now = running.to(target.dtype)
-            # x - x is 0 for what is finite alone.
-            target = torch.where(target - target == 0, target, now)
+            if not self.loop.mends_running:
+                # x - x is 0 for what is finite alone.
+                target = torch.where(target - target == 0, target, now)
             if now is running:
                 running.lerp_(target, factor)
             else:
                 running.copy_(torch.lerp(now, target, factor))
-
-    def _refuse_what_would_go_wrong(self, x: Tensor) -> None:
-        if isinstance(x, torch.fx.Proxy):
-            raise TypeError(
-                f'{self._who()} cannot be traced symbolically, which would '
-                'make one of its branches the only one. Remove '
-                'efficient_conv_bn_eval from the config')
-        if self.training and getattr(self, '_is_replica', False):
-            raise RuntimeError(
-                f'{self._who()} was copied for one forward by DataParallel, '
-                'and what it gathers would be lost. Use '
-                'DistributedDataParallel')
-
-    def _check_input_dim(self, x: Tensor) -> None:
-        if x.dim() != 4:
-            raise ValueError(
-                f'{self._who()} takes feature maps of shape (N, C, H, W), but '
-                f'got an input of shape {tuple(x.shape)}. Give it 4D inputs, '
-                'such as the output of a convolution')
-        if x.size(1) != self.num_features:
-            raise ValueError(
-                f'{self._who()} was built for {self.num_features} channels, '
-                f'but got an input of shape {tuple(x.shape)}. Build it with '
-                f'num_features={x.size(1)}, or give it the output that it was '
-                'built for')
-
-    def _who(self) -> str:
-        kind = type(self).__name__
-        if self.layer_name:
-            return f'{kind} {self.layer_name!r}'
-        return f'{kind}({self.num_features})'
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (', sync=True' if self.sync else '')

@@ -71,6 +71,8 @@ class BatchGroupNorm(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
             value.
     """
 
+    follows_batch_norm = False
+
     def __init__(self,
                  num_features: int,
                  eps: float = 1e-5,

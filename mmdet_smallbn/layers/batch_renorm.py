@@ -61,6 +61,7 @@ class BRN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
     """
 
     burns_in = True
+    follows_batch_norm = False
 
     def __init__(self,
                  num_features: int,

@@ -13,17 +13,20 @@ Where this differs from the released code, it follows the paper:
 No past weights are kept. Eq. (7), (8) are evaluated on remembered positions;
 see :mod:`mmdet_smallbn.functional.replay`.
 """
-from typing import Optional
+from typing import Dict, Optional
 
+import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..functional import mix_moments
 from .checks import check_at_least, check_positive_int
 from .conv_call import FROZEN, find_producer, is_compiled
 from .forward_pass import ForwardPass, current_pass
 from .moment_window import MomentWindow
 from .remembering import RememberingNorm
+from .ring import Ring
 from .statistics import Batch, Statistics
 
 
@@ -124,6 +127,8 @@ class CBN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
     """
 
     burns_in = True
+    state_settings = ('num_features', 'window_size', 'compensate',
+                      'derivative_positions')
 
     def __init__(self,
                  num_features: int,
@@ -162,31 +167,35 @@ class CBN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
     def new_state(self) -> MomentWindow:
         return MomentWindow(self.window_size, self.derivative_positions)
 
+    @property
+    def rings(self) -> Dict[str, Ring]:
+        return {str(call): state for call, state in enumerate(self.states)}
+
     def statistics(self, batch: Batch) -> Statistics:
-        """Eq. (7)-(11): the moments of the window at today's weight."""
+        """Eq. (7)-(11): the past at today's weight, and the present."""
         producer = find_producer(batch.x) if self.compensate else FROZEN
         if not producer.known:
             self._warn_of_producer(batch.x)
             return self.batch_statistics(batch)
-        state = self.state_of_call()
-        if (state.size, state.positions) != (self.window_size,
-                                             self.derivative_positions):
+        window = self.window_of_call()
+        past, present = window.enter(batch, producer.call,
+                                     self.gradient == 'whole')
+        if past is None:
+            return self.batch_statistics(batch)
+        if batch.processes is not None:  # it may be empty in all of them
+            present = torch.where(batch.moments.count > 0, present,
+                                  past.moments)
+        mean, var = mix_moments(past.moments, present, past.share)
+        return Statistics(mean, var, gradient=past.share, past=past)
+
+    def window_of_call(self) -> MomentWindow:
+        """The window of this forward's place in the iteration."""
+        window = self.state_of_call()
+        if (window.size, window.positions) != (self.window_size,
+                                               self.derivative_positions):
             self.reset_state()
-            state = self.state_of_call()
-        if state.filled == 0:
-            self.check_count(batch.moments.count)
-        call = producer.call
-        whole = call is not None and self.gradient == 'whole'
-        window = state.enter(batch, call, lend=whole)
-        mean, var, share, _ = window.pooled
-        follow = None
-        if whole and state.filled > 1:
-            producer = producer.without_input()
-
-            def follow():  # a recomputation calls it again
-                return window.follow(producer.filters())
-
-        return Statistics(mean, var, share, follow=follow)
+            window = self.state_of_call()
+        return window
 
     def _warn_of_producer(self, x: Tensor) -> None:
         if current_pass() is ForwardPass.CHECKPOINTED or is_compiled(x):

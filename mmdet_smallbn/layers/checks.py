@@ -1,7 +1,8 @@
 """What the layers ask of arguments and names."""
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -37,3 +38,41 @@ def is_batch_norm(module: nn.Module) -> bool:
 def is_under(name: str, prefix: str) -> bool:
     """Whether a module's name is the prefix, or of a part of that module."""
     return name == prefix or name.startswith(f'{prefix}.')
+
+
+def name_of(layer: nn.Module) -> str:
+    """A norm as messages call it: by its place in the model, if known."""
+    kind = type(layer).__name__
+    if layer.layer_name:
+        return f'{kind} {layer.layer_name!r}'
+    return f'{kind}({layer.num_features})'
+
+
+def check_input(layer: nn.Module, x: Tensor) -> None:
+    """Refuse what a norm would get wrong.
+
+    Raises:
+        TypeError: If the layer is traced symbolically.
+        RuntimeError: If it is a copy that DataParallel made.
+        ValueError: If the input has another shape than (N, C, H, W).
+    """
+    if isinstance(x, torch.fx.Proxy):
+        raise TypeError(
+            f'{name_of(layer)} cannot be traced symbolically, which would '
+            'make one of its branches the only one. Remove '
+            'efficient_conv_bn_eval from the config')
+    if layer.training and getattr(layer, '_is_replica', False):
+        raise RuntimeError(
+            f'{name_of(layer)} was copied for one forward by DataParallel, '
+            'and what it gathers would be lost. Use DistributedDataParallel')
+    if x.dim() != 4:
+        raise ValueError(
+            f'{name_of(layer)} takes feature maps of shape (N, C, H, W), but '
+            f'got an input of shape {tuple(x.shape)}. Give it 4D inputs, '
+            'such as the output of a convolution')
+    if x.size(1) != layer.num_features:
+        raise ValueError(
+            f'{name_of(layer)} was built for {layer.num_features} channels, '
+            f'but got an input of shape {tuple(x.shape)}. Build it with '
+            f'num_features={x.size(1)}, or give it the output that it was '
+            'built for')

@@ -1,13 +1,13 @@
 """The one place that learns which convolution made a layer's input."""
-from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Callable, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..functional import ConvCall, DeformCall, LinearCall
-from .cen_conv import CenConv2d, centred
+from ..functional import ConvCall, DeformCall, Filters, LinearCall
+from .cen_conv import CenConv2d
 from .forward_pass import ForwardPass, current_pass, run_eagerly
 
 # Arguments before the weight, by the name of the node in the graph.
@@ -28,26 +28,9 @@ class Producer(NamedTuple):
             weight or bias trains. None with ``known``: nothing before the
             tensor moves its statistics by a weight of its own, so they stay
             valid.
-        conv (nn.Module, optional): The module that was called, if a hook
-            told it.
     """
     known: bool
     call: Optional[LinearCall] = None
-    conv: Optional[nn.Module] = None
-
-    def filters(self) -> Tensor:
-        """Today's filters, live to autograd in the pass that this is in.
-
-        A recomputation has a graph of its own.
-        """
-        if self.conv is None:
-            return self.call.filters
-        return self.call._replace(
-            **_parameters(self.conv, self.call.weight.dtype)).filters
-
-    def without_input(self) -> 'Producer':
-        """For :meth:`filters` alone: activation checkpointing frees it."""
-        return self._replace(call=self.call._replace(input=None))
 
 
 UNKNOWN = Producer(known=False)
@@ -75,7 +58,7 @@ def find_producer(x: Tensor) -> Producer:
     """
     call = getattr(x, _CALL, None)
     if call is not None and call.version == x._version:
-        return _producer(call.conv, call.input, x.dtype)
+        return _producer(call.conv, call.input)
     if torch.is_grad_enabled() and not x.requires_grad:
         return FROZEN
     if current_pass() is not ForwardPass.PLAIN:
@@ -101,8 +84,8 @@ def _of_node(node: torch.autograd.graph.Node, place: int,
         bias = _leaf(bias)
         if bias is None:
             return UNKNOWN
-    call = read(node, bias)
-    return UNKNOWN if _is_freed(call.weight) else Producer(True, call)
+    call = read(node, None if weight is None else _leaf(weight), bias)
+    return UNKNOWN if _is_freed(call.filters.weight) else Producer(True, call)
 
 
 def _leaf(node: torch.autograd.graph.Node) -> Optional[Tensor]:
@@ -112,17 +95,16 @@ def _leaf(node: torch.autograd.graph.Node) -> Optional[Tensor]:
     return getattr(node, 'variable', None)
 
 
-def _convolution(node: torch.autograd.graph.Node,
+def _convolution(node: torch.autograd.graph.Node, weight: Optional[Tensor],
                  bias: Optional[Tensor]) -> ConvCall:
     return ConvCall(
+        Filters(
+            node._saved_weight if weight is None else weight, bias,
+            node._saved_groups, node._saved_transposed),
         input=node._saved_input.detach(),
-        weight=node._saved_weight,
-        bias=bias,
         stride=node._saved_stride,
         padding=node._saved_padding,
-        dilation=node._saved_dilation,
-        groups=node._saved_groups,
-        transposed=node._saved_transposed)
+        dilation=node._saved_dilation)
 
 
 def _is_freed(weight: Tensor) -> bool:
@@ -135,24 +117,19 @@ def _is_mmcvs(cls: type) -> bool:
     return cls.__module__.startswith('mmcv.')
 
 
-def _deformable(node: torch.autograd.graph.Node,
+def _deformable(node: torch.autograd.graph.Node, weight: Optional[Tensor],
                 bias: Optional[Tensor]) -> DeformCall:
     """What mmcv's function keeps for its backward pass."""
-    input, offset, *mask, weight = node.saved_tensors[:_DEFORMABLE[
+    input, offset, *mask, used = node.saved_tensors[:_DEFORMABLE[
         node.name()] + 1]
-    # Under autocast the function casts its weight where autograd sees nothing.
-    edge = node.next_functions[_DEFORMABLE[node.name()]][0]
-    leaf = None if edge is None else _leaf(edge)
     return DeformCall(
+        Filters(used if weight is None else weight, bias, node.groups),
         input=input.detach(),
         offset=offset.detach(),
         mask=mask[0].detach() if mask else None,
-        weight=weight if leaf is None else leaf,
-        bias=bias,
         stride=node.stride,
         padding=node.padding,
         dilation=node.dilation,
-        groups=node.groups,
         deform_groups=node.deform_groups)
 
 
@@ -160,7 +137,8 @@ def remember_calls(model: nn.Module) -> List[RemovableHandle]:
     """Let convolutions beside CBN leave with an output how it was made.
 
     It is for activation checkpointing and torch.compile, where CBN cannot
-    read it from the autograd graph. Convolutions with a forward or a computed
+    read it from the autograd graph, and for CenConv, whose parameter the graph
+    does not show. Convolutions with a forward or a computed
     weight of their own, which would have to be guessed, are left unknown:
     weight standardisation, spectral norm.
 
@@ -236,8 +214,7 @@ def is_compiled(x: Tensor) -> bool:
     return x.grad_fn is not None and x.grad_fn.name().startswith('Compiled')
 
 
-def _producer(conv: nn.Module, x: Optional[Tensor],
-              dtype: torch.dtype) -> Producer:
+def _producer(conv: nn.Module, x: Optional[Tensor]) -> Producer:
     if x is None:
         return FROZEN
     if _is_freed(conv.weight):
@@ -248,23 +225,14 @@ def _producer(conv: nn.Module, x: Optional[Tensor],
         mode = (
             'constant' if conv.padding_mode == 'zeros' else conv.padding_mode)
         x, padding = F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
-    call = ConvCall(
-        # In autocast the kernel sees both in the dtype that it gives.
-        input=x.to(dtype),
-        **_parameters(conv, dtype),
-        stride=conv.stride,
-        padding=padding,
-        dilation=conv.dilation,
-        groups=conv.groups,
-        transposed=isinstance(conv, nn.ConvTranspose2d))
-    return Producer(True, call, conv)
-
-
-def _parameters(conv: nn.Module, dtype: torch.dtype) -> Dict[str, Tensor]:
-    """Weight as it is used, and bias if it trains, live to autograd."""
-    weight, bias = conv.weight, conv.bias
-    if isinstance(conv, CenConv2d):
-        weight = centred(weight)
+    bias = conv.bias
     if bias is not None and not bias.requires_grad:
         bias = None
-    return dict(weight=weight.to(dtype), bias=bias)
+    filters = Filters(
+        conv.weight,
+        bias,
+        conv.groups,
+        transposed=isinstance(conv, nn.ConvTranspose2d),
+        centred=isinstance(conv, CenConv2d))
+    return Producer(
+        True, ConvCall(filters, x, conv.stride, padding, conv.dilation))

@@ -240,11 +240,12 @@ def calibrate_group_norms(model: nn.Module) -> Iterator[None]:
         if module not in gathered:
             gathered[module] = Moments(new.mean, new.var, len(x))
             return
-        mean, var, count = gathered[module]
+        *held, count = gathered[module]
         total = count + len(x)
         gathered[module] = Moments(
-            *mix_moments(mean, var, new.mean, new.var,
-                         len(x) / total), total)
+            *mix_moments(
+                torch.stack(held), torch.stack(new[:2]),
+                len(x) / total), total)
 
     handles = [
         module.register_forward_hook(gather, with_kwargs=True)

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional import Moments, renormalization
-from .checks import check_at_least, check_positive_int
+from .checks import check_at_least, check_positive_int, name_of
 from .moving_average import ExponentialMovingAverage, SimpleMovingAverage
 from .remembering import RememberingNorm
+from .ring import Ring
 from .statistics import Batch, Statistics
 
 _KINDS = ('batch', 'sma', 'ema')
@@ -38,7 +39,13 @@ class _MovingStatistics:
     @property
     def filled(self) -> int:
         """Iterations in the average of the forward passes."""
-        return min(self.forward.pushes, self.forward.size)
+        return self.forward.filled
+
+    @property
+    def rings(self) -> Dict[str, Ring]:
+        """What a bank prepares."""
+        both = dict(forward=self.forward, backward=self.backward)
+        return {k: v for k, v in both.items() if isinstance(v, Ring)}
 
     def state_dict(self) -> Dict[str, Any]:
         backward = self.backward
@@ -73,7 +80,7 @@ class _GradientStatistics:
         self._in_use = in_use
         self._centered = centered
         self._scale = scale
-        self._place: Optional[int] = None
+        self._turn: Optional[int] = None
 
     def __call__(self, mean_g: Tensor,
                  mean_gx: Tensor) -> Tuple[Optional[Tensor], Tensor]:
@@ -82,10 +89,12 @@ class _GradientStatistics:
         if self._average is not None:
             # A second backward through the same forward takes the place of
             # the first.
-            self._place = self._average.push(values / self._scale,
-                                             self._place)
+            plain = isinstance(self._scale, float) and self._scale == 1
+            self._turn = self._average.push(
+                values if plain else values / self._scale, self._turn)
             if self._in_use:
-                values = self._average.mean() * self._scale
+                values = self._average.mean()
+                values = values if plain else values * self._scale
         return (values[0] if self._centered else None), values[-1]
 
 
@@ -184,6 +193,9 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
     """
 
     burns_in = True
+    follows_batch_norm = False
+    state_settings = ('num_features', 'buffer_size', 'forward_statistics',
+                      'backward_statistics', 'centered')
 
     def __init__(self,
                  num_features: int,
@@ -236,15 +248,23 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
             backward = ExponentialMovingAverage(self.momentum)
         return _MovingStatistics(self.buffer_size, backward)
 
+    @property
+    def rings(self) -> Dict[str, Ring]:
+        return {
+            f'{call}.{name}': ring
+            for call, state in enumerate(self.states)
+            for name, ring in state.rings.items()
+        }
+
     def moving_averages(self) -> Dict[str, Optional[Tensor]]:
         """As the base's, and those of the layer's first call."""
         second = 'var' if self.centered else 'mean_square'
         averages = super().moving_averages() if self.centered else dict(
             ema_mean_square=self.running_var)
-        for state in self._states[:1]:
-            if state.forward.pushes:
+        for state in self.states[:1]:
+            if state.forward.filled:
                 averages[f'sma_{second}'] = state.forward.mean()[-1]
-            if state.backward is not None and state.backward.pushes:
+            if state.backward is not None and state.backward.turn >= 0:
                 averages[f'{self.backward_statistics}_psi'] = (
                     state.backward.mean()[-1])
         return averages
@@ -266,8 +286,10 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
                                        self.clip, self.clip)
         if self.centered and inner is present:
             self.check_count(batch.moments.count)
+        mean, var = self._mean_var(inner)
         return Statistics(
-            *self._with_mean(inner),
+            batch.moments.mean if mean is None else mean,
+            var,
             gradient=_GradientStatistics(state.backward, not self.burning_in,
                                          self.centered, self.gradient_scale),
             r=r,
@@ -277,22 +299,24 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
         if self.centered:
             return super().batch_statistics(batch)
         return Statistics(
-            *self._with_mean(self._present(batch)),
-            gradient=lambda mean_g, mean_gx: (None, mean_gx))
+            *batch.moments[:2], gradient=lambda mean_g, mean_gx: (None, mean_gx))
+
+    def measure(self, x: Tensor) -> Moments:
+        """Moments, about zero if no mean is subtracted: 0, and mean square."""
+        moments = super().measure(x)
+        if not self.centered and x.numel():
+            moments.var.addcmul_(moments.mean, moments.mean)
+            moments.mean.zero_()
+        return moments
 
     def _present(self, batch: Batch) -> Tensor:
         """Mean and variance, shape (2, C), or the mean square, (1, C)."""
         if self.centered:
             return torch.stack(batch.moments[:2])
-        return batch.moments.mean_square()[None]
+        return batch.moments.var[None]
 
     def _mean_var(self, values: Tensor) -> Tuple[Optional[Tensor], Tensor]:
         return (values[0] if self.centered else None), values[-1]
-
-    def _with_mean(self, values: Tensor) -> Tuple[Tensor, Tensor]:
-        """Mean, 0 where none is subtracted, and variance."""
-        mean, var = self._mean_var(values)
-        return (torch.zeros_like(var) if mean is None else mean), var
 
     def _of_kind(self, kind: str, present: Tensor,
                  state: _MovingStatistics) -> Tensor:
@@ -310,7 +334,7 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
                         factor: float) -> Tuple[Optional[Tensor], Tensor]:
         if self.centered:
             return super().running_targets(moments, factor)
-        return None, moments.mean_square()
+        return None, moments.var
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -325,7 +349,7 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
             var.add_(mean.square())
             mean.zero_()
         # By its name, or once for all of a model.
-        who = self._who() if self.layer_name else type(self).__name__
+        who = name_of(self) if self.layer_name else type(self).__name__
         warnings.warn(
             f'{who} was given the statistics of a BatchNorm. It '
             'divides by the root of the mean square, now var + mean ** 2, and '

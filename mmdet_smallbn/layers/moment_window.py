@@ -1,48 +1,53 @@
 """What CBN remembers of a layer's last iterations."""
-from functools import partial
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+import weakref
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import (LinearCall, Memory, Pooled, Replay, apply_filters,
-                          follow_filters, pool, replay)
+from ..functional import (Filters, Follower, LinearCall, Memory, Past,
+                          apply_filters, follow_filters, pool, replay)
 from .moving_average import alike
+from .ring import Ring, past_places
 from .statistics import Batch
 
 
-# Sums of products of two such numbers are finite in float32.
-_LARGE = 1e18
-
-
-class Window(NamedTuple):
-    """The moments of a window, and how today's filters enter them.
+class _Source(NamedTuple):
+    """What a window followed in its last forward pass.
 
     Attributes:
-        memory (Memory): What is remembered of the iterations.
-        past (Replay): Their moments at today's weight.
-        pooled (Pooled): The moments of all of them together.
-        place (int): Which of them is the present one.
-        done (callable): To be called when the backward pass is over.
+        filters (Filters, optional): Those of the convolution. None: nothing
+            moves the moments.
+        whole (bool): Whether the gradient flows to them.
+        processes (Processes, optional): Who shared the batch.
     """
-    memory: Memory
-    past: Replay
-    pooled: Pooled
-    place: int
-    done: Callable[[], None]
+    filters: Optional[Filters]
+    whole: bool
+    processes: Any
 
-    def follow(self, filters: Tensor) -> Tuple[Tensor, Tensor]:
-        """Pooled mean and variance, differentiable by today's filters."""
-        return follow_filters(filters, *self)
+    def version(self) -> tuple:
+        """Changes whenever the filters do."""
+        if self.filters is None:
+            return ()
+        return tuple(None if p is None else p._version
+                     for p in (self.filters.weight, self.filters.bias))
+
+    def is_of(self, filters: Optional[Filters], whole: bool) -> bool:
+        """Whether these are the same filters, used in the same way."""
+        held = self.filters
+        if held is None or filters is None:
+            return held is filters
+        return (held.weight is filters.weight and held.bias is filters.bias
+                and held.centred == filters.centred and self.whole == whole)
 
 
-class MomentWindow:
-    """Ring of the last ``size`` iterations of one layer.
+class MomentWindow(Ring):
+    """Moments, and remembered positions, of the last ``size`` iterations.
 
-    Its tensors are detached. They are made when the first iteration comes in,
-    and made anew, empty, when filters have another shape. The present
-    iteration overwrites the oldest one. If a backward pass still needs the
-    patches, it keeps them, and the ring goes on with a copy.
+    If a backward pass still needs the patches when the ring is written to,
+    it keeps them, and the ring goes on with a copy. The ring begins again,
+    empty, if the filters have another shape.
 
     Args:
         size (int): Iterations, the present one included.
@@ -50,140 +55,176 @@ class MomentWindow:
             are remembered. None: all.
     """
 
+    # Beside the patches, (k, P, groups, F): Memory says what they are.
+    channel_dims = dict(outputs=0, moments=1, scales=1, parts=1)
+
     def __init__(self, size: int, positions: Optional[int] = None) -> None:
-        self.size = size
+        super().__init__(size)
         self.positions = positions
-        self.turn = -1
-        self._rings: Dict[str, Tensor] = {}
-        # The iteration whose backward pass still needs the patches.
-        self._lent: Optional[int] = None
         # Positions of each iteration, and whether they are all it had.
         self._counts: List[Optional[Tuple[int, bool]]] = [None] * size
+        # Whether the patches are centred, for CenConv.
+        self._centred = False
+        self._source: Optional[_Source] = None
+        self._loan: Any = None  # weak: it ends with the graph
 
     @property
-    def filled(self) -> int:
-        """Iterations that are held."""
-        return min(self.turn + 1, self.size)
+    def processes(self) -> Any:
+        """Who shared the last batch."""
+        return self._source and self._source.processes
+
+    @property
+    def can_prepare(self) -> bool:
+        source = self._source
+        if source is None or not super().can_prepare:
+            return False
+        return source.filters is None or source.filters.are_parameters
 
     @torch.no_grad()
-    def enter(self,
-              batch: Batch,
-              call: Optional[LinearCall],
-              lend: bool = False) -> Window:
-        """Enter the present iteration, and bring all to today's weight.
+    def enter(self, batch: Batch, call: Optional[LinearCall],
+              whole: bool) -> Tuple[Optional[Past], Tensor]:
+        """Bring the past to today's weight, and enter the present.
 
         Args:
             batch (Batch): The layer's input and its moments.
             call (LinearCall, optional): The convolution that made it. None:
                 past moments are used as they are.
-            lend (bool): Whether a backward pass will need the patches.
+            whole (bool): Whether the gradient flows through the past's
+                moments to the filters.
 
         Returns:
-            Window: Moments of the iterations.
+            tuple: The past, None if there is none; and the present moments,
+            shape (2, C).
         """
-        x, own, moments, processes = batch
         filters = None if call is None else call.filters
-        found = x.numel() // x.size(1)
-        # A few positions are all taken. An empty batch has none.
-        positions = self.positions
-        if positions is not None and 0 < found <= positions:
-            positions = None
-        count = positions or found
-        self._make_room(moments.mean, call, filters,
-                        max(count, self.positions or 0))
+        count = exact = 0
+        if call is not None:
+            found = batch.x.numel() // batch.x.size(1)
+            # An empty batch has no positions.
+            exact = self.positions is None or 0 < found <= self.positions
+            count = found if exact else self.positions
+        self._make_room(batch, filters, max(count, self.positions or 0))
+        past = self._bring_past(_Source(filters, whole, batch.processes))
+        place, tensors = self.place, self.tensors
+        present = tensors['moments'][:, :, place]
+        torch.stack(batch.moments[:2], out=present)
+        if call is not None:
+            self._remember_positions(batch.x, call, count, exact)
+        if 'parts' in tensors:
+            tensors['parts'][0, :, place] = batch.part
+            tensors['parts'][1, :, place] = batch.own.mean - batch.moments.mean
         self.turn += 1
-        place, rings = self.turn % self.size, self._rings
-        torch.stack(moments[:2], out=rings['moments'][:, place])
-        if call is None:
-            memory = Memory(rings['moments'][:, :self.filled])
-            past = replay(memory)
-        else:
-            if processes is not None:
-                rings['part'][place] = own.count / moments.count
-                rings['offset'][place] = own.mean - moments.mean
-            if self._lent is not None:
-                rings['patches'] = rings['patches'].clone()
-            # Other positions in each iteration, the same after a resume.
-            row = rings['patches'][place]
-            call.sample(x, positions, self.turn, row[:count])
-            if count < len(row):
-                row[count:] = 0
-            self._set_scales(place, count, exact=positions is None)
-            memory = self._memory(processes is not None)
-            now = apply_filters(memory.patches, filters)
-            # What overflows is not used, and 0 times its sums is to be 0.
-            torch.nan_to_num(
-                now[place], 0., _LARGE, -_LARGE, out=memory.outputs[place])
-            memory.outputs[place].clamp_(-_LARGE, _LARGE)
-            past = replay(memory, now, processes)
-            self._lent = self.turn if lend and self.turn else None
-        # Under ``sync`` a batch may be empty in all processes.
-        is_there = True if processes is None else moments.count > 0
-        return Window(memory, past, pool(past, place, is_there), place,
-                      partial(self._take_back, self.turn))
+        self._loan = None
+        if past is not None and past.loan is not None:
+            past.loan.seal()
+            self._loan = weakref.ref(past.loan)
+        return past, present
 
-    def _set_scales(self, place: int, count: int, exact: bool) -> None:
-        """Those of Eq. (7), (8); where they change, and not in place."""
+    def _bring_past(self, source: _Source) -> Optional[Past]:
+        prepared, self.prepared = self.prepared, None
+        then, self._source = self._source, source
+        if self.filled == 0:
+            return None
+        if prepared is None or not then.is_of(*source[:2]) or (
+                prepared[1] != source.version()):
+            self.prepare([self], self.tensors)
+            prepared, self.prepared = self.prepared, None
+        return prepared[0]
+
+    def _remember_positions(self, x: Tensor, call: LinearCall, count: int,
+                            exact: bool) -> None:
+        place, tensors = self.place, self.tensors
+        loan = self._loan and self._loan()
+        if loan is not None and loan.is_open:
+            tensors['patches'] = tensors['patches'].clone()
+        row, outputs = tensors['patches'][place], tensors['outputs'][:, place]
+        if count < len(row):
+            row[count:] = 0
+            outputs[:, count:] = 0
+            row, outputs = row[:count], outputs[:, :count]
+        # Other positions in each iteration, the same after a resume.
+        call.sample(x, None if exact else count, self.turn + 1, row)
+        apply_filters(call.filters.rows, row, outputs)
         if self._counts[place] != (count, exact):
             self._counts[place] = (count, exact)
-            scales = self._rings['scales'].clone()
-            scales[0, place] = 1 / max(count, 1)
-            scales[1, place] = 2. if exact else 2 * count / (count - 1)
-            self._rings['scales'] = scales
+            tensors['scales'][0, :, place] = 1 / max(count, 1)
+            tensors['scales'][1, :, place] = 2 / max(count - (not exact), 1)
 
-    def _memory(self, parted: bool) -> Memory:
-        """What is held, once the present patches are in."""
-        rings, filled = self._rings, self.filled
-        memory = Memory(rings['moments'][:, :filled],
-                        rings['patches'][:filled], rings['outputs'][:filled],
-                        *rings['scales'][:, :filled])
-        if parted:  # for the backward pass, as they are now
-            memory = memory._replace(
-                part=rings['part'][:filled].clone(),
-                offset=rings['offset'][:filled].clone())
-        return memory
-
-    def _take_back(self, turn: int) -> None:
-        if self._lent == turn:
-            self._lent = None
-
-    def _make_room(self, mean: Tensor, call: Optional[LinearCall],
-                   filters: Optional[Tensor], count: int) -> None:
-        rings, size = self._rings, self.size
-        held = rings.get('patches')
-        shape = () if call is None else (call.groups, filters.size(1))
-        if not (rings and alike(rings['moments'][0, 0], mean)
-                and (() if held is None else held.shape[2:]) == shape):
-            self.turn, self._lent, held = -1, None, None
-            rings = {
-                name: mean.new_zeros(shape_)
-                for name, shape_ in dict(
-                    moments=(2, size, len(mean)),
-                    offset=(size, len(mean)),
-                    part=(size, 1),
-                    scales=(2, size, 1)).items()
-            }
-            self._counts = [None] * size
-        if call is not None and (held is None or held.size(1) < count):
+    def _make_room(self, batch: Batch, filters: Optional[Filters],
+                   count: int) -> None:
+        mean, size, tensors = batch.moments.mean, self.size, self.tensors
+        held = tensors.get('patches')
+        shape = () if filters is None else (filters.groups, filters.length)
+        centred = filters is not None and filters.centred
+        in_parts = filters is not None and batch.processes is not None
+        if not (tensors and alike(tensors['moments'][0, :, 0], mean)
+                and ('parts' in tensors) == in_parts
+                and (() if held is None else held.shape[2:]) == shape
+                and self._centred == centred):
+            c = len(mean)
+            self._centred = centred
+            self.turn, self._counts = -1, [None] * size
+            tensors = dict(
+                moments=mean.new_zeros((2, c, size)),
+                outputs=mean.new_zeros(
+                    (c, size, 0 if filters is None else count)),
+                scales=mean.new_zeros((2, c, size)))
+            if filters is not None:
+                tensors['patches'] = mean.new_zeros((size, count, *shape))
+            if in_parts:
+                tensors['parts'] = mean.new_zeros((2, c, size))
+        elif held is not None and held.size(1) < count:
             # Some batches have more positions than others.
-            for name, shape_ in dict(
-                    patches=shape, outputs=mean.shape).items():
-                room = mean.new_zeros((size, count, *shape_))
-                if held is not None:
-                    room[:, :held.size(1)] = rings[name]
-                rings[name] = room
-            self._lent = None
-        self._rings = rings
+            more = count - held.size(1)
+            tensors = dict(
+                tensors,
+                outputs=F.pad(tensors['outputs'], (0, more)),
+                patches=torch.cat(
+                    [held, held.new_zeros((size, more, *shape))], 1))
+        else:
+            return
+        self.tensors, self.prepared, self._loan = tensors, None, None
+
+    @staticmethod
+    @torch.no_grad()
+    def prepare(rings: Sequence['MomentWindow'],
+                tensors: Dict[str, Tensor]) -> None:
+        """Bring the past of layers to today's weight, Eq. (7)-(11)."""
+        outputs = tensors['outputs']
+        memory = Memory(tensors['moments'], outputs, tensors['scales'],
+                        past_places(rings, outputs),
+                        tensors.get('parts'))
+        now = torch.empty_like(outputs)
+        channels, followers, start = [], [], 0
+        for ring in rings:
+            filters, whole, _ = ring._source
+            channels.append(slice(start, start + ring.channels))
+            start = channels[-1].stop
+            follower = None
+            if filters is not None:
+                with torch.enable_grad():
+                    rows = filters.rows
+                patches = ring.tensors['patches'].flatten(0, 1)
+                apply_filters(rows, patches, now[channels[-1]].flatten(1))
+                if whole and rows.requires_grad:
+                    follower = Follower(rows, patches)
+            followers.append(follower)
+        processes = rings[0].processes if 'parts' in tensors else None
+        past = replay(memory, now, processes)
+        pasts = follow_filters(memory, past, pool(past, memory.is_past),
+                               channels, followers)
+        for ring, own in zip(rings, pasts):
+            ring.prepared = own, ring._source.version()
 
     def state_dict(self) -> Dict[str, Any]:
-        """What is held, for a checkpoint."""
-        return dict(turn=self.turn, rings=dict(self._rings))
+        return dict(super().state_dict(), centred=self._centred)
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Hold what :meth:`state_dict` of one of the same size gave."""
-        self.turn, self._rings = state['turn'], dict(state['rings'])
+        super().load_state_dict(state)
+        self._centred = state['centred']
         self._counts = [None] * self.size
+        self._source = self._loan = None
 
-    def to(self, device: torch.device) -> None:
-        """Move to a device. The dtype stays: statistics are not halved."""
-        self._rings = {k: v.to(device) for k, v in self._rings.items()}
+    def __getstate__(self) -> Dict[str, Any]:
+        # Copies follow filters of their own.
+        return dict(super().__getstate__(), _source=None, _loan=None)

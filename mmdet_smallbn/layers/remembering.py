@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from .base import MAX_CALLS, SmallBatchNorm
+from .checks import name_of
+from .ring import Ring
 
 
 # Of what checkpoints hold of states. Raised when it changes.
-_VERSION = 2
+_VERSION = 3
 
 
 class RememberingNorm(SmallBatchNorm):
@@ -32,10 +34,13 @@ class RememberingNorm(SmallBatchNorm):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self._states: List[Any] = []
+        self.states: List[Any] = []
         self._last_seen: Optional[Tuple[int, torch.Size]] = None
         self._warned_of_calls = False
         self._warned_of_levels = False
+
+    # Settings that a state depends on.
+    state_settings: Tuple[str, ...] = ()
 
     def new_state(self) -> Any:
         """Empty state for one of the layer's calls in an iteration."""
@@ -43,17 +48,22 @@ class RememberingNorm(SmallBatchNorm):
 
     def state_of_call(self) -> Any:
         """The state of this forward's place among those of the iteration."""
-        while len(self._states) <= self._call:
-            self._states.append(self.new_state())
-        return self._states[self._call]
+        while len(self.states) <= self._call:
+            self.states.append(self.new_state())
+        return self.states[self._call]
 
     @property
     def held_iterations(self) -> List[int]:
-        return [state.filled for state in self._states]
+        return [state.filled for state in self.states]
+
+    @property
+    def rings(self) -> Dict[str, Ring]:
+        """What a :class:`PastBank` may prepare, by names in the layer."""
+        return {}
 
     def reset_state(self) -> None:
         """Forget what was gathered over past iterations."""
-        self._states = []
+        self.states = []
 
     def export_states(self) -> List[Dict[str, Any]]:
         """What was gathered over past iterations, for a checkpoint.
@@ -65,11 +75,15 @@ class RememberingNorm(SmallBatchNorm):
         """
         return [
             dict(
-                layer=repr(self),
                 version=_VERSION,
-                state=_on(state.state_dict(), 'cpu'))
-            for state in self._states
+                settings=self._settings(),
+                state=_on(state.state_dict(), 'cpu')) for state in self.states
         ]
+
+    def _settings(self) -> Dict[str, Any]:
+        return dict(
+            type=type(self).__name__,
+            **{name: getattr(self, name) for name in self.state_settings})
 
     def restore_states(self, exported: List[Dict[str, Any]]) -> None:
         """Take up what :meth:`export_states` gave.
@@ -82,16 +96,20 @@ class RememberingNorm(SmallBatchNorm):
         for values in exported:
             if values.get('version') != _VERSION:
                 raise ValueError(
-                    f'{self._who()}: it is in the format '
+                    f'{name_of(self)}: it is in the format '
                     f'{values.get("version", 1)}, and this version of '
                     f'mmdet_smallbn reads {_VERSION}')
-            if values['layer'] != repr(self):
-                raise ValueError(f'{self._who()}: it was {values["layer"]}, '
-                                 f'and is {self!r}')
+            mine, theirs = self._settings(), values['settings']
+            for name in mine:
+                if mine[name] != theirs.get(name):
+                    raise ValueError(
+                        f'{name_of(self)}: it was gathered with '
+                        f'{name}={theirs.get(name)!r}, and the layer has '
+                        f'{mine[name]!r}')
             state = self.new_state()
             state.load_state_dict(_on(values['state'], self._device()))
             states.append(state)
-        self._states = states
+        self.states = states
 
     def _device(self) -> Optional[torch.device]:
         anchor = self.weight if self.weight is not None else self.running_mean
@@ -109,13 +127,13 @@ class RememberingNorm(SmallBatchNorm):
         if self._call == 1 and not self._warned_of_calls:
             self._warned_of_calls = True
             warnings.warn(
-                f'{self._who()} is called several times in an iteration, as a '
+                f'{name_of(self)} is called several times in an iteration, as a '
                 'head that pyramid levels share. Each call has past '
                 'statistics of its own, but the running statistics mix them: '
                 'take a head with a norm for each level (RetinaSepBNHead)')
         if self._call == MAX_CALLS:
             raise RuntimeError(
-                f'{self._who()} was called {MAX_CALLS} times in iteration '
+                f'{name_of(self)} was called {MAX_CALLS} times in iteration '
                 f'{self.iteration}. If training was interrupted and the model '
                 'is now used otherwise, set .iteration = None on its norms')
 
@@ -133,7 +151,7 @@ class RememberingNorm(SmallBatchNorm):
         if last is not None and last[0] == seen[0] and last[1] != seen[1]:
             self._warned_of_levels = True
             warnings.warn(
-                f'{self._who()} is called with maps of several sizes between '
+                f'{name_of(self)} is called with maps of several sizes between '
                 'two steps, and takes every call for an iteration. If they '
                 'are levels of a pyramid that share a head, take one with a '
                 'norm for each level (RetinaSepBNHead), or let BurnInHook '
@@ -148,7 +166,7 @@ class RememberingNorm(SmallBatchNorm):
         super()._apply(fn, *args, **kwargs)
         device = self._device()
         if device is not None:
-            for state in self._states:
+            for state in self.states:
                 state.to(device)
         return self
 

@@ -1,9 +1,9 @@
 """What a norm sees of an iteration, and what it normalises with."""
-from typing import Callable, NamedTuple, Optional, Tuple
+from typing import NamedTuple, Optional, Union
 
 from torch import Tensor
 
-from ..functional import GradientStatistics, Moments, Processes
+from ..functional import GradientStatistics, Moments, Past, Processes
 
 
 class Batch(NamedTuple):
@@ -16,11 +16,18 @@ class Batch(NamedTuple):
         moments (Moments): Moments of shape (C,) of the batch, all processes'
             parts of it under ``sync``.
         processes (Processes, optional): Who has the other parts.
+        updated (bool): Whether the running statistics have seen it.
     """
     x: Tensor
     own: Moments
     moments: Moments
     processes: Optional[Processes] = None
+    updated: bool = False
+
+    @property
+    def part(self) -> Tensor:
+        """This process's part of a batch that several share, a scalar."""
+        return self.own.count / self.moments.count.clamp(min=1)
 
     @property
     def is_empty(self) -> bool:
@@ -33,20 +40,15 @@ class Statistics(NamedTuple):
 
     Attributes:
         mean, var (Tensor): Shape (C,), or (N, C) for each example.
-        share (Tensor, optional): This batch's part in them, shape (C,).
-        gradient (callable, optional): What the backward pass makes of the
-            batch's own gradient statistics; see
-            :func:`mmdet_smallbn.functional.normalize`.
+        gradient (Tensor | callable, optional): What the backward pass
+            normalises with; see :func:`mmdet_smallbn.functional.normalize`.
         r, d (Tensor, optional): Factor and shift of the normalised values
             before the affine parameters, shape (C,), constants to autograd.
-        follow (callable, optional): Gives ``mean`` and ``var`` as functions
-            of today's weight, live to autograd in the pass that it is called
-            in.
+        past (Past, optional): Past moments in ``mean`` and ``var``.
     """
     mean: Tensor
     var: Tensor
-    share: Optional[Tensor] = None
-    gradient: Optional[GradientStatistics] = None
+    gradient: Union[Tensor, GradientStatistics, None] = None
     r: Optional[Tensor] = None
     d: Optional[Tensor] = None
-    follow: Optional[Callable[[], Tuple[Tensor, Tensor]]] = None
+    past: Optional[Past] = None

@@ -87,8 +87,8 @@ def test_a_mixture_of_two_is_pooling_with_weights():
     means, variances = torch.randn(2, 4).double(), torch.rand(2, 4).double()
     for weight in (0., 0.3, 1.):
         weights = torch.tensor([[1 - weight], [weight]]).double()
-        found = mix_moments(means[0], variances[0], means[1], variances[1],
-                            weight)
+        both = torch.stack([means, variances], 1)
+        found = mix_moments(*both, weight)
         for a, b in zip(found, pool_moments(means, variances, weights)):
             torch.testing.assert_close(a, b)
 

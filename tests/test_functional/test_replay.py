@@ -9,46 +9,58 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmdet_smallbn import CBN
-from mmdet_smallbn.functional import (ConvCall, DeformCall, Memory,
-                                      apply_filters, batch_moments,
-                                      follow_filters, pool, replay)
+from mmdet_smallbn.functional import (ConvCall, DeformCall, Filters, Follower,
+                                      Memory, apply_filters, batch_moments,
+                                      follow_filters, mix_moments, normalize,
+                                      pool, replay)
 from mmdet_smallbn.functional.calls import _TURNS
 
 
-def _call(x, weight, bias=None, **kwargs):
-    settings = dict(
-        stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1)
+def _call(x, weight, bias=None, groups=1, **kwargs):
+    settings = dict(stride=(1, 1), padding=(1, 1), dilation=(1, 1))
     settings.update(kwargs)
-    return ConvCall(x, weight, bias, **settings)
+    return ConvCall(Filters(weight, bias, groups), x, **settings)
+
+
+def _with_weight(call, weight):
+    return call._replace(filters=call.filters._replace(weight=weight))
+
+
+def _outputs(filters, patches):
+    return apply_filters(filters.rows, patches,
+                         patches.new_empty(len(filters.rows), len(patches)))
 
 
 def _remembered(calls, positions=None, turn=0):
-    """A memory of the iterations that these calls were."""
+    """A memory of the iterations that these calls were, and its patches."""
     rows = []
     for call in calls:
-        y = _conv(call, call.weight)
+        y = _conv(call)
         moments = batch_moments(y)
         patches = call.sample(y, positions, turn)
-        outputs = apply_filters(patches, call.filters)
-        rows.append((moments.mean, moments.var, patches, outputs))
-    count = len(rows[0][2])
-    mean, var, patches, outputs = map(torch.stack, zip(*rows))
-    return Memory(
-        torch.stack([mean, var]),
-        patches,
-        outputs,
-        mean_scale=mean.new_full((len(rows), 1), 1 / count),
-        var_factor=mean.new_full(
-            (len(rows), 1),
-            2. if positions is None else 2 * count / (count - 1)))
+        outputs = _outputs(call.filters, patches)
+        rows.append((torch.stack(moments[:2]), outputs, patches))
+    moments, outputs, patches = zip(*rows)
+    moments = torch.stack(moments, 2)
+    scales = torch.ones_like(moments)
+    count = len(patches[0])
+    scales[0] /= count
+    scales[1] *= 2 / count if positions is None else 2 / (count - 1)
+    memory = Memory(moments, torch.stack(outputs, 1), scales,
+                    torch.ones_like(moments[0], dtype=torch.bool))
+    return memory, torch.cat(patches)
+
+
+def _replay(memory, filters, patches):
+    now = _outputs(filters, patches).view_as(memory.outputs)
+    return replay(memory, now)
 
 
 def _at_weight(call, weight):
     """First-order moments of a call's outputs at another weight."""
-    memory = _remembered([call])
-    filters = call._replace(weight=weight).filters
-    past = replay(memory, apply_filters(memory.patches, filters))
-    return past.mean[0], past.var[0]
+    memory, patches = _remembered([call])
+    past = _replay(memory, _with_weight(call, weight).filters, patches)
+    return past.mean[:, 0], past.var[:, 0]
 
 
 def test_moments_follow_their_derivatives():
@@ -61,7 +73,7 @@ def test_moments_follow_their_derivatives():
              for up, down in zip(
                  _at_weight(call, weight + step),
                  _at_weight(call, weight - step))]
-    up, down = (batch_moments(_conv(call, weight + sign * step))
+    up, down = (batch_moments(_conv(_with_weight(call, weight + sign * step)))
                 for sign in (1, -1))
     wanted = [(a - b) / 2e-6 for a, b in zip(up[:2], down[:2])]
     for a, b in zip(found, wanted):
@@ -70,8 +82,8 @@ def test_moments_follow_their_derivatives():
 
 def test_same_weight_gives_back_the_moments():
     call = _call(torch.randn(2, 8, 9, 9), torch.randn(8, 8, 3, 3) * 0.2)
-    moments = batch_moments(_conv(call, call.weight))
-    for found, wanted in zip(_at_weight(call, call.weight), moments):
+    moments = batch_moments(_conv(call))
+    for found, wanted in zip(_at_weight(call, call.filters.weight), moments):
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
@@ -87,11 +99,11 @@ def test_mean_is_exact_at_any_weight_and_variance_is_clamped():
 
 def test_autocast_does_not_coarsen_the_products():
     call = _call(torch.randn(2, 8, 6, 6), torch.randn(8, 8, 3, 3))
-    plain = _at_weight(call, call.weight * 1.001)
+    plain = _at_weight(call, call.filters.weight * 1.001)
     with torch.autocast('cpu', torch.bfloat16):
-        memory = _remembered([call])
+        memory, _ = _remembered([call])
         assert memory.outputs.dtype == torch.float32
-        cast = _at_weight(call, call.weight * 1.001)
+        cast = _at_weight(call, call.filters.weight * 1.001)
     for a, b in zip(cast, plain):
         assert a.dtype == torch.float32
     torch.testing.assert_close(cast[0] - plain[0], torch.zeros(8), atol=0.01,
@@ -120,17 +132,20 @@ def _geometry(name, shape=(2, 4, 33, 40)):
     return _call(x, weight, bias, **{'padding': (0, 0), **settings})
 
 
-def _conv(call, weight):
-    return F.conv2d(call.input, weight, call.bias, call.stride, call.padding,
-                    call.dilation, call.groups)
+def _conv(call):
+    weight, bias, groups, transposed, _ = call.filters
+    settings = (weight, bias, call.stride, call.padding)
+    if transposed:
+        return F.conv_transpose2d(call.input, *settings, (1, 0), groups,
+                                  call.dilation)
+    return F.conv2d(call.input, *settings, call.dilation, groups)
 
 
 def _transposed():
     torch.manual_seed(0)
-    return ConvCall(
-        torch.randn(3, 4, 9, 7).double(),
-        torch.randn(4, 3, 3, 4).double(), None, (2, 1), (1, 0), (1, 2), 2,
-        True)
+    filters = Filters(torch.randn(4, 3, 3, 4).double(), None, 2, True)
+    return ConvCall(filters, torch.randn(3, 4, 9, 7).double(), (2, 1), (1, 0),
+                    (1, 2))
 
 
 SAMPLED = [*((name, shape) for name in GEOMETRIES
@@ -142,12 +157,7 @@ SAMPLED = [*((name, shape) for name in GEOMETRIES
 def test_a_sample_is_of_patches_spread_evenly(name, shape):
     """Today's filters make of each patch the output that it belongs to."""
     call = _transposed() if name == 'transposed' else _geometry(name, shape)
-    if name == 'transposed':
-        y = F.conv_transpose2d(call.input, call.weight, None, call.stride,
-                               call.padding, (1, 0), call.groups,
-                               call.dilation)
-    else:
-        y = _conv(call, call.weight)
+    y = _conv(call)
     values = y.transpose(0, 1).flatten(1).t()
     # Places can be told by their values, unless most are padding.
     many = y[:, 0].numel() > 400 and len(values.unique(dim=0)) == len(values)
@@ -155,7 +165,7 @@ def test_a_sample_is_of_patches_spread_evenly(name, shape):
     for turn in range(_TURNS + 1):
         patches = call.sample(y, 40, turn)
         assert len(patches) == 40
-        outputs = apply_filters(patches, call.filters)
+        outputs = _outputs(call.filters, patches).t()
         distance, places = (outputs[:, None] - values).norm(dim=2).min(1)
         assert distance.max() < 1e-9
         seen.append(places)
@@ -173,9 +183,9 @@ def test_a_sample_is_of_patches_spread_evenly(name, shape):
 
 def test_all_positions_are_all_of_them():
     call = _geometry('strided', (3, 4, 9, 7))
-    y = _conv(call, call.weight)
-    outputs = apply_filters(call.sample(y, None, 3), call.filters)
-    torch.testing.assert_close(outputs, y.permute(0, 2, 3, 1).flatten(0, 2))
+    y = _conv(call)
+    outputs = _outputs(call.filters, call.sample(y, None, 3))
+    torch.testing.assert_close(outputs, y.transpose(0, 1).flatten(1))
 
 
 @pytest.mark.parametrize('size', [None, 8])
@@ -183,8 +193,9 @@ def test_an_empty_batch_has_patches_of_zeros(size):
     call = _geometry('3x3')._replace(input=torch.zeros(0, 4, 33, 40))
     patches = call.sample(torch.zeros(0, 6, 33, 40), size, 0)
     assert patches.shape == (size or 0, 1, 37) and (patches == 0).all()
-    deformable = DeformCall(call.input, torch.zeros(0, 18, 33, 40), None,
-                            call.weight, None, (1, 1), (1, 1), (1, 1), 1, 1)
+    filters = call.filters._replace(bias=None)
+    deformable = DeformCall(filters, call.input, torch.zeros(0, 18, 33, 40),
+                            None, (1, 1), (1, 1), (1, 1), 1)
     assert deformable.sample(torch.zeros(0, 6, 33, 40), size, 0).shape == (
         size or 0, 1, 36)
 
@@ -198,17 +209,21 @@ def _random_positions(call, count):
 
 
 def _gradient(calls, filters, positions):
-    """By the filters, of a function of the window's mean and variance."""
-    memory = _remembered(calls, positions)
-    past = replay(memory, apply_filters(memory.patches, filters))
-    # The last one is the present: it is at today's weight.
-    place = len(calls) - 1
-    pooled = pool(past, place)
-    live = filters.clone().requires_grad_()
-    mean, var = follow_filters(live, memory, past, pooled, place)
-    weights = torch.linspace(-1, 2, mean.numel(), dtype=mean.dtype)
-    (mean * weights + var * weights.flip(0)).sum().backward()
-    return torch.cat([past.mean[:place], past.var[:place]]), live.grad
+    """Moments of the past, and a loss's gradient by today's filters."""
+    memory, patches = _remembered(calls, positions)
+    past = _replay(memory, filters, patches)
+    live = filters.rows.clone().requires_grad_()
+    follower = Follower(live, patches)
+    own, = follow_filters(memory, past, pool(past, memory.is_past),
+                          [slice(0, len(live))], [follower])
+    generator = torch.Generator().manual_seed(0)
+    x, factor = torch.randn(
+        (2, 3, len(live), 4, 4), generator=generator, dtype=live.dtype)
+    mean, var = mix_moments(own.moments, torch.stack(batch_moments(x)[:2]),
+                            own.share)
+    out = normalize(x, mean, var, gradient=own.share, past=own)
+    (out * factor).sum().backward()
+    return torch.cat([past.mean, past.var]), live.grad
 
 
 @pytest.mark.parametrize('step', [0., 0.02])

@@ -162,8 +162,8 @@ def test_what_does_not_fit_fills_anew(tmp_path):
     runner.train()
     assert re.search(
         '2 norms do not take up what the checkpoint remembers of past '
-        r"iterations, and fill anew: CBN 'backbone.1': it was CBN\(4, .*"
-        r'window_size=4.* and is CBN\(4, .*window_size=3', read_log(tmp_path))
+        "iterations, and fill anew: CBN 'backbone.1': it was gathered with "
+        'window_size=4, and the layer has 3', read_log(tmp_path))
     assert runner.model.head[1].held_iterations == [2]
 
 
@@ -184,9 +184,9 @@ def test_states_in_a_checkpoint_load_safely_and_fine_tuning_forgets(tmp_path):
     layer(runner.model.head[0](torch.randn(2, 4, 5, 5)))
     for held in (exported, states['head.1'][0]):
         assert held['state']['turn'] == 5
-    for name, ring in exported['state']['rings'].items():
-        torch.testing.assert_close(states['head.1'][0]['state']['rings'][name],
-                                   ring)
+    for name, tensor in exported['state']['tensors'].items():
+        torch.testing.assert_close(
+            states['head.1'][0]['state']['tensors'][name], tensor)
     tuned = toy_runner(
         tmp_path,
         hooks,
@@ -215,7 +215,7 @@ def test_states_in_the_format_of_an_older_version_are_refused(tmp_path):
         train_cfg=dict(by_epoch=True, max_epochs=4))
     runner.train()
     assert re.search(r'2 norms do not take up.*in the format 1, and this '
-                     'version of mmdet_smallbn reads 2', read_log(tmp_path))
+                     'version of mmdet_smallbn reads 3', read_log(tmp_path))
     assert runner.model.head[1].held_iterations == [2]
 
 
@@ -379,7 +379,7 @@ def test_a_wrapper_that_overwrites_buffers_is_told(tmp_path, monkeypatch,
                         Toy(lambda c: CBN(c, sync=sync)))
     runner.model.broadcast_buffers = broadcasts  # as torch's DDP
     monkeypatch.setattr(
-        'mmdet_smallbn.hooks.burn_in_hook.get_world_size', lambda: processes)
+        'mmdet_smallbn.hooks.norm_hook.get_world_size', lambda: processes)
     runner.train()
     assert ('Set broadcast_buffers=False' in read_log(tmp_path)) == told
 

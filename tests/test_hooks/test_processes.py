@@ -397,6 +397,10 @@ def test_a_resume_takes_up_the_past_of_the_main_process(ranks, norm, sync):
     assert _same(*(run['resumed']['weights'] for run in runs))
     assert _same(*(run['resumed']['average'] for run in runs))
     # Before the next update the main process goes on as if never stopped.
+    # MABN's forward pass goes on in any case: r takes out what it averages.
     whole, resumed = runs[0]['whole'], runs[0]['resumed']
-    assert (_same(whole['losses'][4:],
-                  resumed['losses']) == (kept or norm not in REMEMBER))
+    same = _same(whole['losses'][4:], resumed['losses'])
+    if norm == 'MABN' and not kept:
+        torch.testing.assert_close(whole['losses'][4:], resumed['losses'])
+    else:
+        assert same == (kept or norm not in REMEMBER)

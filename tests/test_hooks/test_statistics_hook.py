@@ -78,11 +78,11 @@ def test_mabns_averages_are_recorded(tmp_path):
     assert [(row['iter'], row['layer']) for row in rows] == [
         (i, name) for i in (0, 2, 4) for name in ('backbone.1', 'head.1')
     ]
-    averages = model.head[1]._states[0]
     assert rows[-1]['moving'].keys() == {
         'ema_mean_square', 'sma_mean_square', 'sma_psi'
     }
-    assert averages.forward.pushes == averages.backward.pushes == 6
+    for average in model.head[1].rings.values():
+        assert average.turn + 1 == 6
     assert all(value > 0 for value in rows[-1]['batch'].values())
 
 
@@ -96,7 +96,7 @@ def test_mabns_averages_are_those_of_its_batches(tmp_path):
         assert moving['sma_psi'] == pytest.approx(row['regular']['psi'])
         assert moving['sma_mean_square'] == pytest.approx(
             row['regular']['mean_square'])
-    averages = model.head[1]._states[0]
+    averages = model.head[1].states[0]
     for key, average in (('mean_square', averages.forward),
                          ('psi', averages.backward)):
         assert rows[-1]['moving'][f'sma_{key}'] == pytest.approx(

@@ -305,7 +305,8 @@ def test_activation_checkpointing_changes_nothing(norm, use_reentrant, calls):
     norm.double()
     models = [nn.ModuleList([conv, norm])]
     models.append(copy.deepcopy(models[0]))
-    remember_calls(models[1])
+    for model in models:
+        remember_calls(model)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in models]
     for iteration in range(10):
         inputs = [torch.randn(2, 3, 5, 5).double() for _ in range(calls)]
@@ -501,7 +502,8 @@ def test_torch_compile_changes_nothing(norm):
         CenConv2d(3, 6, 3), norm, nn.ReLU(), nn.Conv2d(6, 6, 3),
         copy.deepcopy(norm), nn.ReLU()).double()
     model = copy.deepcopy(plain)
-    remember_calls(model)
+    for hooked in (plain, model):
+        remember_calls(hooked)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model, backend='aot_eager')

@@ -138,7 +138,7 @@ def test_a_second_backward_through_a_forward_takes_the_firsts_place(kind):
         assert relative_error(found, reference.backward(context, grad)[0]) < (
             1e-9)
     held, = layer.export_states()
-    assert held['state']['backward']['pushes'] == 5
+    assert held['state']['backward']['turn'] == 4
 
 
 @pytest.mark.filterwarnings('ignore:.*called several times')
@@ -170,7 +170,7 @@ def test_burn_in_fills_the_averages():
         _check_step(layer, reference, _input(step), burning_in=step < 5)
     assert layer.held_iterations == [4]
     held, = layer.export_states()
-    assert held['state']['backward']['pushes'] == 6
+    assert held['state']['backward']['turn'] == 5
 
 
 def test_an_overflowing_gradient_enters_no_average():

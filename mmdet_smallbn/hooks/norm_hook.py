@@ -1,0 +1,254 @@
+"""What the training loop tells the norms, and what it keeps for them."""
+from typing import Dict, List
+
+import torch
+from mmengine.dist import get_world_size, is_main_process
+from mmengine.hooks import EMAHook, Hook
+from mmengine.registry import HOOKS
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import SetupError
+from ..layers import (PastBank, SmallBatchNorm, TrainingLoop, is_under,
+                      remember_calls)
+from .model import bare_model, gradient_scale, norms_of_teachers
+
+# The key of a checkpoint that holds what norms remember.
+_STATES = 'smallbn_states'
+
+
+@HOOKS.register_module()
+class SmallBatchNormHook(Hook):
+    """Tell the norms of this package what the training loop knows.
+
+    - Which iteration it is, so that a layer that is called twice in one does
+      not take it for two.
+    - What the loss is multiplied with (loss scale, accumulation), so that
+      MABN's averages are of the loss itself.
+    - What the past says at today's weights, for all layers at once.
+
+    It also takes out of the running statistics what is not finite, and tells
+    the layers inside activation checkpointing and torch.compile which
+    convolution comes before them.
+
+    Checkpoints hold what CBN and MABN remember of past iterations, under a
+    key of its own, and a resume takes it up, so that it goes on as if it had
+    never stopped. It is that of the main process: the norms of others, and
+    all with ``sync=True`` in several processes, fill anew, within
+    ``window_size`` or ``buffer_size`` iterations. CBN's takes 32 patches of
+    its input for each iteration and layer.
+
+    A frozen detector within the model, the teacher of semi-supervised
+    learning or distillation, is a model at work: its norms are put into
+    evaluation, which mmdet leaves in training mode.
+
+    Args:
+        save_states (bool): Whether checkpoints hold what the norms remember.
+            False: it fills anew after a resume.
+
+    Raises:
+        SetupError: At the start of training, if a teacher never gets the
+            statistics that it evaluates with.
+
+    Example:
+        >>> custom_hooks = [dict(type='SmallBatchNormHook')]
+    """
+    priority = 'ABOVE_NORMAL'
+
+    def __init__(self, save_states: bool = True) -> None:
+        self.save_states = save_states
+        self._norms: Dict[str, SmallBatchNorm] = {}
+        self._teaching: Dict[str, SmallBatchNorm] = {}
+        self._handles: List[RemovableHandle] = []
+        self._loaded: Dict[str, list] = {}
+        self._kept: Dict[SmallBatchNorm, list] = {}
+        self._leads = False
+
+    def find_layers(self, model: nn.Module) -> None:
+        """Find the norms, and those of frozen detectors in the model."""
+        self._norms = {
+            name: layer
+            for name, layer in model.named_modules()
+            if isinstance(layer, SmallBatchNorm)
+        }
+        self._teaching = norms_of_teachers(model)
+
+    def before_train(self, runner) -> None:
+        """Take over the layers."""
+        model = bare_model(runner)
+        self.find_layers(model)
+        # Of several such hooks, the first one leads.
+        self._leads = next(hook for hook in runner.hooks if isinstance(
+            hook, SmallBatchNormHook)) is self
+        if not self._leads:
+            return
+        self._loop, self._bank = TrainingLoop(), PastBank()
+        for name, layer in self._norms.items():
+            layer.layer_name = name
+            layer.loop = self._loop
+            # Of an earlier training of the same model object.
+            layer.reset_state()
+        self._guard = _RunningGuard(self._norms.values())
+        self._check_teachers(runner)
+        self._check_wrapper(runner)
+        self._restore(runner)
+        # Of an earlier training that ended in an error, too.
+        self._forget_calls()
+        self._handles = remember_calls(model)
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        """Tell the layers the iteration, and prepare their past."""
+        if not self._leads:
+            return
+        # The training loop puts the whole model into training mode.
+        for layer in self._teaching.values():
+            layer.eval()
+        self._loop.iteration = runner.iter
+        self._loop.gradient_scale = gradient_scale(runner)
+        self._loop.mends_running = True
+        self._guard.keep()
+        self._bank.prepare({
+            f'{name}[{call}]': ring
+            for name, layer in self._norms.items()
+            if layer.keeps_states and layer.training and layer.uses_past()
+            for call, ring in layer.rings.items()
+        })
+
+    def after_train_iter(self, runner, *args, **kwargs) -> None:
+        """Mend the running statistics, before anybody reads them."""
+        if self._leads:
+            self._guard.mend()
+            self._loop.mends_running = False
+
+    def after_train(self, runner) -> None:
+        """Let the layers go: who calls them next has iterations of his own."""
+        self._forget_calls()
+        for layer in self._norms.values():
+            layer.loop = TrainingLoop()
+
+    def before_val_epoch(self, runner) -> None:
+        """Keep the past: mmdet's SyncNormHook loads a state dict now."""
+        self._kept = {
+            layer: layer.states
+            for layer in self._norms.values() if layer.keeps_states
+        }
+
+    def after_val_epoch(self, runner, metrics=None) -> None:
+        """The weights are those of before."""
+        for layer, states in self._kept.items():
+            layer.states = states
+        self._kept = {}
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Put the norms' states into a checkpoint."""
+        if not self.save_states or _STATES in checkpoint:
+            return  # or another of these hooks has put them there
+        alone = get_world_size() == 1
+        checkpoint[_STATES] = {
+            name: layer.export_states()
+            for name, layer in self._norms.items()
+            if layer.keeps_states and (alone or not layer.sync)
+        }
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Keep the norms' states of a checkpoint that is resumed."""
+        states = checkpoint.get(_STATES)
+        if not states or not runner._resume or not is_main_process():
+            return
+        if 'ema_state_dict' in checkpoint and not any(
+                isinstance(hook, EMAHook) for hook in runner.hooks):
+            runner.logger.warning(
+                'the checkpoint holds the averaged weights of an EMAHook, and '
+                'without one training goes on from these. What the norms '
+                'remember of past iterations was gathered with other weights: '
+                'they fill anew. To go on as before, keep the EMAHook')
+            return
+        # The weights are loaded after this, and empty the norms.
+        self._loaded = states
+
+    def _restore(self, runner) -> None:
+        alone = get_world_size() == 1
+        refused = []
+        for name, states in self._loaded.items():
+            layer = self._norms.get(name)
+            if layer is None or (layer.sync and not alone):
+                continue
+            try:
+                layer.restore_states(states)
+            except ValueError as error:
+                refused.append(str(error))
+        if refused:
+            runner.logger.warning(
+                f'{len(refused)} norms do not take up what the checkpoint '
+                f'remembers of past iterations, and fill anew: {refused[0]}')
+        self._loaded = {}
+
+    def _forget_calls(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _check_teachers(self, runner) -> None:
+        # mmdet's, whose teacher is of that name.
+        skips = any(
+            type(hook).__name__ == 'MeanTeacherHook' and hook.skip_buffers
+            for hook in runner.hooks)
+        needing = [
+            name for name, layer in self._teaching.items()
+            if is_under(name, 'teacher') and layer.track_running_stats
+            and layer.example_weight < 1
+        ]
+        if skips and needing:
+            raise SetupError(
+                f'{len(needing)} norms of the teacher, '
+                f'{needing[0]!r} the first of them, evaluate with running '
+                'statistics, which MeanTeacherHook(skip_buffer=True) never '
+                'gives them. Set skip_buffer=False')
+        if self._teaching:
+            runner.logger.info(
+                f'{len(self._teaching)} norms are in a frozen detector '
+                'within the model, and kept in evaluation mode')
+
+    def _check_wrapper(self, runner) -> None:
+        if get_world_size() > 1 and (
+                getattr(runner.model, 'broadcast_buffers', False)
+                and not all(layer.sync for layer in self._norms.values())):
+            runner.logger.warning(
+                'with broadcast_buffers=True the running '
+                "statistics are the main process's alone. Set "
+                'broadcast_buffers=False in model_wrapper_cfg, and '
+                "dict(type='SyncBuffersHook') in custom_hooks to average "
+                'them at the end of an epoch')
+
+
+class _RunningGuard:
+    """Takes out of running statistics what is not finite.
+
+    Args:
+        norms (Iterable[SmallBatchNorm]): Whose buffers it watches.
+    """
+
+    def __init__(self, norms) -> None:
+        self._norms = [n for n in norms if n.running_mean is not None]
+        self._kept: List[tuple] = []
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Keep what they are now."""
+        groups: Dict[tuple, List[Tensor]] = {}
+        for norm in self._norms:
+            for buffer in (norm.running_mean, norm.running_var):
+                groups.setdefault((buffer.dtype, buffer.device),
+                                  []).append(buffer)
+        self._kept = [(torch.cat(buffers), buffers)
+                      for buffers in groups.values()]
+
+    @torch.no_grad()
+    def mend(self) -> None:
+        """Put back what was kept, where it is not finite any more."""
+        for kept, buffers in self._kept:
+            now = torch.cat(buffers)
+            mended = torch.where(now - now == 0, now, kept)
+            torch._foreach_copy_(
+                buffers, list(mended.split([len(b) for b in buffers])))
+        self._kept = []
