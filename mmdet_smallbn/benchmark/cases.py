@@ -5,13 +5,16 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional
 import torch
 from mmcv.cnn import ConvModule
 from mmengine.config import Config
+from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import Runner
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torch.utils._pytree import tree_flatten
 
 from ..deploy import fuse_norm
-from ..layers import SmallBatchNorm, set_example_weight
+from ..layers import SmallBatchNorm, TrainingLoop, set_example_weight
 from .measure import Run
 
 # The baseline comes first. MABN's convolutions are centred, as in its method.
@@ -143,13 +146,43 @@ def _in_turn(values: list) -> Callable[[], Any]:
     return next_one
 
 
-def train_block(norm: dict, block: Block, setting: Setting) -> Contender:
-    """Forward and backward of convolution, norm and ReLU."""
-    module = _block(norm, block, setting)
+def _steps(module: nn.Module) -> Callable[[Run], None]:
+    """Runs something as an iteration of a training loop."""
+    loop = TrainingLoop({
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, SmallBatchNorm)
+    })
+    state = dict(iteration=0)
+
+    def step(run: Run) -> None:
+        loop.begin(state['iteration'])
+        state['iteration'] += 1
+        run()
+        loop.end()
+
+    return step
+
+
+def train_block(norm: dict,
+                block: Block,
+                setting: Setting,
+                count: int = 8) -> Contender:
+    """Forward and backward of convolution, norm and ReLU.
+
+    Args:
+        norm (dict): ``norm_cfg`` and ``conv_cfg``.
+        block (Block): The convolution.
+        setting (Setting): Where and how.
+        count (int): Blocks in a row.
+    """
+    module = nn.Sequential(
+        *(_block(norm, block, setting) for _ in range(count)))
     parameters = list(module.parameters())
     next_input = _in_turn(
         [x.requires_grad_() for x in _inputs(block, setting)])
     grads: Dict[torch.dtype, Tensor] = {}
+    step = _steps(module)
 
     def run() -> None:
         x = next_input()
@@ -159,7 +192,7 @@ def train_block(norm: dict, block: Block, setting: Setting) -> Contender:
             grads[out.dtype] = torch.randn_like(out)
         torch.autograd.grad(out, [x, *parameters], grads[out.dtype])
 
-    return Contender(run, module)
+    return Contender(lambda: step(run), module)
 
 
 def train_norm(norm: dict, block: Block, setting: Setting) -> Contender:
@@ -275,15 +308,56 @@ def train_detector(config: str, place: str, norm: dict, setting: Setting,
             num_classes=80,
             with_mask='mask_head' in model.roi_head) for _ in range(2)
     ])
-    norms = [m for m in detector.modules() if isinstance(m, SmallBatchNorm)]
-    state = dict(iteration=0)
+    step = _steps(detector)
 
     def run() -> None:
-        for layer in norms:  # as the hook tells them
-            layer.iteration = state['iteration']
-        state['iteration'] += 1
         torch.manual_seed(0)
         with setting.autocast():
             detector.train_step(next_batch(), wrapper)
 
-    return Contender(run, detector, optimizer)
+    return Contender(lambda: step(run), detector, optimizer)
+
+
+def train_stack(norm: dict, setting: Setting, folder: str) -> Contender:
+    """An iteration of mmengine's loop on 50 blocks with maps of 4x4.
+
+    There the host is what takes time.
+
+    Args:
+        norm (dict): ``norm_cfg`` and ``conv_cfg``.
+        setting (Setting): Where and how.
+        folder (str): For the loop's log.
+    """
+    block = Block((2, 64, 4, 4), 3)
+    x, = _inputs(block, setting, 1)
+    torch.manual_seed(0)
+
+    class Stack(BaseModel):
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.Sequential(
+                *(_block(norm, block, setting) for _ in range(50)))
+
+        def forward(self, inputs, data_samples=None, mode='tensor'):
+            with setting.autocast():
+                return dict(loss=self.blocks(inputs).square().mean())
+
+    runner = Runner(
+        Stack(),
+        folder,
+        train_dataloader=DataLoader([0]),
+        train_cfg=dict(type='IterBasedTrainLoop', max_iters=10**9),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=1e-4, momentum=0.9)),
+        default_hooks=dict.fromkeys(('timer', 'logger', 'param_scheduler',
+                                     'checkpoint', 'sampler_seed')),
+        custom_hooks=[dict(type='SmallBatchNormHook')],
+        log_level='ERROR',
+        experiment_name=f'stack {id(norm)}')
+    loop = runner.train_loop
+    model, batch = runner.model, dict(inputs=x)
+    runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    runner.call_hook('before_train')
+    model.train()
+    return Contender(lambda: loop.run_iter(batch), model,
+                     runner.optim_wrapper.optimizer)

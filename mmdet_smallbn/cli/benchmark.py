@@ -4,6 +4,7 @@ import datetime
 import json
 import platform
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
@@ -15,13 +16,14 @@ from rich.table import Table
 from ..benchmark.cases import (BLOCKS, DEPLOYED, DETECTORS, NORMS, PLACES,
                                Contender, Setting, infer_block,
                                infer_network, train_block, train_detector,
-                               train_norm)
+                               train_norm, train_stack)
 from ..benchmark.measure import interleave, launches, peak_memory, ratio
 from ..errors import SetupError, did_you_mean, one_line_errors
 from ..pictures import save_costs
 
 BASELINE = 'BN'
-LEVELS = ('norm', 'block', 'growth', 'inference', 'latency', 'detector')
+LEVELS = ('norm', 'block', 'growth', 'host', 'inference', 'latency',
+          'detector')
 _DTYPES = dict(
     float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 _CONFIGS = Path(__file__).resolve().parents[2] / 'configs' / 'cbn'
@@ -37,8 +39,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         nargs='+',
         choices=LEVELS,
         default=['norm', 'block', 'growth', 'inference'],
-        help='what the norms are in; latency (ResNet-50 with FPN on one '
-        'image, folded and not) and a detector take long')
+        help='what the norms are in; host (many small blocks in a training '
+        'loop), latency (ResNet-50 with FPN on one image, folded and not) and '
+        'a detector take long')
     parser.add_argument(
         '--norms', nargs='+', metavar='NAME', help='all, if not given')
     parser.add_argument('--rounds', type=int, default=25)
@@ -115,6 +118,12 @@ def contests(args: argparse.Namespace, norms: Dict[str, dict],
                     name: (train_block, norms[name], grown, setting)
                     for name in some
                 }
+    if 'host' in args.levels:
+        yield 'host', '50 blocks, 2x64x4x4, 3x3', {
+            name: (train_stack, norm, setting, tempfile.mkdtemp())
+            for name, norm in norms.items()
+            if norm['norm_cfg'] is not None
+        }
     if 'latency' in args.levels:
         for side in args.sides:
             make = {}

@@ -3,6 +3,7 @@ import math
 from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple, Union
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -50,10 +51,9 @@ class Filters(NamedTuple):
     @property
     def length(self) -> int:
         """F."""
-        channels = self.weight.size(0 if self.transposed else 1)
-        if self.transposed:
-            channels //= self.groups
-        return channels * self.weight[0, 0].numel() + (self.bias is not None)
+        first, second, *kernel = self.weight.shape
+        channels = first // self.groups if self.transposed else second
+        return channels * math.prod(kernel) + (self.bias is not None)
 
 
 class ConvCall(NamedTuple):
@@ -93,6 +93,13 @@ class ConvCall(NamedTuple):
         """
         if x.numel() == 0:
             return _empty_patches(self, x, size, out)
+        if size is None and not self.filters.transposed:
+            kernel = self.filters.weight.shape[2:]
+            patches = F.unfold(self.input, kernel, self.dilation, self.padding,
+                               self.stride)
+            patches = patches.transpose(1, 2).flatten(0, 1).unflatten(
+                1, (-1, *kernel))
+            return _as_patches(patches, self.filters, out)
         examples, rows, columns, met = self._positions(x, size, turn)
         patches = torch.ops.aten.index(self.input,
                                        [examples, None, rows, columns])
@@ -137,8 +144,10 @@ def _as_patches(patches: Tensor, filters: Filters,
     if out is None:
         out = patches.new_empty((*patches.shape[:2], filters.length))
     of_weight = out if filters.bias is None else out[..., :-1]
+    if patches.dtype != out.dtype:
+        patches = patches.to(out.dtype)
     torch.nan_to_num(
-        patches.to(out.dtype), 0., 0., 0.,
+        patches, 0., 0., 0.,
         out=of_weight.unflatten(-1, patches.shape[2:]))
     if filters.centred:
         of_weight.sub_(of_weight.mean(2, keepdim=True))

@@ -161,8 +161,9 @@ def mix_moments(moments: Tensor, new: Tensor, weight) -> Tensor:
         Tensor: Mean and biased variance of the mixture, same shape.
     """
     mixed = torch.lerp(moments, new, weight)
+    mean, var = mixed.unbind()
     # Their product is weight * (1 - weight) times the squared distance.
-    mixed[1].addcmul_(new[0] - mixed[0], mixed[0] - moments[0])
+    var.addcmul_(new[0] - mean, mean - moments[0])
     return mixed
 
 

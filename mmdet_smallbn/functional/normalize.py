@@ -2,7 +2,6 @@
 from typing import Optional, Tuple, Union
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -24,7 +23,8 @@ def scale_and_shift(x: Tensor, mean: Tensor, var: Tensor,
     if mean.dtype != x.dtype:
         weight, bias = (p if p is None else p.to(mean.dtype)
                         for p in (weight, bias))
-    return F.batch_norm(x, mean, var, weight, bias, False, 0., eps)
+    return torch.batch_norm(x, weight, bias, mean, var, False, 0., eps,
+                            torch.backends.cudnn.enabled)
 
 
 class _Normalize(Function):

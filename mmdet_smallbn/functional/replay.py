@@ -89,7 +89,6 @@ class Pooled(NamedTuple):
     used: Tensor
 
 
-@torch.no_grad()
 def apply_filters(filters: Tensor, patches: Tensor, out: Tensor) -> Tensor:
     """Outputs of a convolution at some positions.
 
@@ -102,7 +101,9 @@ def apply_filters(filters: Tensor, patches: Tensor, out: Tensor) -> Tensor:
     Returns:
         Tensor: ``out``.
     """
-    filters = filters.to(patches.dtype)
+    filters = filters.detach()
+    if filters.dtype != patches.dtype:
+        filters = filters.to(patches.dtype)
     groups = patches.size(1)
     if groups == 1:
         return torch.mm(filters, patches.squeeze(1).t(), out=out)
@@ -267,7 +268,7 @@ class _FollowFilters(Function):
         count = len(ctx.loans)
         by_filters = ctx.gradient.by_filters(
             ctx.loans, list(zip(sums[:count], sums[count:])))
-        return (None, None, *(by if by is None else by.to(dtype)
+        return (None, None, *(by if by is None or by.dtype == dtype else by.to(dtype)
                               for by, dtype in zip(by_filters, ctx.dtypes)))
 
 

@@ -1,16 +1,14 @@
 """What the training loop tells the norms, and what it keeps for them."""
 from typing import Dict, List
 
-import torch
 from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import SetupError
-from ..layers import (PastBank, SmallBatchNorm, TrainingLoop, is_under,
-                      remember_calls)
+from ..layers import SmallBatchNorm, TrainingLoop, is_under, remember_calls
 from .model import bare_model, gradient_scale, norms_of_teachers
 
 # The key of a checkpoint that holds what norms remember.
@@ -82,13 +80,11 @@ class SmallBatchNormHook(Hook):
             hook, SmallBatchNormHook)) is self
         if not self._leads:
             return
-        self._loop, self._bank = TrainingLoop(), PastBank()
         for name, layer in self._norms.items():
             layer.layer_name = name
-            layer.loop = self._loop
             # Of an earlier training of the same model object.
             layer.reset_state()
-        self._guard = _RunningGuard(self._norms.values())
+        self._loop = TrainingLoop(self._norms)
         self._check_teachers(runner)
         self._check_wrapper(runner)
         self._restore(runner)
@@ -103,28 +99,18 @@ class SmallBatchNormHook(Hook):
         # The training loop puts the whole model into training mode.
         for layer in self._teaching.values():
             layer.eval()
-        self._loop.iteration = runner.iter
-        self._loop.gradient_scale = gradient_scale(runner)
-        self._loop.mends_running = True
-        self._guard.keep()
-        self._bank.prepare({
-            f'{name}[{call}]': ring
-            for name, layer in self._norms.items()
-            if layer.keeps_states and layer.training and layer.uses_past()
-            for call, ring in layer.rings.items()
-        })
+        self._loop.begin(runner.iter, gradient_scale(runner))
 
     def after_train_iter(self, runner, *args, **kwargs) -> None:
         """Mend the running statistics, before anybody reads them."""
         if self._leads:
-            self._guard.mend()
-            self._loop.mends_running = False
+            self._loop.end()
 
     def after_train(self, runner) -> None:
         """Let the layers go: who calls them next has iterations of his own."""
         self._forget_calls()
-        for layer in self._norms.values():
-            layer.loop = TrainingLoop()
+        if self._leads:
+            self._loop.release()
 
     def before_val_epoch(self, runner) -> None:
         """Keep the past: mmdet's SyncNormHook loads a state dict now."""
@@ -219,36 +205,3 @@ class SmallBatchNormHook(Hook):
                 'broadcast_buffers=False in model_wrapper_cfg, and '
                 "dict(type='SyncBuffersHook') in custom_hooks to average "
                 'them at the end of an epoch')
-
-
-class _RunningGuard:
-    """Takes out of running statistics what is not finite.
-
-    Args:
-        norms (Iterable[SmallBatchNorm]): Whose buffers it watches.
-    """
-
-    def __init__(self, norms) -> None:
-        self._norms = [n for n in norms if n.running_mean is not None]
-        self._kept: List[tuple] = []
-
-    @torch.no_grad()
-    def keep(self) -> None:
-        """Keep what they are now."""
-        groups: Dict[tuple, List[Tensor]] = {}
-        for norm in self._norms:
-            for buffer in (norm.running_mean, norm.running_var):
-                groups.setdefault((buffer.dtype, buffer.device),
-                                  []).append(buffer)
-        self._kept = [(torch.cat(buffers), buffers)
-                      for buffers in groups.values()]
-
-    @torch.no_grad()
-    def mend(self) -> None:
-        """Put back what was kept, where it is not finite any more."""
-        for kept, buffers in self._kept:
-            now = torch.cat(buffers)
-            mended = torch.where(now - now == 0, now, kept)
-            torch._foreach_copy_(
-                buffers, list(mended.split([len(b) for b in buffers])))
-        self._kept = []

@@ -1,5 +1,5 @@
 """The norms. Importing this registers them in mmengine's root registry."""
-from .base import SmallBatchNorm, TrainingLoop
+from .base import SmallBatchNorm
 from .batch_group_norm import BatchGroupNorm, GhostBN
 from .batch_renorm import BRN
 from .cbn import CBN, NaiveCBN, suggested_window_size
@@ -11,11 +11,11 @@ from .example_weight import (calibrate_group_norms, lacks_averages,
                              set_example_weight, weights_as_trained)
 from .forward_pass import in_backward
 from .mabn import MABN
-from .ring import PastBank
+from .training_loop import TrainingLoop
 
 __all__ = [
     'BRN', 'BatchGroupNorm', 'CBN', 'CenConv2d', 'GhostBN', 'MABN', 'NaiveCBN',
-    'PastBank', 'SmallBatchNorm', 'TrainingLoop', 'calibrate_group_norms', 'check_example_weight',
+    'SmallBatchNorm', 'TrainingLoop', 'calibrate_group_norms', 'check_example_weight',
     'check_positive_int', 'in_backward', 'is_batch_norm', 'is_under',
     'lacks_averages', 'remember_calls', 'set_example_weight',
     'suggested_window_size', 'weights_as_trained'

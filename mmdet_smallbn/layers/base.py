@@ -16,7 +16,7 @@ from .statistics import Batch, Statistics
 MAX_CALLS = 64
 
 
-class TrainingLoop:
+class TrainingStep:
     """What a training loop tells its layers, in one object for all of them.
 
     Attributes:
@@ -38,8 +38,8 @@ class TrainingLoop:
 def _told(name: str) -> property:
     """An attribute of the layer that its training loop tells."""
     return property(
-        lambda self: getattr(self.loop, name),
-        lambda self, value: setattr(self.loop, name, value))
+        lambda self: getattr(self.training_step, name),
+        lambda self, value: setattr(self.training_step, name, value))
 
 
 class SmallBatchNorm(nn.BatchNorm2d):
@@ -90,7 +90,7 @@ class SmallBatchNorm(nn.BatchNorm2d):
         example_weight (float): Weight of an example's own statistics in
             evaluation; see :func:`mmdet_smallbn.set_example_weight`.
         built_example_weight (float): The one it was built with.
-        loop (TrainingLoop): What the training loop tells.
+        training_step (TrainingStep): What the training loop tells.
         burning_in (bool): Whether the layer is in its burn-in.
         layer_name (str, optional): The layer's place in the model, told by
             the hook, for messages.
@@ -128,7 +128,7 @@ class SmallBatchNorm(nn.BatchNorm2d):
             dtype=dtype)
         self.sync = sync
         self.example_weight = 0.
-        self.loop = TrainingLoop()
+        self.training_step = TrainingStep()
         self.burning_in = False
         self.layer_name: Optional[str] = None
         self._last_iteration: Optional[int] = None
@@ -195,7 +195,7 @@ class SmallBatchNorm(nn.BatchNorm2d):
 
     def count_call(self, x: Tensor) -> None:
         """Set the index of this forward among those of the iteration."""
-        iteration = self.loop.iteration
+        iteration = self.training_step.iteration
         if iteration is not None and iteration == self._last_iteration:
             self._call += 1
             return
@@ -239,13 +239,13 @@ class SmallBatchNorm(nn.BatchNorm2d):
         if not self.training or step is ForwardPass.UNTRACKED:
             return self._forward_alone(x, update=self.training)
         self.count_call(x)
-        batch = self._see(x, update=True)
+        batch = self._see(x, step, update=True)
         if batch.is_empty:
             return self._pass_through(batch)
         statistics = (
             self.statistics(batch)
             if self.uses_past() else self.batch_statistics(batch))
-        self._update_running(batch)
+        self._count_batch(batch)
         if step is ForwardPass.CHECKPOINTED:
             self._first_passes.add(batch, statistics)
         return self._normalize(batch, statistics)
@@ -264,20 +264,20 @@ class SmallBatchNorm(nn.BatchNorm2d):
 
     def _forward_alone(self, x: Tensor, update: bool) -> Tensor:
         """A forward pass of no training step: the present batch alone."""
-        batch = self._see(x, update)
+        batch = self._see(x, ForwardPass.UNTRACKED, update)
         if batch.is_empty:
             return self._pass_through(batch)
         statistics = self.batch_statistics(batch)
         if update:
-            self._update_running(batch)
+            self._count_batch(batch)
         return self._normalize(batch, statistics)
 
-    def _see(self, x: Tensor, update: bool) -> Batch:
+    def _see(self, x: Tensor, step: ForwardPass, update: bool) -> Batch:
         """The present batch, joined with other processes' parts of it."""
         if update and self._kernel_updates_running(x):
             moments = batch_moments(x, self.running_mean, self.running_var,
                                     self.momentum)
-            return Batch(x, moments, moments, updated=True)
+            return Batch(x, moments, moments, None, step, updated=True)
         own = self.measure(x)
         moments = own if own.mean.dim() == 1 else own.over_examples()
         processes = None
@@ -285,7 +285,7 @@ class SmallBatchNorm(nn.BatchNorm2d):
             processes = Processes.current()
         if processes is not None:
             moments = processes.join(moments)
-        return Batch(x, own, moments, processes)
+        return Batch(x, own, moments, processes, step)
 
     def _pass_through(self, batch: Batch) -> Tensor:
         """Zero RoIs: no state changes, and the graph stays connected."""
@@ -321,18 +321,20 @@ class SmallBatchNorm(nn.BatchNorm2d):
 
         It lets through what is not finite.
         """
-        return (self.loop.mends_running and self.follows_batch_norm
+        return (self.training_step.mends_running and self.follows_batch_norm
                 and self.running_mean is not None and self.momentum is not None
                 and self.running_mean.dtype == statistics_dtype(x)
                 and not self.sync and x.numel() > 0)
 
+    def _count_batch(self, batch: Batch) -> None:
+        """Take a batch into the running statistics, once."""
+        if self.running_mean is not None:
+            self.num_batches_tracked.add_(1)
+            if not batch.updated:
+                self._update_running(batch)
+
     @torch.no_grad()
     def _update_running(self, batch: Batch) -> None:
-        if self.running_mean is None:
-            return
-        self.num_batches_tracked.add_(1)
-        if batch.updated:
-            return
         moments, factor = batch.moments, self.momentum
         if factor is None:  # cumulative average, as in nn.BatchNorm2d
             factor = self.num_batches_tracked.to(
@@ -343,7 +345,7 @@ class SmallBatchNorm(nn.BatchNorm2d):
             if target is None:
                 continue
             now = running.to(target.dtype)
-            if not self.loop.mends_running:
+            if not self.training_step.mends_running:
                 # x - x is 0 for what is finite alone.
                 target = torch.where(target - target == 0, target, now)
             if now is running:

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..functional import mix_moments
 from .checks import check_at_least, check_positive_int
 from .conv_call import FROZEN, find_producer, is_compiled
-from .forward_pass import ForwardPass, current_pass
+from .forward_pass import ForwardPass
 from .moment_window import MomentWindow
 from .remembering import RememberingNorm
 from .ring import Ring
@@ -173,9 +173,11 @@ class CBN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
 
     def statistics(self, batch: Batch) -> Statistics:
         """Eq. (7)-(11): the past at today's weight, and the present."""
-        producer = find_producer(batch.x) if self.compensate else FROZEN
+        producer = FROZEN
+        if self.compensate:
+            producer = find_producer(batch.x, batch.step)
         if not producer.known:
-            self._warn_of_producer(batch.x)
+            self._warn_of_producer(batch)
             return self.batch_statistics(batch)
         window = self.window_of_call()
         past, present = window.enter(batch, producer.call,
@@ -197,8 +199,9 @@ class CBN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
             window = self.state_of_call()
         return window
 
-    def _warn_of_producer(self, x: Tensor) -> None:
-        if current_pass() is ForwardPass.CHECKPOINTED or is_compiled(x):
+    def _warn_of_producer(self, batch: Batch) -> None:
+        x = batch.x
+        if batch.step is ForwardPass.CHECKPOINTED or is_compiled(x):
             self.warn_once(
                 'runs inside activation checkpointing, under other hooks on '
                 'saved tensors or in torch.compile, and is not told there of '

@@ -61,7 +61,7 @@ def check_input(layer: nn.Module, x: Tensor) -> None:
             f'{name_of(layer)} cannot be traced symbolically, which would '
             'make one of its branches the only one. Remove '
             'efficient_conv_bn_eval from the config')
-    if layer.training and getattr(layer, '_is_replica', False):
+    if layer.training and layer.__dict__.get('_is_replica'):
         raise RuntimeError(
             f'{name_of(layer)} was copied for one forward by DataParallel, '
             'and what it gathers would be lost. Use DistributedDataParallel')

@@ -37,7 +37,7 @@ UNKNOWN = Producer(known=False)
 FROZEN = Producer(known=True)
 
 
-def find_producer(x: Tensor) -> Producer:
+def find_producer(x: Tensor, step: ForwardPass) -> Producer:
     """Which convolution made ``x``, in a forward pass of a training step.
 
     The autograd graph tells without any wiring, and its node holds the weight
@@ -52,6 +52,7 @@ def find_producer(x: Tensor) -> Producer:
 
     Args:
         x (Tensor): Input of a norm, shape (N, C, H, W).
+        step (ForwardPass): What the forward pass belongs to.
 
     Returns:
         Producer: The convolution, ``FROZEN`` or ``UNKNOWN``.
@@ -61,7 +62,7 @@ def find_producer(x: Tensor) -> Producer:
         return _producer(call.conv, call.input)
     if torch.is_grad_enabled() and not x.requires_grad:
         return FROZEN
-    if current_pass() is not ForwardPass.PLAIN:
+    if step is not ForwardPass.PLAIN:
         return UNKNOWN
     node = x.grad_fn
     if node is None:

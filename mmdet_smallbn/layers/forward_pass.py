@@ -1,6 +1,8 @@
 """What a forward pass belongs to: a training step, a recomputation."""
 import enum
+import functools
 import sys
+from typing import Callable
 
 import torch
 from torch.utils.checkpoint import CheckpointFunction
@@ -8,10 +10,25 @@ from torch.utils.checkpoint import CheckpointFunction
 _REENTRANT_FORWARD = CheckpointFunction.forward.__code__
 
 
-# Which pass it is, and what was gathered in the past, are no constants that
-# torch.compile could take into a graph.
-run_eagerly = getattr(
-    getattr(torch, 'compiler', None), 'disable', lambda function: function)
+_compiler = getattr(torch, 'compiler', None)
+_disable = getattr(_compiler, 'disable', lambda function: function)
+_is_compiling = getattr(_compiler, 'is_compiling', lambda: True)
+
+
+def run_eagerly(function: Callable) -> Callable:
+    """Keep a function out of torch.compile's graphs.
+
+    Which pass it is, and what was gathered in the past, are no constants that
+    could be taken into one.
+    """
+    disabled = _disable(function)
+
+    @functools.wraps(function)
+    def run(*args):
+        # What torch puts around it takes time, and is of no use otherwise.
+        return disabled(*args) if _is_compiling() else function(*args)
+
+    return run
 
 
 class ForwardPass(enum.Enum):
@@ -50,7 +67,13 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+_top_hooks = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks',
+                     None)
+
+
 def _saved_tensors_are_packed() -> bool:
+    if _top_hooks is not None:
+        return _top_hooks(False) is not None
     # Disabling the hooks is refused while there are some: the one test that
     # every supported torch has.
     try:

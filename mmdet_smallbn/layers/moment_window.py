@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ..functional import (Filters, Follower, LinearCall, Memory, Past,
                           apply_filters, follow_filters, pool, replay)
-from .moving_average import alike
 from .ring import Ring, past_places
 from .statistics import Batch
 
@@ -63,8 +62,9 @@ class MomentWindow(Ring):
         self.positions = positions
         # Positions of each iteration, and whether they are all it had.
         self._counts: List[Optional[Tuple[int, bool]]] = [None] * size
-        # Whether the patches are centred, for CenConv.
-        self._centred = False
+        # What the tensors are made for: channels, shape of a patch, whether
+        # patches are centred, whether processes share a batch.
+        self._kind: Optional[tuple] = None
         self._source: Optional[_Source] = None
         self._loan: Any = None  # weak: it ends with the graph
 
@@ -152,33 +152,31 @@ class MomentWindow(Ring):
 
     def _make_room(self, batch: Batch, filters: Optional[Filters],
                    count: int) -> None:
-        mean, size, tensors = batch.moments.mean, self.size, self.tensors
-        held = tensors.get('patches')
-        shape = () if filters is None else (filters.groups, filters.length)
-        centred = filters is not None and filters.centred
-        in_parts = filters is not None and batch.processes is not None
-        if not (tensors and alike(tensors['moments'][0, :, 0], mean)
-                and ('parts' in tensors) == in_parts
-                and (() if held is None else held.shape[2:]) == shape
-                and self._centred == centred):
-            c = len(mean)
-            self._centred = centred
+        mean, size, shape = batch.moments.mean, self.size, ()
+        if filters is not None:
+            shape = (filters.groups, filters.length)
+        kind = (len(mean), shape, filters is not None and filters.centred,
+                filters is not None and batch.processes is not None)
+        held = self.tensors.get('moments', mean)
+        if kind != self._kind or (held.dtype != mean.dtype
+                                  or held.device != mean.device):
+            self._kind, c = kind, len(mean)
             self.turn, self._counts = -1, [None] * size
             tensors = dict(
                 moments=mean.new_zeros((2, c, size)),
-                outputs=mean.new_zeros(
-                    (c, size, 0 if filters is None else count)),
+                outputs=mean.new_zeros((c, size, count if shape else 0)),
                 scales=mean.new_zeros((2, c, size)))
-            if filters is not None:
+            if shape:
                 tensors['patches'] = mean.new_zeros((size, count, *shape))
-            if in_parts:
+            if kind[-1]:
                 tensors['parts'] = mean.new_zeros((2, c, size))
-        elif held is not None and held.size(1) < count:
+        elif shape and self.tensors['patches'].size(1) < count:
             # Some batches have more positions than others.
+            held = self.tensors['patches']
             more = count - held.size(1)
             tensors = dict(
-                tensors,
-                outputs=F.pad(tensors['outputs'], (0, more)),
+                self.tensors,
+                outputs=F.pad(self.tensors['outputs'], (0, more)),
                 patches=torch.cat(
                     [held, held.new_zeros((size, more, *shape))], 1))
         else:
@@ -217,11 +215,11 @@ class MomentWindow(Ring):
             ring.prepared = own, ring._source.version()
 
     def state_dict(self) -> Dict[str, Any]:
-        return dict(super().state_dict(), centred=self._centred)
+        return dict(super().state_dict(), kind=self._kind)
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._centred = state['centred']
+        self._kind = state['kind']
         self._counts = [None] * self.size
         self._source = self._loan = None
 

@@ -4,6 +4,7 @@ from typing import NamedTuple, Optional, Union
 from torch import Tensor
 
 from ..functional import GradientStatistics, Moments, Past, Processes
+from .forward_pass import ForwardPass
 
 
 class Batch(NamedTuple):
@@ -16,12 +17,14 @@ class Batch(NamedTuple):
         moments (Moments): Moments of shape (C,) of the batch, all processes'
             parts of it under ``sync``.
         processes (Processes, optional): Who has the other parts.
+        step (ForwardPass): What the forward pass belongs to.
         updated (bool): Whether the running statistics have seen it.
     """
     x: Tensor
     own: Moments
     moments: Moments
     processes: Optional[Processes] = None
+    step: ForwardPass = ForwardPass.PLAIN
     updated: bool = False
 
     @property

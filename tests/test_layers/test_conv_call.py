@@ -14,6 +14,10 @@ from mmdet_smallbn.layers.conv_call import (FROZEN, UNKNOWN, find_producer,
 from mmdet_smallbn.layers.forward_pass import ForwardPass, current_pass
 
 
+def _find_producer(x):
+    return find_producer(x, current_pass())
+
+
 def _x():
     return torch.randn(2, 4, 6, 6)
 
@@ -67,7 +71,7 @@ def _outputs(call, x):
 @pytest.mark.filterwarnings('ignore:.*even kernel lengths.*')
 def test_convolutions_are_followed(name):
     x = FOLLOWED[name](_x())
-    producer = find_producer(x)
+    producer = _find_producer(x)
     assert producer.known
     torch.testing.assert_close(
         _outputs(producer.call, x), x, rtol=1e-4, atol=1e-5)
@@ -78,39 +82,39 @@ def test_convolutions_are_followed(name):
 
 @pytest.mark.parametrize('name', NOT_FOLLOWED)
 def test_other_producers_are_unknown(name):
-    assert find_producer(NOT_FOLLOWED[name](_x())) is UNKNOWN
+    assert _find_producer(NOT_FOLLOWED[name](_x())) is UNKNOWN
 
 
 @pytest.mark.parametrize('name', NOTHING_MOVES)
 def test_nothing_moves_what_is_frozen(name):
-    assert find_producer(NOTHING_MOVES[name](_x())) is FROZEN
+    assert _find_producer(NOTHING_MOVES[name](_x())) is FROZEN
 
 
 def test_bias_moves_only_if_it_trains():
     conv = nn.Conv2d(4, 4, 1)
-    assert find_producer(conv(_x())).call.filters.bias is conv.bias
+    assert _find_producer(conv(_x())).call.filters.bias is conv.bias
     conv.bias.requires_grad_(False)
-    assert find_producer(conv(_x())).call.filters.bias is None
+    assert _find_producer(conv(_x())).call.filters.bias is None
 
 
 def test_a_bias_that_is_computed_is_unknown():
     conv = nn.Conv2d(4, 4, 1)
     bias = conv.bias.exp()
-    assert find_producer(F.conv2d(_x(), conv.weight, bias)) is UNKNOWN
-    assert find_producer(F.conv2d(_x(), conv.weight, bias.detach())).known
+    assert _find_producer(F.conv2d(_x(), conv.weight, bias)) is UNKNOWN
+    assert _find_producer(F.conv2d(_x(), conv.weight, bias.detach())).known
 
 
 def test_a_bias_alone_may_move():
     conv = nn.Conv2d(4, 4, 3)
     conv.weight.requires_grad_(False)
-    call = find_producer(conv(_x())).call
+    call = _find_producer(conv(_x())).call
     assert call.filters.bias is conv.bias and call.input.shape == (2, 4, 6, 6)
 
 
 def test_autocast_hides_no_parameter():
     conv = nn.Conv2d(4, 4, 1)
     with torch.autocast('cpu', torch.bfloat16):
-        call = find_producer(conv(_x())).call
+        call = _find_producer(conv(_x())).call
     assert call.filters.weight is conv.weight
     assert call.filters.are_parameters
 
@@ -167,7 +171,7 @@ def test_what_the_graph_tells_is_remembered(name, use_reentrant, dtype):
 
     def block(x):
         x = conv(x)
-        told.append(find_producer(x))
+        told.append(_find_producer(x))
         return x
 
     with torch.autocast('cpu', dtype, enabled=dtype is torch.bfloat16):
@@ -211,7 +215,7 @@ def test_another_weight_than_a_parameter_is_not_guessed(name, use_reentrant):
 
     def block(x):
         x = conv(x)
-        told.append(find_producer(x))
+        told.append(_find_producer(x))
         return x
 
     x = _x().requires_grad_()
@@ -231,7 +235,7 @@ def test_what_works_on_the_output_ends_what_was_remembered(change):
 
     def block(x):
         x = change(conv(x))
-        told.append(find_producer(x))
+        told.append(_find_producer(x))
         return x
 
     for use_reentrant in (True, False):
@@ -268,6 +272,6 @@ def test_a_weight_that_is_gone_after_its_forward_is_unknown(hooked):
     if hooked:
         remember_calls(nn.Sequential(conv, CBN(4)))
     x = conv(_x())
-    assert find_producer(x).call is not None
+    assert _find_producer(x).call is not None
     conv.weight.data.untyped_storage().resize_(0)
-    assert find_producer(x) is UNKNOWN
+    assert _find_producer(x) is UNKNOWN
