@@ -167,6 +167,27 @@ def mix_moments(moments: Tensor, new: Tensor, weight) -> Tensor:
     return mixed
 
 
+@torch.no_grad()
+def move_towards(average: Tensor, value: Tensor, weight,
+                 finite_only: bool) -> None:
+    """Let a moving average take in a value, in place.
+
+    Args:
+        average (Tensor): Shape (C,).
+        value (Tensor): Same shape, in any dtype.
+        weight (float | Tensor): Of the value.
+        finite_only (bool): Whether what is not finite is left out.
+    """
+    now = average.to(value.dtype)
+    if finite_only:
+        # x - x is 0 for what is finite alone.
+        value = torch.where(value - value == 0, value, now)
+    if now is average:
+        average.lerp_(value, weight)
+    else:
+        average.copy_(torch.lerp(now, value, weight))
+
+
 def average_groups(values: Tensor, num_groups: int,
                    examples_per_group: int) -> Tensor:
     """Average over groups of examples and channels, given back to each.

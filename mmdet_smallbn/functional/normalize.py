@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from .follow import Past
 from .moments import GradientStatistics
-from .replay import Past
 
 
 def _per_channel(v: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 from .base import SmallBatchNorm
 from .batch_group_norm import BatchGroupNorm, GhostBN
 from .batch_renorm import BRN
+from .calibration import calibrate_group_norms
 from .cbn import CBN, NaiveCBN, suggested_window_size
 from .cen_conv import CenConv2d
 from .checks import (check_example_weight, check_positive_int, is_batch_norm,
                      is_under)
 from .conv_call import remember_calls
-from .example_weight import (calibrate_group_norms, lacks_averages,
-                             set_example_weight, weights_as_trained)
+from .example_weight import (lacks_averages, set_example_weight,
+                             weights_as_trained)
 from .forward_pass import in_backward
 from .mabn import MABN
 from .training_loop import TrainingLoop

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..functional import (Moments, average_groups, example_moments,
                           pool_groups)
 from .base import SmallBatchNorm
-from .checks import check_example_weight, check_positive_int
+from .checks import check_count, check_example_weight, check_positive_int
 from .statistics import Batch, Statistics
 
 
@@ -129,7 +129,7 @@ class BatchGroupNorm(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
             def average(values: Tensor, repeats: int = 1) -> Tensor:
                 return groups.average(values, repeats * self.num_groups)
 
-        self.check_count(smallest * (self.num_features // self.num_groups))
+        check_count(self, smallest * (self.num_features // self.num_groups))
         return average
 
     def running_targets(self, moments: Moments,

@@ -68,24 +68,20 @@ class CBN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
 
     The convolution is found in the autograd graph, so that
     ``norm_cfg=dict(type='CBN')`` is all there is to write. It may be grouped,
-    transposed, standardised or deformable. A deformable convolution's
-    sampling places are taken as they were. When the layer
+    transposed, standardised or deformable; a deformable one's sampling places
+    are taken as they were.
 
-    - follows a frozen convolution, or nothing that trains: the past needs no
-      compensation and is used as it is;
-    - follows anything but a convolution (a sum, a concatenation, a pooling),
-      or one whose bias is computed: it normalises with the present batch, as
-      BatchNorm, and warns once;
-    - runs inside activation checkpointing, of either kind, under hooks that
-      pack saved tensors, or in torch.compile: nothing changes if
-      :class:`mmdet_smallbn.BurnInHook` tells it of the convolution there.
-      Without the hook, or after a convolution with a forward of its own, the
-      present batch again, with a warning;
-    - runs under ``no_grad`` in training mode: the present batch, without a
-      warning. Nothing enters the window;
-    - is called several times in an iteration and a hook tells the iterations
-      (:class:`mmdet_smallbn.BurnInHook`): each of the calls has a window of
-      its own, in their order. Without a hook every call is an iteration.
+    - After a frozen convolution, or nothing that trains, the past needs no
+      compensation and is used as it is.
+    - After anything else (a sum, a pooling), or a computed bias, the layer
+      normalises with the present batch, as BatchNorm, and warns once.
+    - Inside activation checkpointing or torch.compile nothing changes if
+      :class:`mmdet_smallbn.SmallBatchNormHook` is there. Without the hook, or
+      after a convolution with a forward of its own, it is the present batch
+      again, with a warning.
+    - Under ``no_grad`` in training mode it is the present batch, too.
+    - If the hook tells the iterations, each call of the layer in an iteration
+      has a window of its own. Without a hook every call is an iteration.
 
     Loading a state dict empties the window. It is in no state dict; the hook
     puts it into its checkpoints, for a resume.
@@ -111,11 +107,10 @@ class CBN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
             place in the window.
         derivative_positions (int, optional): How many positions of a batch's
             feature maps are remembered; at least 2. They are other ones in
-            each iteration, and all of a map that has no more. They give an estimate of Eq. (7), (8), which
-            multiplies a small step of the weight;
-            ``tools/statistics_error.py`` measures its error. None: all
-            positions, without an error, at the memory of ``window_size``
-            unfolded inputs.
+            each iteration, and all of a map that has no more. Eq. (7), (8)
+            are estimated from them; ``tools/statistics_error.py`` measures
+            the error. None: all positions, without an error, at the memory of
+            ``window_size`` unfolded inputs.
 
     Shape:
         - Input: (N, C, H, W). N may differ from call to call, and be 0.

@@ -76,3 +76,12 @@ def check_input(layer: nn.Module, x: Tensor) -> None:
             f'but got an input of shape {tuple(x.shape)}. Build it with '
             f'num_features={x.size(1)}, or give it the output that it was '
             'built for')
+
+
+def check_count(layer: nn.Module, count: Any) -> None:
+    """Refuse one value a channel, of which there is no variance."""
+    if isinstance(count, int) and count == 1:
+        raise ValueError(
+            f'{name_of(layer)} got one value per channel, which has no '
+            'variance. Give it more images, a larger feature map, or put no '
+            'norm there')

@@ -3,15 +3,12 @@
 Paper: Four Things Everyone Should Know to Improve Batch Normalization,
 Summers and Dinneen, ICLR 2020, arXiv:1906.03548, Sec. 3.1, Eq. (3).
 """
-from contextlib import contextmanager
 from functools import lru_cache
-from typing import Dict, Iterator, List, Optional, Sequence, Set, Union
+from typing import Dict, List, Optional, Sequence, Set, Union
 
-import torch
 from torch import Tensor, nn
 
-from ..functional import (Moments, Processes, example_moments, mix_moments,
-                          normalize_for_inference)
+from ..functional import normalize_for_inference
 from .base import SmallBatchNorm
 from .checks import check_example_weight, is_batch_norm, is_under
 
@@ -206,66 +203,3 @@ def _without_averages(name: str, module: nn.Module) -> str:
     else:
         message += 'It was built with track_running_stats=False: exclude it'
     return message
-
-
-@contextmanager
-def calibrate_group_norms(model: nn.Module) -> Iterator[None]:
-    """Gather the moving averages that GroupNorm does not keep in training.
-
-    Within the context every example that goes through a GroupNorm enters its
-    averages, with equal weight; those of all processes, where there are
-    several. They stay on the module, outside its state dict, for
-    :func:`set_example_weight`; a later calibration begins anew.
-
-    Example:
-        >>> with calibrate_group_norms(model), torch.no_grad():
-        ...     for batch in train_dataloader:
-        ...         model.val_step(batch)
-
-    Args:
-        model (nn.Module): The model, with its norms as trained.
-    """
-    norms = [
-        module for module in _norms(model).values()
-        if isinstance(module, nn.GroupNorm)
-    ]
-    gathered: Dict[nn.Module, Moments] = {}  # the counts are of examples
-
-    @torch.no_grad()
-    def gather(module: nn.Module, args, kwargs, _) -> None:
-        x = args[0] if args else kwargs['input']
-        if x.dim() != 4 or x.numel() == 0:
-            return
-        new = example_moments(x).over_examples()
-        if module not in gathered:
-            gathered[module] = Moments(new.mean, new.var, len(x))
-            return
-        *held, count = gathered[module]
-        total = count + len(x)
-        gathered[module] = Moments(
-            *mix_moments(
-                torch.stack(held), torch.stack(new[:2]),
-                len(x) / total), total)
-
-    handles = [
-        module.register_forward_hook(gather, with_kwargs=True)
-        for module in norms
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-    processes = Processes.current()
-    for module in norms:
-        moments = gathered.get(module)
-        if processes is not None:
-            if moments is None:
-                nothing = torch.zeros_like(module.weight, dtype=torch.float32)
-                moments = Moments(nothing, nothing, 0)
-            moments = processes.join(moments)
-        if moments is not None:
-            module.register_buffer(
-                'running_mean', moments.mean, persistent=False)
-            module.register_buffer(
-                'running_var', moments.var, persistent=False)

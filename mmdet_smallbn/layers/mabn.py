@@ -5,14 +5,13 @@ Normalization, Yan et al., ICLR 2020, arXiv:2001.06838. Released code:
 megvii-model/MABN.
 
 Where this differs from the released code: the moving average of the mean
-square takes each batch's own (the code feeds it the average over the buffer);
-nothing depends on a number of iterations inside the layer, burn-in belongs to
-a hook; a value that is not finite enters no average. Where it differs from
-the paper's Eq. (19): it is the mean square that is averaged exponentially,
-not its root, as in the code, so that evaluation is batch normalisation.
+square takes each batch's own, not the average over the buffer; burn-in belongs
+to a hook; a value that is not finite enters no average. Where it differs from
+Eq. (19): the mean square is averaged exponentially, not its root, as in the
+code, so that evaluation is batch normalisation.
 """
 import warnings
-from typing import Any, Dict, Optional, Tuple
+from typing import Dict, Optional, Tuple
 
 import torch
 from mmengine.registry import MODELS
@@ -20,82 +19,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional import Moments, renormalization
-from .checks import check_at_least, check_positive_int, name_of
+from .checks import (check_at_least, check_count, check_positive_int,
+                     name_of)
+from .mabn_averages import MovingGradient, MovingStatistics
 from .moving_average import ExponentialMovingAverage, SimpleMovingAverage
 from .remembering import RememberingNorm
 from .ring import Ring
 from .statistics import Batch, Statistics
 
 _KINDS = ('batch', 'sma', 'ema')
-
-
-class _MovingStatistics:
-    """Averages of one of the layer's calls in an iteration."""
-
-    def __init__(self, buffer_size: int, backward) -> None:
-        self.forward = SimpleMovingAverage(buffer_size)
-        self.backward = backward
-
-    @property
-    def filled(self) -> int:
-        """Iterations in the average of the forward passes."""
-        return self.forward.filled
-
-    @property
-    def rings(self) -> Dict[str, Ring]:
-        """What a bank prepares."""
-        both = dict(forward=self.forward, backward=self.backward)
-        return {k: v for k, v in both.items() if isinstance(v, Ring)}
-
-    def state_dict(self) -> Dict[str, Any]:
-        backward = self.backward
-        return dict(
-            forward=self.forward.state_dict(),
-            backward=backward if backward is None else backward.state_dict())
-
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
-        self.forward.load_state_dict(state['forward'])
-        if self.backward is not None:
-            self.backward.load_state_dict(state['backward'])
-
-    def to(self, device: torch.device) -> None:
-        self.forward.to(device)
-        if self.backward is not None:
-            self.backward.to(device)
-
-
-class _GradientStatistics:
-    """What the backward passes through one forward normalise with.
-
-    Args:
-        average (optional): Where the gradient's statistics are averaged.
-        in_use (bool): Whether the average is used, or only fed.
-        centered (bool): Whether the gradient's mean is subtracted.
-        scale (float | Tensor): What the loss is multiplied with. Averages are
-            of the loss itself: the scale may change from step to step.
-    """
-
-    def __init__(self, average, in_use: bool, centered: bool, scale) -> None:
-        self._average = average
-        self._in_use = in_use
-        self._centered = centered
-        self._scale = scale
-        self._turn: Optional[int] = None
-
-    def __call__(self, mean_g: Tensor,
-                 mean_gx: Tensor) -> Tuple[Optional[Tensor], Tensor]:
-        values = torch.stack([mean_g, mean_gx
-                              ]) if self._centered else mean_gx[None]
-        if self._average is not None:
-            # A second backward through the same forward takes the place of
-            # the first.
-            plain = isinstance(self._scale, float) and self._scale == 1
-            self._turn = self._average.push(
-                values if plain else values / self._scale, self._turn)
-            if self._in_use:
-                values = self._average.mean()
-                values = values if plain else values * self._scale
-        return (values[0] if self._centered else None), values[-1]
 
 
 @MODELS.register_module()
@@ -137,32 +69,22 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
 
     Evaluation is batch normalisation: ``running_mean`` stays 0 and
     ``running_var`` holds :math:`\hat\chi^2`. A BatchNorm's state dict loads:
-    its mean square is ``running_var + running_mean ** 2``. Where examples have
-    a weight in evaluation, it is their mean square that is mixed in.
+    its mean square is ``running_var + running_mean ** 2``.
 
-    The rows of the paper's Tables 2 and 4 are settings of
-    ``forward_statistics``, ``backward_statistics`` and ``centered``, and of
-    whether the convolutions are CenConv. The features are normalised with
-    statistics of the kind that the backward pass averages its own over, and
-    renormalised (r, and d where centred) to the kind that the forward pass
-    asks for. So MABN is ``'ema'`` over ``'sma'``, Batch Renormalization is
-    ``'ema'`` over ``'batch'`` with ``centered=True``, and there is nothing to
-    renormalise where the two are the same.
+    The rows of the paper's Tables 2 and 4 are settings of the two statistics
+    and of ``centered``. Features are normalised with statistics of the
+    backward pass's kind, and renormalised (r, and d if centred) to those of
+    the forward pass's kind. So MABN is ``'ema'`` over ``'sma'``, and Batch
+    Renormalization is ``'ema'`` over ``'batch'`` with ``centered=True``.
 
-    Inside activation checkpointing nothing changes. Under ``no_grad`` in
-    training mode the layer normalises with the present batch, and the
-    averages over ``buffer_size`` do not move.
-
-    A call has averages of its own among those of an iteration, if a hook
-    tells the iterations (:class:`mmdet_smallbn.BurnInHook`). The backward
-    average is of backward passes, in their order: a forward without one
-    leaves no trace in it, and a second one through the same forward takes the
-    place of the first (with ``'ema'`` if no other came between). The hook
-    also tells the layer a loss scale, which dynamic loss scaling needs.
-
-    Loading a state dict empties the averages. Those of the last
-    ``buffer_size`` iterations are in no state dict; the hook puts them into
-    its checkpoints, for a resume.
+    Nothing changes inside activation checkpointing. Under ``no_grad`` in
+    training mode the layer normalises with the present batch alone. If a hook
+    tells the iterations (:class:`mmdet_smallbn.SmallBatchNormHook`), each
+    call in an iteration has averages of its own. A forward without a backward
+    leaves no trace in the backward average; a second backward through a
+    forward replaces the first (with ``'ema'`` if no other came between). The
+    hook also tells the loss scale, which dynamic loss scaling needs, and
+    keeps the averages in its checkpoints. Loading a state dict empties them.
 
     Args:
         num_features (int): Channels C.
@@ -240,13 +162,13 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
     def uses_past(self) -> bool:
         return True
 
-    def new_state(self) -> _MovingStatistics:
+    def new_state(self) -> MovingStatistics:
         backward = None
         if self.backward_statistics == 'sma':
             backward = SimpleMovingAverage(self.buffer_size)
         elif self.backward_statistics == 'ema':
             backward = ExponentialMovingAverage(self.momentum)
-        return _MovingStatistics(self.buffer_size, backward)
+        return MovingStatistics(self.buffer_size, backward)
 
     @property
     def rings(self) -> Dict[str, Ring]:
@@ -285,12 +207,12 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
                                        *self._mean_var(target), self.eps,
                                        self.clip, self.clip)
         if self.centered and inner is present:
-            self.check_count(batch.moments.count)
+            check_count(self, batch.moments.count)
         mean, var = self._mean_var(inner)
         return Statistics(
             batch.moments.mean if mean is None else mean,
             var,
-            gradient=_GradientStatistics(state.backward, not self.burning_in,
+            gradient=MovingGradient(state.backward, not self.burning_in,
                                          self.centered, self.gradient_scale),
             r=r,
             d=d)
@@ -319,7 +241,7 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
         return (values[0] if self.centered else None), values[-1]
 
     def _of_kind(self, kind: str, present: Tensor,
-                 state: _MovingStatistics) -> Tensor:
+                 state: MovingStatistics) -> Tensor:
         if kind == 'batch':
             return present
         if kind == 'sma':

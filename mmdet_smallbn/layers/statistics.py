@@ -1,10 +1,29 @@
-"""What a norm sees of an iteration, and what it normalises with."""
-from typing import NamedTuple, Optional, Union
+"""What a norm is told and sees of an iteration, and what it makes of it."""
+from typing import Any, NamedTuple, Optional, Union
 
 from torch import Tensor
 
 from ..functional import GradientStatistics, Moments, Past, Processes
 from .forward_pass import ForwardPass
+
+
+class TrainingStep:
+    """What a training loop tells its layers, in one object for all of them.
+
+    Attributes:
+        iteration (int, optional): None: unknown, and every training forward
+            is an iteration of its own.
+        gradient_scale (float | Tensor): What the loss is multiplied with
+            before the backward pass: a loss scale in mixed precision, one
+            part in gradient accumulation.
+        mends_running (bool): Whether the loop takes out of the running
+            statistics what is not finite, after each iteration.
+    """
+
+    def __init__(self) -> None:
+        self.iteration: Optional[int] = None
+        self.gradient_scale: Any = 1.
+        self.mends_running = False
 
 
 class Batch(NamedTuple):

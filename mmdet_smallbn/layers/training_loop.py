@@ -4,8 +4,9 @@ from typing import Any, Dict, List, Tuple
 import torch
 from torch import Tensor
 
-from .base import SmallBatchNorm, TrainingStep
+from .base import SmallBatchNorm
 from .ring import PastBank
+from .statistics import TrainingStep
 
 
 class TrainingLoop:

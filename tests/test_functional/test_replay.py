@@ -13,7 +13,7 @@ from mmdet_smallbn.functional import (ConvCall, DeformCall, Filters, Follower,
                                       Memory, apply_filters, batch_moments,
                                       follow_filters, mix_moments, normalize,
                                       pool, replay)
-from mmdet_smallbn.functional.calls import _TURNS
+from mmdet_smallbn.functional.positions import _TURNS
 
 
 def _call(x, weight, bias=None, groups=1, **kwargs):

@@ -1,0 +1,77 @@
+"""The averages behind MABN's two passes."""
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from .moving_average import SimpleMovingAverage
+from .ring import Ring
+
+
+class MovingStatistics:
+    """Averages of one of the layer's calls in an iteration."""
+
+    def __init__(self, buffer_size: int, backward) -> None:
+        self.forward = SimpleMovingAverage(buffer_size)
+        self.backward = backward
+
+    @property
+    def filled(self) -> int:
+        """Iterations in the average of the forward passes."""
+        return self.forward.filled
+
+    @property
+    def rings(self) -> Dict[str, Ring]:
+        """What a bank prepares."""
+        both = dict(forward=self.forward, backward=self.backward)
+        return {k: v for k, v in both.items() if isinstance(v, Ring)}
+
+    def state_dict(self) -> Dict[str, Any]:
+        backward = self.backward
+        return dict(
+            forward=self.forward.state_dict(),
+            backward=backward if backward is None else backward.state_dict())
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        self.forward.load_state_dict(state['forward'])
+        if self.backward is not None:
+            self.backward.load_state_dict(state['backward'])
+
+    def to(self, device: torch.device) -> None:
+        self.forward.to(device)
+        if self.backward is not None:
+            self.backward.to(device)
+
+
+class MovingGradient:
+    """What the backward passes through one forward normalise with.
+
+    Args:
+        average (optional): Where the gradient's statistics are averaged.
+        in_use (bool): Whether the average is used, or only fed.
+        centered (bool): Whether the gradient's mean is subtracted.
+        scale (float | Tensor): What the loss is multiplied with. Averages are
+            of the loss itself: the scale may change from step to step.
+    """
+
+    def __init__(self, average, in_use: bool, centered: bool, scale) -> None:
+        self._average = average
+        self._in_use = in_use
+        self._centered = centered
+        self._scale = scale
+        self._turn: Optional[int] = None
+
+    def __call__(self, mean_g: Tensor,
+                 mean_gx: Tensor) -> Tuple[Optional[Tensor], Tensor]:
+        values = torch.stack([mean_g, mean_gx
+                              ]) if self._centered else mean_gx[None]
+        if self._average is not None:
+            # A second backward through the same forward takes the place of
+            # the first.
+            plain = isinstance(self._scale, float) and self._scale == 1
+            self._turn = self._average.push(
+                values if plain else values / self._scale, self._turn)
+            if self._in_use:
+                values = self._average.mean()
+                values = values if plain else values * self._scale
+        return (values[0] if self._centered else None), values[-1]

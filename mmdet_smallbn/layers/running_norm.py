@@ -1,0 +1,137 @@
+"""Running statistics, and the evaluation with them."""
+from typing import Dict, Optional, Tuple
+
+from torch import Tensor, nn
+
+from ..functional import (Moments, move_towards, normalize_for_inference,
+                          statistics_dtype)
+from .checks import check_at_least
+from .statistics import Batch, TrainingStep
+
+
+def _told(name: str) -> property:
+    """An attribute of the layer that its training loop tells."""
+    return property(
+        lambda self: getattr(self.training_step, name),
+        lambda self, value: setattr(self.training_step, name, value))
+
+
+class RunningNorm(nn.BatchNorm2d):
+    """A BatchNorm whose running statistics and evaluation are ours.
+
+    ``running_mean`` and ``running_var`` follow the present batch, as in
+    ``nn.BatchNorm2d`` unless :meth:`running_targets` says otherwise, with
+    three differences: a recomputation in a backward pass (activation
+    checkpointing) does not count twice, a non-finite batch and an empty one
+    leave them untouched.
+
+    Args:
+        num_features (int): Channels C.
+        eps (float): Added to variances, inside the root.
+        momentum (float, optional): Weight of the present batch in the running
+            statistics. None: cumulative average.
+        affine (bool): Whether there are scale and shift to learn.
+        track_running_stats (bool): Whether to keep running statistics.
+        sync (bool): Whether the batch is that of all processes, as in
+            SyncBatchNorm. One process more or less changes nothing else.
+
+    Attributes:
+        centered (bool): Whether means are subtracted.
+        follows_batch_norm (bool): Whether the running statistics are
+            BatchNorm's, and training does not read them.
+        num_groups (int, optional): Groups of channels that share statistics.
+            None: every channel has its own.
+        example_weight (float): Weight of an example's own statistics in
+            evaluation; see :func:`mmdet_smallbn.set_example_weight`.
+        built_example_weight (float): The one it was built with.
+        training_step (TrainingStep): What the training loop tells.
+    """
+
+    centered = True
+    follows_batch_norm = True
+    num_groups: Optional[int] = None
+    built_example_weight = 0.
+    iteration = _told('iteration')
+    gradient_scale = _told('gradient_scale')
+
+    def __init__(self,
+                 num_features: int,
+                 eps: float = 1e-5,
+                 momentum: Optional[float] = 0.1,
+                 affine: bool = True,
+                 track_running_stats: bool = True,
+                 sync: bool = False,
+                 device=None,
+                 dtype=None) -> None:
+        check_at_least('eps', eps, 0)
+        if momentum is not None:
+            check_at_least('momentum', momentum, 0)
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device=device,
+            dtype=dtype)
+        self.sync = sync
+        self.example_weight = 0.
+        self.training_step = TrainingStep()
+
+    def running_targets(self, moments: Moments,
+                        factor: float) -> Tuple[Optional[Tensor], Tensor]:
+        """What ``running_mean`` and ``running_var`` go towards.
+
+        Args:
+            moments (Moments): Of the present batch, shape (C,).
+            factor (float): How far they go.
+
+        Returns:
+            tuple: Of shape (C,); None for one that stays.
+        """
+        return moments.mean, moments.unbiased_var()
+
+    def moving_averages(self) -> Dict[str, Optional[Tensor]]:
+        """Averages over past iterations by name, shape (C,), for records."""
+        return dict(ema_mean=self.running_mean, ema_var=self.running_var)
+
+    def evaluate(self, x: Tensor) -> Tensor:
+        """The forward pass in evaluation.
+
+        An affine map of each channel, unless examples have a weight in it.
+        """
+        return normalize_for_inference(x, self.running_mean, self.running_var,
+                                       self.weight, self.bias, self.eps,
+                                       self.example_weight, self.num_groups,
+                                       self.centered)
+
+    def kernel_updates_running(self, x: Tensor) -> bool:
+        """Whether the kernel of the moments may update the running ones.
+
+        It lets through what is not finite.
+        """
+        return (self.training_step.mends_running and self.follows_batch_norm
+                and self.running_mean is not None and self.momentum is not None
+                and self.running_mean.dtype == statistics_dtype(x)
+                and not self.sync and x.numel() > 0)
+
+    def count_batch(self, batch: Batch) -> None:
+        """Take a batch into the running statistics, once."""
+        if self.running_mean is None:
+            return
+        self.num_batches_tracked.add_(1)
+        if batch.updated:
+            return
+        factor = self.momentum
+        if factor is None:  # cumulative average, as in nn.BatchNorm2d
+            factor = self.num_batches_tracked.to(
+                batch.moments.mean.dtype).reciprocal()
+        targets = self.running_targets(batch.moments, factor)
+        for running, target in zip((self.running_mean, self.running_var),
+                                   targets):
+            if target is not None:
+                move_towards(running, target, factor,
+                             not self.training_step.mends_running)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (', sync=True' if self.sync else '')
