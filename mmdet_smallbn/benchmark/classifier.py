@@ -106,7 +106,7 @@ def tell_iteration(model: nn.Module,
                    iteration: Optional[int],
                    scale: float = 1.,
                    burning_in: bool = False) -> None:
-    """What BurnInHook tells the norms in a detector's training."""
+    """What a hook tells the norms in a detector's training."""
     for layer in norms_of(model).values():
         layer.iteration = iteration
         layer.gradient_scale = scale

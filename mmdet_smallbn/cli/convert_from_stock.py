@@ -6,7 +6,7 @@ from typing import Any, Iterator, Optional, Sequence
 import torch
 
 from ..deploy.released import LAYOUTS, Conversion, convert, layout_of
-from ..deploy.state_dict import StateDict, find_state_dict, some
+from ..deploy.state_dict import find_state_dict, load_strictly, some
 from ..errors import SetupError, one_line_errors
 from .runtime import build_model, load_from_local, open_config
 
@@ -46,30 +46,6 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
             args.out).expanduser().resolve():
         parser.error('OUT must be another file than IN')
     return args
-
-
-def check_fits(state: StateDict, config: str) -> None:
-    """Compare a state dict with a config's model.
-
-    Raises:
-        SetupError: If it does not load strictly.
-    """
-    wanted = build_model(open_config(config)).state_dict()
-    missing = [key for key in wanted if key not in state]
-    unexpected = [key for key in state if key not in wanted]
-    shapes = [
-        f'{key} {tuple(state[key].shape)} for {tuple(value.shape)}'
-        for key, value in wanted.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    faults = [
-        f'{len(found)} {name} ({some(found)})'
-        for name, found in (('missing', missing), ('unexpected', unexpected),
-                            ('of another shape', shapes)) if found
-    ]
-    if faults:
-        raise SetupError(f'the keys do not fit {config}: {"; ".join(faults)}. '
-                         'Nothing was written')
 
 
 def report(result: Conversion, verbose: bool) -> Iterator[str]:
@@ -114,7 +90,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         except SetupError as error:
             raise SetupError(f'{args.checkpoint}: {error}') from error
         if args.model is not None:
-            check_fits(result.state_dict, args.model)
+            load_strictly(
+                build_model(open_config(args.model)), result.state_dict,
+                f'nothing was written: the keys do not fit {args.model}')
         for line in report(result, args.verbose):
             print(line)
         out = Path(args.out).expanduser()

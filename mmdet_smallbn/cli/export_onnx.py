@@ -8,8 +8,8 @@ from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from ..deploy.onnx_export import AXES, export_onnx, require_onnx
-from ..deploy.state_dict import find_state_dict
-from ..errors import SetupError, one_line_errors
+from ..deploy.state_dict import find_state_dict, load_strictly
+from ..errors import one_line_errors
 from ..hooks import ExampleWeightHook
 from ..layers import set_example_weight
 from .print_norms import norm_hooks
@@ -78,20 +78,8 @@ def load_weights(model: nn.Module, checkpoint: str) -> None:
     register_checkpoint_loader()
     state = find_state_dict(
         CheckpointLoader.load_checkpoint(checkpoint, 'cpu'), checkpoint)
-    try:
-        missing = [
-            key
-            for key in model.load_state_dict(state, strict=False).missing_keys
-            if not key.endswith('num_batches_tracked')
-        ]
-    except RuntimeError as error:  # torch's lists all of them
-        first = str(error).splitlines()[1:2]
-        raise SetupError(f'{checkpoint} is not of this config: '
-                         f'{"".join(first).strip()}') from error
-    if missing:
-        raise SetupError(f'{checkpoint} is not of this config: it lacks '
-                         f'{len(missing)} of its weights, {missing[0]} is '
-                         'the first')
+    load_strictly(
+        model, state, f'{checkpoint} is not of this config', allow_more=True)
 
 
 def weigh_examples(model: nn.Module, cfg: Config) -> None:

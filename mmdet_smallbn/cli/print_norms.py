@@ -9,7 +9,7 @@ from mmengine.registry import HOOKS
 from torch import nn
 
 from ..errors import SetupError, one_line_errors
-from ..hooks import BurnInHook, ExampleWeightHook
+from ..hooks import BurnInHook, ExampleWeightHook, SmallBatchNormHook
 from ..norm_report import norm_summary
 from .runtime import (add_config_arguments, build_model, images_of,
                       read_config)
@@ -37,7 +37,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def norm_hooks(cfg: Config) -> List[Hook]:
     """The hooks of a config that rule its norms."""
-    kinds = (BurnInHook, ExampleWeightHook)
+    kinds = (SmallBatchNormHook, BurnInHook, ExampleWeightHook)
     names = tuple(kind.__name__ for kind in kinds)
     return [
         HOOKS.build(hook) for hook in cfg.get('custom_hooks') or []

@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_flatten
 
 from ..errors import SetupError
 from ..layers import is_batch_norm
-from ..layers.cen_conv import CenConv2d, centred
+from ..layers.cen_conv import CenConv2d, effective_weight
+from .difference import difference
 from .example_run import Inputs, copies, example_run
 from .statistics import fixed_statistics
 
@@ -126,9 +127,7 @@ def _compare_all(before: Any, after: Any) -> None:
         if not isinstance(old, Tensor) or not old.is_floating_point():
             continue
         # Layers add up their errors.
-        bound = 10 * _TOLERANCE[old.dtype] * old.double().abs().max()
-        if old.shape != new.shape or not (
-                old.double() - new.double()).abs().max() <= bound:
+        if difference(new, old) > 10 * _TOLERANCE[old.dtype]:
             raise SetupError(
                 'the folded model does not put out the same, though each pair '
                 'does: its forward pass uses a convolution or norm in a way '
@@ -307,16 +306,9 @@ class _Watch(TorchFunctionMode):
         """
         x, out = self._passes[name]
         with torch.no_grad():
-            found = folded(x).double()
-        if found.shape == out.shape:
-            out = out.double()
-            error = (found - out).abs().amax((0, 2, 3))
-            # Of each channel by itself, but for rounding.
-            largest = out.abs().amax((0, 2, 3))
-            bound = _TOLERANCE[x.dtype] * torch.maximum(
-                largest, largest.max() * 1e-3)
-            if (error <= bound).all():
-                return
+            error = difference(folded(x), out, by_channel=True)
+        if error <= _TOLERANCE[x.dtype]:
+            return
         raise SetupError(
             f'{type(self.norms[name]).__name__} {name!r} behind its '
             'convolution does not put out what it was folded to')
@@ -341,9 +333,7 @@ def _fold(name: str, norm: nn.Module, conv: nn.Module,
         scale = torch.rsqrt(var + norm.eps)
         if norm.weight is not None:
             scale = scale * norm.weight.double()
-        weight = conv.weight.double()
-        if isinstance(conv, CenConv2d):
-            weight = centred(weight)
+        weight = effective_weight(conv).double()
         bias = 0. if conv.bias is None else conv.bias.double()
         bias = (bias - mean) * scale
         if norm.bias is not None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..errors import SetupError, describe
 from ..functional import fold_groups
 from ..layers import CenConv2d, SmallBatchNorm
-from ..layers.cen_conv import centred
+from ..layers.cen_conv import effective_weight
+from .difference import difference
 
 # Axes of an image tensor that may differ from call to call.
 AXES = dict(batch=0, height=2, width=3)
@@ -127,15 +128,15 @@ def export_onnx(model: nn.Module,
     _make_constant(network)
     content = _export(network, images[0], names, expected, opset, dynamic)
     _check(content)
-    difference = None
+    worst = None
     if importlib.util.find_spec('onnxruntime') is not None:
-        difference = max(
+        worst = max(
             _compare(content, names, image, wanted)
             for image, (wanted, _) in zip(images, runs))
     Path(file).write_bytes(content)
     return Export(
         {name: tuple(out.shape)
-         for name, out in zip(names, expected)}, difference)
+         for name, out in zip(names, expected)}, worst)
 
 
 def _sizes(shape: Tuple[int, ...],
@@ -157,6 +158,13 @@ def _copy(model: nn.Module) -> nn.Module:
                 f'{type(module).__name__} {name!r} keeps no moving averages '
                 '(track_running_stats=False): it normalises each batch with '
                 'its own statistics, in operators that ONNX does not have')
+        weight = getattr(module, 'example_weight', 0.)
+        if weight and (weight < 1 or not getattr(module, 'centered', True)):
+            raise SetupError(
+                f'{type(module).__name__} {name!r} has the example weight '
+                f'{weight:g}, and ONNX has no operator for that. '
+                'set_example_weight(model, 0), or no ExampleWeightHook in the '
+                'config, makes it an affine map: evaluate that before')
     return model.requires_grad_(False)
 
 
@@ -260,7 +268,7 @@ def _make_constant(network: nn.Module) -> None:
     """Write down what evaluation computes of weights and averages alone."""
     for module in network.modules():
         if isinstance(module, CenConv2d) and 'weight' in module._parameters:
-            module.weight.copy_(centred(module.weight))
+            module.weight.copy_(effective_weight(module))
             module.__class__ = nn.Conv2d
         elif getattr(module, 'example_weight', None) == 0:
             module.running_mean, module.running_var = fold_groups(
@@ -370,13 +378,10 @@ def _compare(content: bytes, names: List[str], image: Tensor,
                 f'{name} of an input of shape {size} has the shape '
                 f'{tuple(found.shape)} in onnxruntime, and '
                 f'{tuple(wanted.shape)} in torch. {_REMEDY}')
-        if not wanted.numel():
-            continue
-        difference = ((found - wanted).abs().max() /
-                      wanted.abs().max().clamp(min=1)).item()
-        if not difference <= TOLERANCE:
+        error = difference(found, wanted, at_least=1)
+        if error > TOLERANCE:
             raise SetupError(
                 f'{name} of an input of shape {size} differs by '
-                f'{difference:.1e} between onnxruntime and torch. {_REMEDY}')
-        worst = max(worst, difference)
+                f'{error:.1e} between onnxruntime and torch. {_REMEDY}')
+        worst = max(worst, error)
     return worst

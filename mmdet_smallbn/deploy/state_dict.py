@@ -1,7 +1,7 @@
 """State dicts in checkpoints of any kind."""
 from typing import Any, Dict, List
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import SetupError
 
@@ -46,3 +46,45 @@ def some(keys: List[str], most: int = 3) -> str:
         return 'nothing'
     more = f' and {len(keys) - most} more' if len(keys) > most else ''
     return ', '.join(keys[:most]) + more
+
+
+def load_strictly(model: nn.Module,
+                  state: StateDict,
+                  message: str,
+                  allow_more: bool = False) -> None:
+    """Load a state dict that has all of a model's weights.
+
+    Numbers of batches, which evaluation does not need, may be missing.
+
+    Args:
+        model (nn.Module): What takes it.
+        state (dict[str, Tensor]): What it takes.
+        message (str): What an error begins with.
+        allow_more (bool): Whether there may be keys that the model has not.
+
+    Raises:
+        SetupError: If it does not fit; says what is missing, unexpected or of
+            another shape. Nothing is loaded then.
+    """
+    wanted = model.state_dict()
+    found = {
+        'missing': [
+            key for key in wanted
+            if key not in state and not key.endswith('num_batches_tracked')
+        ],
+        'unexpected': [
+            key for key in state if key not in wanted and not allow_more
+        ],
+        'of another shape': [
+            f'{key} {tuple(state[key].shape)} for {tuple(value.shape)}'
+            for key, value in wanted.items()
+            if key in state and state[key].shape != value.shape
+        ]
+    }
+    faults = [
+        f'{len(keys)} {name} ({some(keys)})' for name, keys in found.items()
+        if keys
+    ]
+    if faults:
+        raise SetupError(f'{message}: {"; ".join(faults)}')
+    model.load_state_dict(state, strict=False)

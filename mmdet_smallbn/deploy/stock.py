@@ -8,9 +8,12 @@ from mmengine.registry import HOOKS, MODELS
 from torch import Tensor, nn
 
 from ..errors import SetupError
-from ..hooks import BurnInHook, ExampleWeightHook, StatisticsHook
+from ..hooks import (ExampleWeightHook, SmallBatchNormHook,
+                     StatisticsHook)
 from ..layers import SmallBatchNorm
-from ..layers.cen_conv import CenConv2d, centred
+from ..layers.cen_conv import CenConv2d, effective_weight
+from .difference import difference
+from .state_dict import load_strictly
 from .statistics import fixed_statistics
 
 _PACKAGE = __name__.split('.')[0]
@@ -86,7 +89,8 @@ def _drop_hooks(cfg: Config, changes: List[str]) -> None:
                     f'{cls.__name__} gives examples the weight '
                     f'{hook["weight"]} in evaluation, which no BatchNorm can '
                     f'do. Remove it from {key}, and evaluate without it first')
-            if _is(cls, (BurnInHook, ExampleWeightHook, StatisticsHook)):
+            if _is(cls, (SmallBatchNormHook, ExampleWeightHook,
+                         StatisticsHook)):
                 changes.append(f'{key}: without {cls.__name__}')
             else:
                 kept[name] = hook
@@ -145,7 +149,7 @@ def stock_state(model: nn.Module) -> Dict[str, Tensor]:
             state[f'{prefix}running_mean'].copy_(mean)
             state[f'{prefix}running_var'].copy_(var)
         elif isinstance(module, CenConv2d):
-            state[f'{prefix}weight'].copy_(centred(module.weight.double()))
+            state[f'{prefix}weight'].copy_(effective_weight(module))
     return state
 
 
@@ -182,13 +186,11 @@ def check_same(model: nn.Module,
         x = torch.randn(shape, generator=generator)
         x = x.to(module.weight if module.weight is not None else
                  module.running_var)
-        wanted = module(x)
-        error = (parts[name](x) - wanted).abs().max()
-        if not error <= tolerance * wanted.abs().max():
+        error = difference(parts[name](x), module(x))
+        if error > tolerance:
             raise SetupError(
                 f'{type(module).__name__} {name!r} and what stands for it '
-                f'differ by {error:.1e}, where outputs go up to '
-                f'{wanted.abs().max():.1e}')
+                f'differ by {error:.1e} of the largest output')
         count += 1
     return count
 
@@ -217,14 +219,16 @@ def to_stock(cfg: Config, state: Dict[str, Tensor],
         raise SetupError('there is nothing to convert: the config has no norm '
                          f'or convolution of {_PACKAGE}')
     model = MODELS.build(copy.deepcopy(cfg.model))
-    _load(model, state, 'the checkpoint', 'config')
+    load_strictly(model, state, "the checkpoint does not fit the config's "
+                  'model')
     if example_weight is not None:
         for module in model.modules():
             if isinstance(module, SmallBatchNorm):
                 module.example_weight = example_weight
     converted = stock_state(model)
     stock = MODELS.build(copy.deepcopy(stock_cfg.model))
-    _load(stock, converted, 'what was converted', 'stock config')
+    load_strictly(stock, converted, 'what was converted does not fit the '
+                  "stock config's model")
     left = [
         name for name, module in stock.named_modules()
         if _is_of_package(type(module).__module__)
@@ -235,13 +239,3 @@ def to_stock(cfg: Config, state: Dict[str, Tensor],
     count = check_same(model, stock)
     changes.append(f'{count} layers compared on random maps: the same')
     return stock_cfg, converted, changes
-
-
-def _load(model: nn.Module, state: Dict[str, Tensor], what: str,
-          of: str) -> None:
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        raise SetupError(f"{what} does not fit the {of}'s model: "
-                         f'{" ".join(lines[1:])[:500]}') from error

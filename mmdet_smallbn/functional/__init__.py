@@ -15,7 +15,8 @@ __all__ = [
     'ConvCall', 'DeformCall', 'Filters', 'Follower', 'GradientStatistics',
     'LinearCall', 'Memory', 'Moments', 'Past', 'Pooled', 'Processes', 'Replay',
     'apply_filters', 'average_groups', 'batch_moments', 'example_moments',
-    'fold_groups', 'follow_filters', 'mix_moments', 'move_towards', 'normalize',
+    'fold_groups', 'follow_filters', 'mix_moments', 'move_towards',
+    'normalize',
     'normalize_for_inference', 'pool', 'pool_groups', 'pool_moments',
     'renormalization', 'replay', 'statistics_dtype'
 ]

@@ -107,7 +107,7 @@ class _FollowFilters(Function):
         count = len(ctx.loans)
         by_filters = ctx.gradient.by_filters(
             ctx.loans, list(zip(sums[:count], sums[count:])))
-        return (None, None, *(by if by is None or by.dtype == dtype else by.to(dtype)
+        return (None, None, *(by if by is None else by.to(dtype)
                               for by, dtype in zip(by_filters, ctx.dtypes)))
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 # From this batch's means of g and of g * x_hat, where g is the gradient by
 # the normalised x_hat, to the values that the backward uses in their place.
 # None for the first: it is zero, the mean is not subtracted.
-GradientStatistics = Callable[[Tensor, Tensor], Tuple[Optional[Tensor],
-                                                      Tensor]]
+GradientStatistics = Callable[[Optional[Tensor], Tensor],
+                              Tuple[Optional[Tensor], Tensor]]
 
 
 class Moments(NamedTuple):

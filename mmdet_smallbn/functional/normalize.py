@@ -31,11 +31,13 @@ class _Normalize(Function):
 
     @staticmethod
     def forward(ctx, x, mean, var, weight, bias, shift, scale, eps, gradient,
-                count, loan):
+                centered, count, loan):
         wide = weight if weight is None else weight.to(mean.dtype)
-        ctx.save_for_backward(x, mean, torch.rsqrt(var + eps), wide)
+        spread = torch.rsqrt(var + eps) if centered else var
+        ctx.save_for_backward(x, mean, spread, wide)
         ctx.eps = eps
         ctx.gradient = gradient
+        ctx.centered = centered
         ctx.count = count
         ctx.loan = loan
         if x.numel() == 0:
@@ -48,7 +50,9 @@ class _Normalize(Function):
         need_x, _, _, need_weight, need_bias = ctx.needs_input_grad[:5]
         saved = ctx.saved_tensors
         x, mean, inv_std, _ = saved
-        if callable(ctx.gradient) or x.numel() == 0:
+        if not ctx.centered:
+            dx, dweight, dbias = _backward_uncentred(ctx, grad, *saved)
+        elif callable(ctx.gradient) or x.numel() == 0:
             dx, dweight, dbias, sums, scale = _backward_with(
                 ctx, grad, *saved)
         else:
@@ -62,7 +66,7 @@ class _Normalize(Function):
             dshift, dscale = sums
         return (dx if need_x else None, None, None,
                 dweight if need_weight else None, dbias if need_bias else None,
-                dshift, dscale, None, None, None, None)
+                dshift, dscale, None, None, None, None, None)
 
 
 def _backward_of_share(ctx, grad, x, mean, inv_std, weight):
@@ -81,6 +85,23 @@ def _backward_of_share(ctx, grad, x, mean, inv_std, weight):
         rest = (1 if weight is None else weight) - scale
         dx.addcmul_(grad, _per_channel(rest.mul_(inv_std)))
     return dx, dweight, dbias, scale
+
+
+def _backward_uncentred(ctx, grad, x, mean, var, weight):
+    # dx = (g - z * mean_gz) / sqrt(var + eps); the kernel's part is the first.
+    if x.numel() == 0:
+        dx, dweight, dbias = grad, torch.zeros_like(var), torch.zeros_like(var)
+    else:
+        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, var, None, None, False, ctx.eps,
+            [True, True, ctx.needs_input_grad[4]])
+    per_value = x.size(1) / max(x.numel(), 1)
+    _, mean_gz = ctx.gradient(
+        None, dweight * (per_value if weight is None else weight * per_value))
+    if x.numel():
+        slope = mean_gz / (var + ctx.eps)
+        dx.addcmul_(x, _per_channel(slope), value=-1)
+    return dx, dweight, dbias
 
 
 def _backward_with(ctx, grad, x, mean, inv_std, weight):
@@ -122,6 +143,7 @@ def normalize(x: Tensor,
               bias: Optional[Tensor] = None,
               eps: float = 1e-5,
               gradient: Union[Tensor, GradientStatistics, None] = None,
+              centered: bool = True,
               past: Optional[Past] = None,
               count: Union[int, Tensor, None] = None) -> Tensor:
     r"""Normalise with given statistics, in both passes.
@@ -168,6 +190,8 @@ def normalize(x: Tensor,
             statistics, shape (C,); or from the batch's means of g and of
             g * x_hat, in the shape of ``mean``, to the values to use, called
             once a backward pass.
+        centered (bool): False: ``mean`` is 0 and ``var`` the mean square, and
+            ``gradient`` is called with None for the mean of g.
         past (Past, optional): What else is in the statistics.
         count (int | Tensor, optional): Values a channel that the means which
             ``gradient`` gives are over. Needed beside ``past``.
@@ -180,7 +204,7 @@ def normalize(x: Tensor,
         if past is not None and torch.is_grad_enabled():
             shift, scale, loan = past.shift, past.scale, past.loan
         return _Normalize.apply(x, mean, var, weight, bias, shift, scale, eps,
-                                gradient, count, loan)
+                                gradient, centered, count, loan)
     return _normalize_examples(x, mean, var, weight, bias, eps, gradient)
 
 
@@ -199,7 +223,7 @@ def _normalize_examples(x, mean, var, weight, bias, eps, gradient):
     weight, bias = (p if p is None else p.repeat(n) for p in (weight, bias))
     out = _Normalize.apply(
         x.reshape(1, n * c, h, w), mean.flatten(), var.flatten(), weight, bias,
-        None, None, eps, of_examples, None, None)
+        None, None, eps, of_examples, True, None, None)
     # Not a view to autograd: what follows in place, behind activation
     # checkpointing, would be refused.
     out = torch.ops.aten._unsafe_view(out, x.shape)
@@ -240,9 +264,10 @@ def renormalization(mean: Optional[Tensor], var: Tensor,
         d without a mean.
     """
     with torch.no_grad():
-        inv_target = torch.rsqrt(target_var.to(var.dtype) + eps)
-        r = (torch.sqrt(var + eps) * inv_target).clamp(1 / r_max, r_max)
+        target = target_var.to(var.dtype) + eps
+        r = ((var + eps) / target).sqrt_().clamp_(1 / r_max, r_max)
         d = None
         if mean is not None:
-            d = ((mean - target_mean) * inv_target).clamp(-d_max, d_max)
+            d = (mean - target_mean) * target.rsqrt_()
+            d = d.clamp_(-d_max, d_max)
     return r, d

@@ -95,8 +95,10 @@ class Processes:
             callable: One collective of 2 C values a backward pass.
         """
 
-        def joint(mean_g: Tensor, mean_gx: Tensor):
+        def joint(mean_g: Optional[Tensor], mean_gx: Tensor):
             # Of an empty part the means are 0, and the part is 0.
+            if mean_g is None:
+                return then(None, self.sum(mean_gx * part))
             both = self.sum(torch.stack([mean_g, mean_gx]) * part)
             if callable(then):
                 return then(*both)

@@ -1,11 +1,11 @@
 """Hooks: what the training loop tells the layers."""
 from .burn_in_hook import BurnInHook
 from .example_weight_hook import ExampleWeightHook
-from .model import bare_model, calibrate, kept_asleep
+from .model import asleep_note, bare_model, calibrate, kept_asleep
 from .norm_hook import SmallBatchNormHook
 from .statistics_hook import StatisticsHook
 
 __all__ = [
     'BurnInHook', 'ExampleWeightHook', 'SmallBatchNormHook', 'StatisticsHook',
-    'bare_model', 'calibrate', 'kept_asleep'
+    'asleep_note', 'bare_model', 'calibrate', 'kept_asleep'
 ]

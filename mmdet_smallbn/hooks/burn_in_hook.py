@@ -9,7 +9,7 @@ from torch import nn
 from ..errors import SetupError
 from ..layers import (CBN, SmallBatchNorm, is_under,
                       suggested_window_size)
-from .model import bare_model, kept_asleep
+from .model import asleep_note, kept_asleep
 from .norm_hook import SmallBatchNormHook
 
 
@@ -182,11 +182,7 @@ class BurnInHook(SmallBatchNormHook):
         asleep = kept_asleep(self._layers)
         if not asleep:
             return
-        message = (
-            f'BurnInHook: {len(asleep)} of {len(self._layers)} norms stay in '
-            f'evaluation mode, {asleep[0]!r} the first of them: they are not '
-            'frozen, but normalise with their running statistics. Set '
-            'norm_eval=False in the backbone if they should train')
+        message = f'BurnInHook: {asleep_note(asleep)}'
         if len(asleep) == len(self._layers):
             raise SetupError(message)
         runner.logger.warning(message)

@@ -1,5 +1,5 @@
 """What hooks and tools ask a runner for."""
-from typing import Callable, Dict, List, Union
+from typing import Callable, Dict, List, Sequence, Union
 
 import torch
 from mmengine.dist import get_world_size
@@ -52,6 +52,13 @@ def kept_asleep(norms: Dict[str, nn.Module]) -> List[str]:
         name for name, norm in norms.items() if not norm.training
         and any(p.requires_grad for p in norm.parameters())
     ]
+
+
+def asleep_note(names: Sequence[str]) -> str:
+    """What to say of them."""
+    return (f'{len(names)} norm{"" if len(names) == 1 else "s"}, {names[0]} '
+            'the first of them, would train but stay in evaluation mode: set '
+            'norm_eval=False in the backbone')
 
 
 def gradient_scale(runner: Runner) -> Union[float, Tensor]:

@@ -16,7 +16,8 @@ from .training_loop import TrainingLoop
 
 __all__ = [
     'BRN', 'BatchGroupNorm', 'CBN', 'CenConv2d', 'GhostBN', 'MABN', 'NaiveCBN',
-    'SmallBatchNorm', 'TrainingLoop', 'calibrate_group_norms', 'check_example_weight',
+    'SmallBatchNorm', 'TrainingLoop', 'calibrate_group_norms',
+    'check_example_weight',
     'check_positive_int', 'in_backward', 'is_batch_norm', 'is_under',
     'lacks_averages', 'remember_calls', 'set_example_weight',
     'suggested_window_size', 'weights_as_trained'

@@ -199,7 +199,7 @@ class SmallBatchNorm(RunningNorm):
             gradient = batch.processes.gradient_statistics(
                 batch.part, gradient)
         return normalize(batch.x, mean, var, weight, bias, self.eps, gradient,
-                         past, batch.moments.count)
+                         self.centered, past, batch.moments.count)
 
 def _affine(x: Tensor, weight: Optional[Tensor],
             bias: Optional[Tensor]) -> Tensor:

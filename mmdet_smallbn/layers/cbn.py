@@ -201,8 +201,8 @@ class CBN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
                 'runs inside activation checkpointing, under other hooks on '
                 'saved tensors or in torch.compile, and is not told there of '
                 'a convolution that it could compensate for',
-                'BurnInHook in custom_hooks tells it of all but those with a '
-                'forward or a computed weight of their own')
+                'SmallBatchNormHook in custom_hooks tells it of all but those '
+                'with a forward or a computed weight of their own')
             return
         made_by = 'a leaf' if x.grad_fn is None else x.grad_fn.name()
         self.warn_once(

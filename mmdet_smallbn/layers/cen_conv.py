@@ -62,3 +62,18 @@ def centred(weight: Tensor) -> Tensor:
     if weight.dtype in (torch.float16, torch.bfloat16):
         wide = weight.float()
     return (wide - wide.mean((1, 2, 3), keepdim=True)).to(weight.dtype)
+
+
+def effective_weight(conv: nn.Module) -> Tensor:
+    """The weight that a convolution uses: centred if it is a CenConv2d.
+
+    Args:
+        conv (nn.Module): With a ``weight``.
+
+    Returns:
+        Tensor: Same shape and dtype as the weight, live to autograd. Centring
+        is in float32 at least.
+    """
+    if isinstance(conv, CenConv2d):
+        return centred(conv.weight)
+    return conv.weight

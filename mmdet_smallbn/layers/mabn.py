@@ -199,7 +199,10 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
             state.forward.push(present)
         inner, r, d = present, None, None
         if not self.burning_in:
+            # A copy of running statistics: they are updated before it is used.
             inner = self._of_kind(self.backward_statistics, present, state)
+            if self.backward_statistics == 'ema':
+                inner = inner.clone()
             if self.forward_statistics != self.backward_statistics:
                 target = self._of_kind(self.forward_statistics, present,
                                        state)
@@ -213,7 +216,7 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
             batch.moments.mean if mean is None else mean,
             var,
             gradient=MovingGradient(state.backward, not self.burning_in,
-                                         self.centered, self.gradient_scale),
+                                    self.centered, self.gradient_scale),
             r=r,
             d=d)
 
@@ -221,7 +224,8 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
         if self.centered:
             return super().batch_statistics(batch)
         return Statistics(
-            *batch.moments[:2], gradient=lambda mean_g, mean_gx: (None, mean_gx))
+            *batch.moments[:2],
+            gradient=lambda mean_g, mean_gx: (None, mean_gx))
 
     def measure(self, x: Tensor) -> Moments:
         """Moments, about zero if no mean is subtracted: 0, and mean square."""
@@ -246,11 +250,10 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
             return present
         if kind == 'sma':
             return state.forward.mean()
-        # A copy: they are updated before they are used.
-        kept = [self.running_var]
-        if self.centered:
-            kept.insert(0, self.running_mean)
-        return torch.stack(kept).to(present.dtype)
+        if not self.centered:
+            return self.running_var[None].to(present.dtype)
+        kept = torch.stack([self.running_mean, self.running_var])
+        return kept.to(present.dtype)
 
     def running_targets(self, moments: Moments,
                         factor: float) -> Tuple[Optional[Tensor], Tensor]:

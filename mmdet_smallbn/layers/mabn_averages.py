@@ -61,7 +61,7 @@ class MovingGradient:
         self._scale = scale
         self._turn: Optional[int] = None
 
-    def __call__(self, mean_g: Tensor,
+    def __call__(self, mean_g: Optional[Tensor],
                  mean_gx: Tensor) -> Tuple[Optional[Tensor], Tensor]:
         values = torch.stack([mean_g, mean_gx
                               ]) if self._centered else mean_gx[None]

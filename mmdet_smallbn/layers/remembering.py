@@ -127,8 +127,8 @@ class RememberingNorm(SmallBatchNorm):
         if self._call == 1 and not self._warned_of_calls:
             self._warned_of_calls = True
             warnings.warn(
-                f'{name_of(self)} is called several times in an iteration, as a '
-                'head that pyramid levels share. Each call has past '
+                f'{name_of(self)} is called several times in an iteration, as '
+                'a head that pyramid levels share. Each call has past '
                 'statistics of its own, but the running statistics mix them: '
                 'take a head with a norm for each level (RetinaSepBNHead)')
         if self._call == MAX_CALLS:
@@ -151,11 +151,11 @@ class RememberingNorm(SmallBatchNorm):
         if last is not None and last[0] == seen[0] and last[1] != seen[1]:
             self._warned_of_levels = True
             warnings.warn(
-                f'{name_of(self)} is called with maps of several sizes between '
-                'two steps, and takes every call for an iteration. If they '
-                'are levels of a pyramid that share a head, take one with a '
-                'norm for each level (RetinaSepBNHead), or let BurnInHook '
-                'tell the iterations')
+                f'{name_of(self)} is called with maps of several sizes '
+                'between two steps, and takes every call for an iteration. If '
+                'they are levels of a pyramid that share a head, take one with a '
+                'norm for each level (RetinaSepBNHead), or let '
+                'SmallBatchNormHook tell the iterations')
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)

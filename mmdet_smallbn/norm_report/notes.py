@@ -3,7 +3,7 @@ from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
 from torch import nn
 
-from ..hooks import BurnInHook, kept_asleep
+from ..hooks import SmallBatchNormHook, asleep_note, kept_asleep
 from ..layers import CBN, MABN, CenConv2d, SmallBatchNorm, is_under
 from .describe import UNKNOWN, Norm
 
@@ -55,8 +55,7 @@ def _asleep(modules, norms) -> Iterator[str]:
         for n in norms if isinstance(modules[n.name], SmallBatchNorm)
     })
     if names:
-        yield (f'{_first_of(names, "norm")} would train but stay in '
-               'evaluation mode: set norm_eval=False in the backbone')
+        yield asleep_note(names)
 
 
 def _uncentred(modules, norms) -> Iterator[str]:
@@ -86,7 +85,7 @@ def _not_followed(modules, norms) -> Iterator[str]:
 
 def _without_hook(norms, hooks) -> Iterator[str]:
     if any(n.burn_in == 'none' for n in norms) and not any(
-            isinstance(hook, BurnInHook) for hook in hooks):
+            isinstance(hook, SmallBatchNormHook) for hook in hooks):
         yield ('there is no BurnInHook in custom_hooks: past iterations count '
                'from the first, and norms cannot tell two calls of an '
                'iteration from two iterations')

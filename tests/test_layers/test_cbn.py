@@ -479,7 +479,8 @@ def test_checkpointing_is_told_once(use_reentrant):
                    use_reentrant=use_reentrant).sum().backward()
 
     with pytest.warns(
-            UserWarning, match=r'CBN\(8\) runs inside activation.*BurnInHook'):
+            UserWarning,
+            match=r'CBN\(8\) runs inside activation.*SmallBatchNormHook'):
         step()
     with warnings.catch_warnings():
         warnings.simplefilter('error')
