@@ -200,6 +200,8 @@ def normalize(x: Tensor,
         Tensor: Same shape and dtype as ``x``.
     """
     if mean.dim() == 1:
+        # The kernels read what is behind one another.
+        mean, var = mean.contiguous(), var.contiguous()
         shift = scale = loan = None
         if past is not None and torch.is_grad_enabled():
             shift, scale, loan = past.shift, past.scale, past.loan

@@ -172,4 +172,4 @@ def pool(past: Replay, is_past: Tensor) -> Pooled:
     var = torch.addcmul(past.var, away, away).masked_fill_(unused, 0)
     var = var.sum(1, keepdim=True).mul_(per_count)
     return Pooled(
-        torch.cat([mean, var], 1).t(), count.add_(1).reciprocal_(), used)
+        torch.cat([mean, var]).view(2, -1), count.add_(1).reciprocal_(), used)

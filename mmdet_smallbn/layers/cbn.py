@@ -175,8 +175,11 @@ class CBN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
             self._warn_of_producer(batch)
             return self.batch_statistics(batch)
         window = self.window_of_call()
-        past, present = window.enter(batch, producer.call,
-                                     self.gradient == 'whole')
+        past, present = window.enter(
+            batch,
+            producer.call,
+            whole=self.gradient == 'whole',
+            alone=not torch.is_grad_enabled())
         if past is None:
             return self.batch_statistics(batch)
         if batch.processes is not None:  # it may be empty in all of them

@@ -81,8 +81,8 @@ class MomentWindow(Ring):
         return source.filters is None or source.filters.are_parameters
 
     @torch.no_grad()
-    def enter(self, batch: Batch, call: Optional[LinearCall],
-              whole: bool) -> Tuple[Optional[Past], Tensor]:
+    def enter(self, batch: Batch, call: Optional[LinearCall], whole: bool,
+              alone: bool) -> Tuple[Optional[Past], Tensor]:
         """Bring the past to today's weight, and enter the present.
 
         Args:
@@ -91,6 +91,9 @@ class MomentWindow(Ring):
                 past moments are used as they are.
             whole (bool): Whether the gradient flows through the past's
                 moments to the filters.
+            alone (bool): Whether the layer has a backward pass of its own, as
+                in re-entrant checkpointing: what is prepared leads to the
+                filters of others, too, and is not used.
 
         Returns:
             tuple: The past, None if there is none; and the present moments,
@@ -104,7 +107,8 @@ class MomentWindow(Ring):
             exact = self.positions is None or 0 < found <= self.positions
             count = found if exact else self.positions
         self._make_room(batch, filters, max(count, self.positions or 0))
-        past = self._bring_past(_Source(filters, whole, batch.processes))
+        past = self._bring_past(
+            _Source(filters, whole, batch.processes), alone)
         place, tensors = self.place, self.tensors
         present = tensors['moments'][:, :, place]
         torch.stack(batch.moments[:2], out=present)
@@ -120,12 +124,12 @@ class MomentWindow(Ring):
             self._loan = weakref.ref(past.loan)
         return past, present
 
-    def _bring_past(self, source: _Source) -> Optional[Past]:
+    def _bring_past(self, source: _Source, alone: bool) -> Optional[Past]:
         prepared, self.prepared = self.prepared, None
         then, self._source = self._source, source
         if self.filled == 0:
             return None
-        if prepared is None or not then.is_of(*source[:2]) or (
+        if prepared is None or alone or not then.is_of(*source[:2]) or (
                 prepared[1] != source.version()):
             self.prepare([self], self.tensors)
             prepared, self.prepared = self.prepared, None

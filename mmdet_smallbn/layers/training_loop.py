@@ -46,6 +46,8 @@ class TrainingLoop:
             iteration (int): Which one it is.
             gradient_scale (float | Tensor): What the loss is multiplied with.
         """
+        if self._kept:  # an error ended the last iteration
+            self.end()
         self._step.iteration = iteration
         self._step.gradient_scale = gradient_scale
         self._keep_running()

@@ -185,3 +185,16 @@ def test_half_precision_keeps_its_dtype(dtype):
     out32.square().sum().backward()
     torch.testing.assert_close(x.grad.float(), x32.grad, rtol=0.05, atol=0.05)
     torch.testing.assert_close(weight.grad, w32.grad, rtol=0.05, atol=0.05)
+
+
+def test_statistics_may_lie_apart():
+    """torch's kernels would read between them."""
+    x, weight, bias = _inputs()
+    mean, var = torch.rand(4, 2).double().add(0.5).t()
+    share = torch.rand(4).double()
+    grad = torch.randn_like(x)
+    results = []
+    for values in ((mean, var), (mean.contiguous(), var.contiguous())):
+        out = normalize(x, *values, weight, bias, 1e-5, share)
+        results.append(torch.autograd.grad(out, (x, weight, bias), grad))
+    torch.testing.assert_close(*results)
