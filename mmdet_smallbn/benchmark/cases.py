@@ -52,6 +52,8 @@ BLOCKS = {
     'bottleneck, 2x256x32x32, 1x1': Block((2, 256, 32, 32), 1),
     'RoI head, 128x256x7x7, 3x3': Block((128, 256, 7, 7), 3),
 }
+# As in a model, whose layers share what is done for all at once.
+IN_A_ROW = 8
 # At inference these stand for all: what a layer remembers is not used there.
 DEPLOYED = ('BN', 'GN', 'CBN, window 4', 'MABN', 'BRN', 'BGN', 'GhostBN')
 # Detectors, and configs of configs/cbn with a norm in neck and heads.
@@ -164,20 +166,10 @@ def _steps(module: nn.Module) -> Callable[[Run], None]:
     return step
 
 
-def train_block(norm: dict,
-                block: Block,
-                setting: Setting,
-                count: int = 8) -> Contender:
-    """Forward and backward of convolution, norm and ReLU.
-
-    Args:
-        norm (dict): ``norm_cfg`` and ``conv_cfg``.
-        block (Block): The convolution.
-        setting (Setting): Where and how.
-        count (int): Blocks in a row.
-    """
+def train_block(norm: dict, block: Block, setting: Setting) -> Contender:
+    """Forward and backward of blocks in a row: convolution, norm and ReLU."""
     module = nn.Sequential(
-        *(_block(norm, block, setting) for _ in range(count)))
+        *(_block(norm, block, setting) for _ in range(IN_A_ROW)))
     parameters = list(module.parameters())
     next_input = _in_turn(
         [x.requires_grad_() for x in _inputs(block, setting)])

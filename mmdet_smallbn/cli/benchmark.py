@@ -38,7 +38,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         '--levels',
         nargs='+',
         choices=LEVELS,
-        default=['norm', 'block', 'growth', 'inference'],
+        default=['norm', 'block', 'growth', 'host', 'inference'],
         help='what the norms are in; host (many small blocks in a training '
         'loop), latency (ResNet-50 with FPN on one image, folded and not) and '
         'a detector take long')

@@ -92,7 +92,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         if args.model is not None:
             load_strictly(
                 build_model(open_config(args.model)), result.state_dict,
-                f'nothing was written: the keys do not fit {args.model}')
+                f'Nothing was written: the keys do not fit {args.model}')
         for line in report(result, args.verbose):
             print(line)
         out = Path(args.out).expanduser()

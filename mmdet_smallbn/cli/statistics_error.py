@@ -21,6 +21,7 @@ from ..functional import Moments, batch_moments, normalize, pool_moments
 from ..hooks import bare_model
 from ..layers import CBN
 from ..layers.conv_call import find_producer
+from ..layers.forward_pass import ForwardPass
 from ..layers.moment_window import MomentWindow
 from ..layers.moving_average import ExponentialMovingAverage
 from ..layers.statistics import Batch
@@ -83,15 +84,14 @@ class _Layer:
         """A training forward's input."""
         moments = batch_moments(x)
         batch = Batch(x, moments, moments)
-        producer = find_producer(x)
+        producer = find_producer(x, ForwardPass.PLAIN)
         windows = {NAIVE: (self.naive, None)}
         windows.update((name, (window, producer.call))
                        for name, window in self.compensated.items())
         for name, (window, call) in windows.items():
-            entered = window.enter(batch, call)
-            order = [(entered.place - back) % window.size
-                     for back in range(window.filled)]
-            self.held[name] = entered.past.mean[order], entered.past.var[order]
+            window.enter(batch, call, whole=False, alone=True)
+            found = window.replayed()
+            self.held[name] = found.mean.t(), found.var.t()
         square = moments.mean_square()
         self.average.push(torch.stack([moments.mean, square]))
 
@@ -105,7 +105,7 @@ class _Layer:
                 yield (BN if k == 1 else name, k,
                        *pool_moments(means[:k], variances[:k], ones))
         # From 0, as an average of few values.
-        grown = 1 - (1 - self.average.momentum)**self.average.pushes
+        grown = 1 - (1 - self.average.momentum)**(self.average.turn + 1)
         mean, square = self.average.mean() / grown
         yield EMA, None, mean, (square - mean.square()).clamp(min=0)
 

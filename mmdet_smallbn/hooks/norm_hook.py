@@ -80,6 +80,11 @@ class SmallBatchNormHook(Hook):
             hook, SmallBatchNormHook)) is self
         if not self._leads:
             return
+        if not self._norms:
+            runner.logger.warning(
+                f'{type(self).__name__}: the model holds no norm of this '
+                'package. If sync_bn (or use_syncbn) stands in the config, '
+                'remove it: it converts every kind of BatchNorm')
         for name, layer in self._norms.items():
             layer.layer_name = name
             # Of an earlier training of the same model object.
@@ -130,8 +135,9 @@ class SmallBatchNormHook(Hook):
         if not self.save_states or _STATES in checkpoint:
             return  # or another of these hooks has put them there
         alone = get_world_size() == 1
+        names = {p: n for n, p in bare_model(runner).named_parameters()}
         checkpoint[_STATES] = {
-            name: layer.export_states()
+            name: layer.export_states(names)
             for name, layer in self._norms.items()
             if layer.keeps_states and (alone or not layer.sync)
         }
@@ -154,13 +160,14 @@ class SmallBatchNormHook(Hook):
 
     def _restore(self, runner) -> None:
         alone = get_world_size() == 1
+        parameters = dict(bare_model(runner).named_parameters())
         refused = []
         for name, states in self._loaded.items():
             layer = self._norms.get(name)
             if layer is None or (layer.sync and not alone):
                 continue
             try:
-                layer.restore_states(states)
+                layer.restore_states(states, parameters)
             except ValueError as error:
                 refused.append(str(error))
         if refused:

@@ -92,7 +92,7 @@ class SmallBatchNorm(RunningNorm):
     def reset_state(self) -> None:
         """Forget what was gathered over past iterations."""
 
-    def export_states(self) -> List[Dict[str, Any]]:
+    def export_states(self, names=None) -> List[Dict[str, Any]]:
         """What was gathered over past iterations, for a checkpoint."""
         return []
 

@@ -13,7 +13,7 @@ Where this differs from the released code, it follows the paper:
 No past weights are kept. Eq. (7), (8) are evaluated on remembered positions;
 see :mod:`mmdet_smallbn.functional.replay`.
 """
-from typing import Dict, Optional
+from typing import Optional
 
 import torch
 from mmengine.registry import MODELS
@@ -26,7 +26,6 @@ from .conv_call import FROZEN, find_producer, is_compiled
 from .forward_pass import ForwardPass
 from .moment_window import MomentWindow
 from .remembering import RememberingNorm
-from .ring import Ring
 from .statistics import Batch, Statistics
 
 
@@ -161,10 +160,6 @@ class CBN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
 
     def new_state(self) -> MomentWindow:
         return MomentWindow(self.window_size, self.derivative_positions)
-
-    @property
-    def rings(self) -> Dict[str, Ring]:
-        return {str(call): state for call, state in enumerate(self.states)}
 
     def statistics(self, batch: Batch) -> Statistics:
         """Eq. (7)-(11): the past at today's weight, and the present."""

@@ -24,7 +24,6 @@ from .checks import (check_at_least, check_count, check_positive_int,
 from .mabn_averages import MovingGradient, MovingStatistics
 from .moving_average import ExponentialMovingAverage, SimpleMovingAverage
 from .remembering import RememberingNorm
-from .ring import Ring
 from .statistics import Batch, Statistics
 
 _KINDS = ('batch', 'sma', 'ema')
@@ -169,14 +168,6 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
         elif self.backward_statistics == 'ema':
             backward = ExponentialMovingAverage(self.momentum)
         return MovingStatistics(self.buffer_size, backward)
-
-    @property
-    def rings(self) -> Dict[str, Ring]:
-        return {
-            f'{call}.{name}': ring
-            for call, state in enumerate(self.states)
-            for name, ring in state.rings.items()
-        }
 
     def moving_averages(self) -> Dict[str, Optional[Tensor]]:
         """As the base's, and those of the layer's first call."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import (Filters, Follower, LinearCall, Memory, Past,
+from ..functional import (Filters, Follower, LinearCall, Memory, Past, Replay,
                           apply_filters, follow_filters, pool, replay)
 from .ring import Ring, past_places
 from .statistics import Batch
@@ -192,31 +192,75 @@ class MomentWindow(Ring):
     def prepare(rings: Sequence['MomentWindow'],
                 tensors: Dict[str, Tensor]) -> None:
         """Bring the past of layers to today's weight, Eq. (7)-(11)."""
-        outputs = tensors['outputs']
-        memory = Memory(tensors['moments'], outputs, tensors['scales'],
-                        past_places(rings, outputs),
+        memory = Memory(tensors['moments'], tensors['outputs'],
+                        tensors['scales'],
+                        past_places(rings, tensors['outputs']),
                         tensors.get('parts'))
-        now = torch.empty_like(outputs)
-        channels, followers, start = [], [], 0
+        channels, start = [], 0
         for ring in rings:
-            filters, whole, _ = ring._source
             channels.append(slice(start, start + ring.channels))
-            start = channels[-1].stop
-            follower = None
-            if filters is not None:
-                with torch.enable_grad():
-                    rows = filters.rows
-                patches = ring.tensors['patches'].flatten(0, 1)
-                apply_filters(rows, patches, now[channels[-1]].flatten(1))
-                if whole and rows.requires_grad:
-                    follower = Follower(rows, patches)
-            followers.append(follower)
-        processes = rings[0].processes if 'parts' in tensors else None
+            start += ring.channels
+        now = torch.empty_like(memory.outputs)
+        followers = [
+            ring.show_positions(now[own])
+            for ring, own in zip(rings, channels)
+        ]
+        processes = None if memory.parts is None else rings[0].processes
         past = replay(memory, now, processes)
         pasts = follow_filters(memory, past, pool(past, memory.is_past),
                                channels, followers)
         for ring, own in zip(rings, pasts):
             ring.prepared = own, ring._source.version()
+
+    def show_positions(self, out: Tensor) -> Optional[Follower]:
+        """Show the remembered positions to today's filters.
+
+        Args:
+            out (Tensor): Where to write what they make of them, shape
+                (C, k, P).
+
+        Returns:
+            Follower, optional: If the gradient is to flow to the filters.
+        """
+        filters, whole, _ = self._source
+        if filters is None:
+            return None
+        with torch.enable_grad():
+            rows = filters.rows
+        patches = self.tensors['patches'].flatten(0, 1)
+        apply_filters(rows, patches, out.flatten(1))
+        return Follower(rows, patches) if whole and rows.requires_grad else (
+            None)
+
+    def replayed(self) -> Replay:
+        """The moments of each iteration, for one process; newest first."""
+        tensors = self.tensors
+        now = torch.empty_like(tensors['outputs'])
+        self.show_positions(now)
+        found = replay(
+            Memory(*(tensors[name] for name in ('moments', 'outputs',
+                                                'scales')),
+                   past_places([self], now)), now)
+        order = [(self.turn - back) % self.size for back in range(self.filled)]
+        return Replay(*(values[:, order] for values in found))
+
+    def source_names(self, names: Dict[Tensor, str]) -> Optional[tuple]:
+        """What :meth:`follow` needs to know the filters again.
+
+        Args:
+            names (dict[Tensor, str]): Of the model's parameters.
+        """
+        if not self.can_prepare or self._source.filters is None:
+            return None
+        weight, bias, *rest = self._source.filters
+        return (names.get(weight), names.get(bias), *rest, self._source.whole)
+
+    def follow(self, named: tuple, parameters: Dict[str, Tensor]) -> None:
+        """Know the filters before the first forward pass, as if resumed."""
+        weight, bias, *rest, whole = named
+        if weight in parameters and (bias is None or bias in parameters):
+            filters = Filters(parameters[weight], parameters.get(bias), *rest)
+            self._source = _Source(filters, whole, None)
 
     def state_dict(self) -> Dict[str, Any]:
         return dict(super().state_dict(), kind=self._kind)

@@ -58,15 +58,24 @@ class RememberingNorm(SmallBatchNorm):
 
     @property
     def rings(self) -> Dict[str, Ring]:
-        """What a :class:`PastBank` may prepare, by names in the layer."""
-        return {}
+        """What can be prepared for all layers, by names in the layer."""
+        return {
+            f'{call}.{name}': ring
+            for call, state in enumerate(self.states)
+            for name, ring in state.rings.items()
+        }
 
     def reset_state(self) -> None:
         """Forget what was gathered over past iterations."""
         self.states = []
 
-    def export_states(self) -> List[Dict[str, Any]]:
+    def export_states(
+            self,
+            names: Optional[Dict[Tensor, str]] = None) -> List[Dict[str, Any]]:
         """What was gathered over past iterations, for a checkpoint.
+
+        Args:
+            names (dict[Tensor, str], optional): Of the model's parameters.
 
         Returns:
             list[dict]: Of each call in an iteration; of tensors and numbers,
@@ -77,6 +86,10 @@ class RememberingNorm(SmallBatchNorm):
             dict(
                 version=_VERSION,
                 settings=self._settings(),
+                follows={
+                    name: ring.source_names(names or {})
+                    for name, ring in state.rings.items()
+                },
                 state=_on(state.state_dict(), 'cpu')) for state in self.states
         ]
 
@@ -85,8 +98,15 @@ class RememberingNorm(SmallBatchNorm):
             type=type(self).__name__,
             **{name: getattr(self, name) for name in self.state_settings})
 
-    def restore_states(self, exported: List[Dict[str, Any]]) -> None:
+    def restore_states(
+            self,
+            exported: List[Dict[str, Any]],
+            parameters: Optional[Dict[str, Tensor]] = None) -> None:
         """Take up what :meth:`export_states` gave.
+
+        Args:
+            exported (list[dict]): That.
+            parameters (dict[str, Tensor], optional): Of the model, by name.
 
         Raises:
             ValueError: If it was gathered by a layer with other settings, or
@@ -108,6 +128,9 @@ class RememberingNorm(SmallBatchNorm):
                         f'{mine[name]!r}')
             state = self.new_state()
             state.load_state_dict(_on(values['state'], self._device()))
+            for name, ring in state.rings.items():
+                if values['follows'][name] is not None:
+                    ring.follow(values['follows'][name], parameters or {})
             states.append(state)
         self.states = states
 

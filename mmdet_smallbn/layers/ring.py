@@ -1,6 +1,6 @@
 """Tensors of a layer's last iterations, and all layers' at once."""
 from collections import defaultdict
-from typing import Any, Dict, List, NamedTuple, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -64,6 +64,14 @@ class Ring:
             tensors (dict[str, Tensor]): Those of all, side by side.
         """
         raise NotImplementedError
+
+    @property
+    def rings(self) -> Dict[str, 'Ring']:
+        """As of a state that holds several."""
+        return {'window': self}
+
+    def source_names(self, names: Dict[Tensor, str]) -> Optional[tuple]:
+        """What else a ring depends on, by name; nothing."""
 
     def state_dict(self) -> Dict[str, Any]:
         """What is held, for a checkpoint."""

@@ -299,7 +299,7 @@ def test_what_weighs_examples_is_refused():
 def test_a_checkpoint_that_does_not_fit_is_told(tmp_path, capsys):
     cfg = Config(dict(model=retinanet(NORMS['CBN'])))
     with pytest.raises(SetupError, match="does not fit the config's model: "
-                       'Missing key'):
+                       '164 missing'):
         to_stock(cfg, {})
     config, checkpoint = tmp_path / 'config.py', tmp_path / 'some.pth'
     cfg.dump(config)

@@ -414,10 +414,11 @@ class Asleep(Toy):
 def test_norms_kept_in_evaluation_are_told(tmp_path):
     hook = dict(type='BurnInHook', epochs=1)
     _runner(tmp_path, [hook], Asleep('backbone'))[0].train()
-    assert re.search("1 of 2 norms stay in evaluation.*'backbone.1'.*"
-                     'norm_eval=False', read_log(tmp_path))
+    assert re.search('1 norm, backbone.1 the first of them, would train but '
+                     'stay in evaluation.*norm_eval=False', read_log(tmp_path))
     runner, _ = _runner(tmp_path, [hook], Asleep('backbone', 'head'))
-    with pytest.raises(SetupError, match='2 of 2 norms stay in evaluation'):
+    with pytest.raises(SetupError, match='2 norms, backbone.1 the first of them, '
+                       'would train but stay in evaluation'):
         runner.train()
 
 
