@@ -104,6 +104,12 @@ def test_the_costs_are_the_benchmarks():
     assert len(lines) == 8
     for name, *numbers in lines:
         assert numbers == [f'{blocks[name, case]:.2f}' for case in cases]
+    hosts = {r['norm']: r for r in rows if r['level'] == 'host'}
+    lines = page[page.index('| 50 blocks'):].splitlines()[2:8]
+    for line in lines:
+        name, time, launches = line.strip('| ').split(' | ')
+        assert time == f'{hosts[name]["time"]["median"]:.2f}'
+        assert launches == str(hosts[name]['launches'])
 
     rows = json.loads(
         (docs / 'benchmark_detectors_cpu.json').read_text())['rows']

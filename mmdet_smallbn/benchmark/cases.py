@@ -53,7 +53,7 @@ BLOCKS = {
     'RoI head, 128x256x7x7, 3x3': Block((128, 256, 7, 7), 3),
 }
 # As in a model, whose layers share what is done for all at once.
-IN_A_ROW = 8
+IN_A_ROW = 4
 # At inference these stand for all: what a layer remembers is not used there.
 DEPLOYED = ('BN', 'GN', 'CBN, window 4', 'MABN', 'BRN', 'BGN', 'GhostBN')
 # Detectors, and configs of configs/cbn with a norm in neck and heads.

@@ -7,7 +7,8 @@ from .moments import (GradientStatistics, Moments, average_groups,
                       batch_moments, example_moments, mix_moments,
                       move_towards, pool_groups, pool_moments,
                       statistics_dtype)
-from .normalize import normalize, renormalization
+from .normalize import normalize
+from .renormalize import renormalization
 from .replay import Memory, Pooled, Replay, apply_filters, pool, replay
 from .sync import Processes
 

@@ -1,5 +1,5 @@
 """Normalisation with given statistics, and its backward in closed form."""
-from typing import Optional, Tuple, Union
+from typing import Optional, Union
 
 import torch
 from torch import Tensor
@@ -232,44 +232,3 @@ def _normalize_examples(x, mean, var, weight, bias, eps, gradient):
     if channels_last:
         out = out.contiguous(memory_format=torch.channels_last)
     return out
-
-
-def renormalization(mean: Optional[Tensor], var: Tensor,
-                    target_mean: Optional[Tensor], target_var: Tensor,
-                    eps: float, r_max: float,
-                    d_max: float) -> Tuple[Tensor, Optional[Tensor]]:
-    r"""Factor and shift from one normalisation to another, clipped.
-
-    Batch Renormalization (arXiv:1702.03275), Algorithm 1; MABN
-    (arXiv:2001.06838), Eq. (14) and (19):
-
-    .. math::
-        r = \text{clip}\left(\frac{\sigma}{\hat\sigma},
-            \frac{1}{r_{max}}, r_{max}\right), \qquad
-        d = \text{clip}\left(\frac{\mu - \hat\mu}{\hat\sigma},
-            -d_{max}, d_{max}\right),
-
-    with :math:`\sigma = \sqrt{\text{var} + \epsilon}`, so that without
-    clipping :math:`r\hat x + d` is :math:`x` normalised by the targets.
-
-    Args:
-        mean, var (Tensor): What x is normalised with, shape (C,). No mean:
-            none is subtracted.
-        target_mean, target_var (Tensor): Where the result should be, shape
-            (C,).
-        eps (float): Added to both variances, inside the root.
-        r_max (float): At least 1.
-        d_max (float): At least 0.
-
-    Returns:
-        tuple[Tensor, Tensor]: r and d, shape (C,), constants to autograd; no
-        d without a mean.
-    """
-    with torch.no_grad():
-        target = target_var.to(var.dtype) + eps
-        r = ((var + eps) / target).sqrt_().clamp_(1 / r_max, r_max)
-        d = None
-        if mean is not None:
-            d = (mean - target_mean) * target.rsqrt_()
-            d = d.clamp_(-d_max, d_max)
-    return r, d

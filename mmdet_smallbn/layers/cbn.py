@@ -10,8 +10,7 @@ Where this differs from the released code, it follows the paper:
 - Past entries are clamped by max[nu, mu^2], Eq. (10). The code drops them.
 - eps is inside the root and the variance is biased, Eq. (12).
 
-No past weights are kept. Eq. (7), (8) are evaluated on remembered positions;
-see :mod:`mmdet_smallbn.functional.replay`.
+Eq. (7)-(11) are :mod:`mmdet_smallbn.functional.replay`.
 """
 from typing import Optional
 
@@ -51,19 +50,17 @@ class CBN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
         y &= \gamma\,\frac{x - \bar\mu}
             {\sqrt{\bar\nu - \bar\mu^2 + \epsilon}} + \beta.
 
-    While fewer than ``window_size`` iterations are at hand, the average is
-    over those that are. Every iteration has the same weight, whatever its
-    batch size. With ``window_size=1``, and in burn-in, the layer is
-    ``nn.BatchNorm2d``: outputs, gradients and running statistics.
+    While fewer iterations are at hand, the average is over those. Every
+    iteration has the same weight, whatever its batch size. With
+    ``window_size=1``, and in burn-in, the layer is ``nn.BatchNorm2d``.
 
-    The gradient is that of these equations by everything of the present
-    iteration: by :math:`x_t`, whose part in the statistics is 1 / k, and by
-    :math:`\theta_t`, through :math:`x_t` and through Eq. (7), (8). What is
-    remembered is constant. While weights stand still and a window holds the
-    same k batches, the gradients by the convolution's weight, summed over the
-    k, are those of batch normalisation on the batches joined; exactly so with
-    all positions remembered. A graph whose backward pass is run twice must
-    see no other forward pass of the layer in between.
+    The gradient is that of these equations by :math:`x_t`, whose part in the
+    statistics is 1 / k, and by :math:`\theta_t`, also through Eq. (7), (8).
+    What is remembered is constant. While weights stand still and a window
+    holds the same k batches, the gradients by the convolution's weight, summed
+    over the k, are those of batch normalisation on the batches joined; exactly
+    so with all positions remembered. A second backward pass through a graph
+    must come before the layer's next forward pass.
 
     The convolution is found in the autograd graph, so that
     ``norm_cfg=dict(type='CBN')`` is all there is to write. It may be grouped,
@@ -93,17 +90,13 @@ class CBN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
         affine (bool): Whether there are scale and shift to learn.
         track_running_stats (bool): Whether to keep running statistics.
         window_size (int): Iterations in the statistics, the present one
-            included. The paper suggests
-            :func:`suggested_window_size` of the images per GPU.
-        compensate (bool): False: use the past's statistics as they are, the
-            paper's "Naive CBN".
-        gradient (str): ``'whole'``, or ``'released'``: the past's moments at
-            today's weight are constants, as in the released code. Training
-            with it is worse; ``tools/gradient_study.py`` measures that.
+            included; see :func:`suggested_window_size`.
+        compensate (bool): False: the past as it was, "Naive CBN".
+        gradient (str): ``'whole'``, or ``'released'``: the past's moments are
+            constants, as in the released code, which trains worse.
         sync (bool): Whether an iteration's batch is that of all processes, as
-            in SyncBatchNorm. The steps of the past's moments are summed over
-            the processes. An iteration that is empty in all of them takes a
-            place in the window.
+            in SyncBatchNorm. An iteration that is empty in all of them takes
+            a place in the window.
         derivative_positions (int, optional): How many positions of a batch's
             feature maps are remembered; at least 2. They are other ones in
             each iteration, and all of a map that has no more. Eq. (7), (8)

@@ -4,11 +4,10 @@ Paper: Towards Stabilizing Batch Statistics in Backward Propagation of Batch
 Normalization, Yan et al., ICLR 2020, arXiv:2001.06838. Released code:
 megvii-model/MABN.
 
-Where this differs from the released code: the moving average of the mean
-square takes each batch's own, not the average over the buffer; burn-in belongs
-to a hook; a value that is not finite enters no average. Where it differs from
-Eq. (19): the mean square is averaged exponentially, not its root, as in the
-code, so that evaluation is batch normalisation.
+Unlike the released code, the moving average of the mean square takes each
+batch's own, not the average over the buffer, and burn-in belongs to a hook.
+Unlike Eq. (19), and like the code, the mean square is averaged exponentially,
+not its root, so that evaluation is batch normalisation.
 """
 import warnings
 from typing import Dict, Optional, Tuple
@@ -21,24 +20,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..functional import Moments, renormalization
 from .checks import (check_at_least, check_count, check_positive_int,
                      name_of)
-from .mabn_averages import MovingGradient, MovingStatistics
-from .moving_average import ExponentialMovingAverage, SimpleMovingAverage
+from .mabn_averages import MovingGradient, MovingStatistics, check_kinds
 from .remembering import RememberingNorm
 from .statistics import Batch, Statistics
-
-_KINDS = ('batch', 'sma', 'ema')
 
 
 @MODELS.register_module()
 class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
     r"""Moving Average Batch Normalization (arXiv:2001.06838).
 
-    Batch normalisation has statistics in both passes, and those of a small
-    batch's gradient are the noisier ones. MABN averages both over the last
-    iterations, and needs fewer: features are divided by the root of their
-    mean square :math:`\chi^2`, their mean is not subtracted. The convolution
-    before the layer makes up for that with centred weights: use it with
-    ``conv_cfg=dict(type='CenConv')``.
+    Statistics of both passes are averaged over the last iterations. Features
+    are divided by the root of their mean square :math:`\chi^2`, without their
+    mean: use it with centred weights, ``conv_cfg=dict(type='CenConv')``.
 
     Forward, Eq. (19), with the average :math:`\bar\chi^2` of the mean squares
     of the last ``buffer_size`` iterations and their moving average
@@ -67,20 +60,18 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
     :math:`r = 1`, while the averages fill.
 
     Evaluation is batch normalisation: ``running_mean`` stays 0 and
-    ``running_var`` holds :math:`\hat\chi^2`. A BatchNorm's state dict loads:
-    its mean square is ``running_var + running_mean ** 2``.
+    ``running_var`` holds :math:`\hat\chi^2`, which a BatchNorm's state dict
+    gives, too: ``running_var + running_mean ** 2``.
 
     The rows of the paper's Tables 2 and 4 are settings of the two statistics
-    and of ``centered``. Features are normalised with statistics of the
-    backward pass's kind, and renormalised (r, and d if centred) to those of
-    the forward pass's kind. So MABN is ``'ema'`` over ``'sma'``, and Batch
-    Renormalization is ``'ema'`` over ``'batch'`` with ``centered=True``.
+    and of ``centered``: features are normalised with statistics of the
+    backward pass's kind, and renormalised to those of the forward pass's. So
+    Batch Renormalization is ``'ema'`` over ``'batch'``, centred.
 
     Nothing changes inside activation checkpointing. Under ``no_grad`` in
     training mode the layer normalises with the present batch alone. If a hook
     tells the iterations (:class:`mmdet_smallbn.SmallBatchNormHook`), each
-    call in an iteration has averages of its own. A forward without a backward
-    leaves no trace in the backward average; a second backward through a
+    call in an iteration has averages of its own. A second backward through a
     forward replaces the first (with ``'ema'`` if no other came between). The
     hook also tells the loss scale, which dynamic loss scaling needs, and
     keeps the averages in its checkpoints. Loading a state dict empties them.
@@ -90,18 +81,13 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
         eps (float): Added to mean squares, inside the root.
         momentum (float, optional): Weight of the present batch in the moving
             average; 1 - 0.98 of the paper.
-        affine (bool): Whether there are scale and shift to learn.
-        track_running_stats (bool): Whether to keep running statistics.
-        buffer_size (int): Iterations in the averages, m. The paper takes 16,
-            and 32 with norms in the heads, at 2 images.
-        clip (float): Largest r, :math:`\lambda`; at least 1. Of the released
-            code. With ``centered`` also the largest d.
+        affine, track_running_stats (bool): As in ``nn.BatchNorm2d``.
+        buffer_size (int): Iterations in the averages, m.
+        clip (float): Largest r, :math:`\lambda`, and d; at least 1.
         forward_statistics (str): ``'ema'``, ``'sma'`` or ``'batch'``.
-        backward_statistics (str): ``'sma'``, ``'ema'`` or ``'batch'``. The
-            moving average of the gradient's statistics includes the present
-            one, Eq. (7), and starts at 0.
-        centered (bool): True: subtract means, of features and gradients, as
-            batch normalisation does.
+        backward_statistics (str): ``'sma'``, ``'ema'`` (which includes the
+            present one, Eq. (7), and starts at 0) or ``'batch'``.
+        centered (bool): True: subtract means of features and gradients.
         sync (bool): Whether the batch is that of all processes.
 
     Shape:
@@ -109,8 +95,8 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
         - Output: the same shape and dtype.
 
     Raises:
-        ValueError: If an argument is out of range, or if ``centered`` and a
-            channel has one value that nothing else is averaged with.
+        ValueError: If an argument is out of range, or a centred channel has
+            one value and nothing to average it with.
     """
 
     burns_in = True
@@ -134,17 +120,8 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
                  dtype=None) -> None:
         check_positive_int('buffer_size', buffer_size)
         check_at_least('clip', clip, 1)
-        for name, kind in (('forward_statistics', forward_statistics),
-                           ('backward_statistics', backward_statistics)):
-            if kind not in _KINDS:
-                raise ValueError(f'{name} must be one of {", ".join(_KINDS)}, '
-                                 f'but got {kind!r}')
-        if 'ema' in (forward_statistics, backward_statistics) and (
-                not track_running_stats or momentum is None):
-            raise ValueError(
-                "statistics of the kind 'ema' need track_running_stats=True "
-                f'and a momentum, but got {track_running_stats} and '
-                f'{momentum}')
+        check_kinds(forward_statistics, backward_statistics,
+                    track_running_stats and momentum is not None)
         super().__init__(num_features, eps, momentum, affine,
                          track_running_stats, sync, device, dtype)
         self.buffer_size = buffer_size
@@ -162,12 +139,8 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
         return True
 
     def new_state(self) -> MovingStatistics:
-        backward = None
-        if self.backward_statistics == 'sma':
-            backward = SimpleMovingAverage(self.buffer_size)
-        elif self.backward_statistics == 'ema':
-            backward = ExponentialMovingAverage(self.momentum)
-        return MovingStatistics(self.buffer_size, backward)
+        return MovingStatistics(self.buffer_size, self.backward_statistics,
+                                self.momentum)
 
     def moving_averages(self) -> Dict[str, Optional[Tensor]]:
         """As the base's, and those of the layer's first call."""
@@ -266,10 +239,8 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
             mean.zero_()
         # By its name, or once for all of a model.
         who = name_of(self) if self.layer_name else type(self).__name__
-        warnings.warn(
-            f'{who} was given the statistics of a BatchNorm. It '
-            'divides by the root of the mean square, now var + mean ** 2, and '
-            'does not subtract the mean: train it before use')
+        warnings.warn(f'{who} was given the statistics of a BatchNorm, and '
+                      'does not subtract the mean: train it before use')
 
     def extra_repr(self) -> str:
         return (f'{super().extra_repr()}, buffer_size={self.buffer_size}, '

@@ -4,16 +4,51 @@ from typing import Any, Dict, Optional, Tuple
 import torch
 from torch import Tensor
 
-from .moving_average import SimpleMovingAverage
+from .moving_average import ExponentialMovingAverage, SimpleMovingAverage
 from .ring import Ring
 
 
-class MovingStatistics:
-    """Averages of one of the layer's calls in an iteration."""
+KINDS = ('batch', 'sma', 'ema')
 
-    def __init__(self, buffer_size: int, backward) -> None:
+
+def check_kinds(forward: str, backward: str, has_averages: bool) -> None:
+    """Refuse unknown kinds of statistics, and 'ema' without averages.
+
+    Args:
+        forward, backward (str): Of the two passes.
+        has_averages (bool): Whether running statistics are exponential
+            moving averages.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+    for name, kind in (('forward_statistics', forward),
+                       ('backward_statistics', backward)):
+        if kind not in KINDS:
+            raise ValueError(f'{name} must be one of {", ".join(KINDS)}, '
+                             f'but got {kind!r}')
+        if kind == 'ema' and not has_averages:
+            raise ValueError(
+                f"{name}='ema' needs track_running_stats=True and a momentum")
+
+
+class MovingStatistics:
+    """Averages of one of the layer's calls in an iteration.
+
+    Args:
+        buffer_size (int): Iterations in simple moving averages.
+        backward (str): The kind of the gradient's statistics.
+        momentum (float, optional): Of an exponential moving average.
+    """
+
+    def __init__(self, buffer_size: int, backward: str,
+                 momentum: Optional[float]) -> None:
         self.forward = SimpleMovingAverage(buffer_size)
-        self.backward = backward
+        self.backward: Any = None
+        if backward == 'sma':
+            self.backward = SimpleMovingAverage(buffer_size)
+        elif backward == 'ema':
+            self.backward = ExponentialMovingAverage(momentum)
 
     @property
     def filled(self) -> int:

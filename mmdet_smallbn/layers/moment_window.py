@@ -1,6 +1,6 @@
 """What CBN remembers of a layer's last iterations."""
 import weakref
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -9,36 +9,8 @@ from torch import Tensor
 from ..functional import (Filters, Follower, LinearCall, Memory, Past, Replay,
                           apply_filters, follow_filters, pool, replay)
 from .ring import Ring, past_places
+from .source import Source
 from .statistics import Batch
-
-
-class _Source(NamedTuple):
-    """What a window followed in its last forward pass.
-
-    Attributes:
-        filters (Filters, optional): Those of the convolution. None: nothing
-            moves the moments.
-        whole (bool): Whether the gradient flows to them.
-        processes (Processes, optional): Who shared the batch.
-    """
-    filters: Optional[Filters]
-    whole: bool
-    processes: Any
-
-    def version(self) -> tuple:
-        """Changes whenever the filters do."""
-        if self.filters is None:
-            return ()
-        return tuple(None if p is None else p._version
-                     for p in (self.filters.weight, self.filters.bias))
-
-    def is_of(self, filters: Optional[Filters], whole: bool) -> bool:
-        """Whether these are the same filters, used in the same way."""
-        held = self.filters
-        if held is None or filters is None:
-            return held is filters
-        return (held.weight is filters.weight and held.bias is filters.bias
-                and held.centred == filters.centred and self.whole == whole)
 
 
 class MomentWindow(Ring):
@@ -65,7 +37,7 @@ class MomentWindow(Ring):
         # What the tensors are made for: channels, shape of a patch, whether
         # patches are centred, whether processes share a batch.
         self._kind: Optional[tuple] = None
-        self._source: Optional[_Source] = None
+        self._source: Optional[Source] = None
         self._loan: Any = None  # weak: it ends with the graph
 
     @property
@@ -108,7 +80,7 @@ class MomentWindow(Ring):
             count = found if exact else self.positions
         self._make_room(batch, filters, max(count, self.positions or 0))
         past = self._bring_past(
-            _Source(filters, whole, batch.processes), alone)
+            Source(filters, whole, batch.processes), alone)
         place, tensors = self.place, self.tensors
         present = tensors['moments'][:, :, place]
         torch.stack(batch.moments[:2], out=present)
@@ -124,7 +96,7 @@ class MomentWindow(Ring):
             self._loan = weakref.ref(past.loan)
         return past, present
 
-    def _bring_past(self, source: _Source, alone: bool) -> Optional[Past]:
+    def _bring_past(self, source: Source, alone: bool) -> Optional[Past]:
         prepared, self.prepared = self.prepared, None
         then, self._source = self._source, source
         if self.filled == 0:
@@ -260,7 +232,7 @@ class MomentWindow(Ring):
         weight, bias, *rest, whole = named
         if weight in parameters and (bias is None or bias in parameters):
             filters = Filters(parameters[weight], parameters.get(bias), *rest)
-            self._source = _Source(filters, whole, None)
+            self._source = Source(filters, whole, None)
 
     def state_dict(self) -> Dict[str, Any]:
         return dict(super().state_dict(), kind=self._kind)

@@ -176,8 +176,8 @@ class RememberingNorm(SmallBatchNorm):
             warnings.warn(
                 f'{name_of(self)} is called with maps of several sizes '
                 'between two steps, and takes every call for an iteration. If '
-                'they are levels of a pyramid that share a head, take one with a '
-                'norm for each level (RetinaSepBNHead), or let '
+                'they are levels of a pyramid that share a head, take one '
+                'with a norm for each level (RetinaSepBNHead), or let '
                 'SmallBatchNormHook tell the iterations')
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
