@@ -121,7 +121,7 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
         check_positive_int('buffer_size', buffer_size)
         check_at_least('clip', clip, 1)
         check_kinds(forward_statistics, backward_statistics,
-                    track_running_stats and momentum is not None)
+                    track_running_stats, momentum)
         super().__init__(num_features, eps, momentum, affine,
                          track_running_stats, sync, device, dtype)
         self.buffer_size = buffer_size
@@ -239,8 +239,8 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
             mean.zero_()
         # By its name, or once for all of a model.
         who = name_of(self) if self.layer_name else type(self).__name__
-        warnings.warn(f'{who} was given the statistics of a BatchNorm, and '
-                      'does not subtract the mean: train it before use')
+        warnings.warn(f'{who} was given the statistics of a BatchNorm. It has '
+                      'made a mean square of them: train it before use')
 
     def extra_repr(self) -> str:
         return (f'{super().extra_repr()}, buffer_size={self.buffer_size}, '

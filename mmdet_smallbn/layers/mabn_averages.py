@@ -11,13 +11,13 @@ from .ring import Ring
 KINDS = ('batch', 'sma', 'ema')
 
 
-def check_kinds(forward: str, backward: str, has_averages: bool) -> None:
+def check_kinds(forward: str, backward: str, track_running_stats: bool,
+                momentum: Optional[float]) -> None:
     """Refuse unknown kinds of statistics, and 'ema' without averages.
 
     Args:
         forward, backward (str): Of the two passes.
-        has_averages (bool): Whether running statistics are exponential
-            moving averages.
+        track_running_stats, momentum: The layer's.
 
     Raises:
         ValueError: Naming the argument.
@@ -27,9 +27,10 @@ def check_kinds(forward: str, backward: str, has_averages: bool) -> None:
         if kind not in KINDS:
             raise ValueError(f'{name} must be one of {", ".join(KINDS)}, '
                              f'but got {kind!r}')
-        if kind == 'ema' and not has_averages:
+        if kind == 'ema' and (not track_running_stats or momentum is None):
             raise ValueError(
-                f"{name}='ema' needs track_running_stats=True and a momentum")
+                f"{name}='ema' needs track_running_stats=True and a momentum, "
+                f'but got {track_running_stats} and {momentum}')
 
 
 class MovingStatistics:
