@@ -225,7 +225,9 @@ class MomentWindow(Ring):
         if not self.can_prepare or self._source.filters is None:
             return None
         weight, bias, *rest = self._source.filters
-        return (names.get(weight), names.get(bias), *rest, self._source.whole)
+        if weight not in names:
+            return None
+        return (names[weight], names.get(bias), *rest, self._source.whole)
 
     def follow(self, named: tuple, parameters: Dict[str, Tensor]) -> None:
         """Know the filters before the first forward pass, as if resumed."""
