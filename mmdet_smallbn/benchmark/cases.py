@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from torch.utils._pytree import tree_flatten
 
 from ..deploy import fuse_norm
-from ..layers import SmallBatchNorm, TrainingLoop, set_example_weight
+from ..layers import (SmallBatchNorm, TrainingLoop, norms_of,
+                      set_example_weight)
 from .measure import Run
 
 # The baseline comes first. MABN's convolutions are centred, as in its method.
@@ -150,11 +151,7 @@ def _in_turn(values: list) -> Callable[[], Any]:
 
 def _steps(module: nn.Module) -> Callable[[Run], None]:
     """Runs something as an iteration of a training loop."""
-    loop = TrainingLoop({
-        name: layer
-        for name, layer in module.named_modules()
-        if isinstance(layer, SmallBatchNorm)
-    })
+    loop = TrainingLoop(norms_of(module))
     state = dict(iteration=0)
 
     def step(run: Run) -> None:

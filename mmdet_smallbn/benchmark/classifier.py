@@ -1,5 +1,5 @@
 """A small classifier on made images: minutes where a detector takes hours."""
-from typing import Callable, Dict, Iterator, NamedTuple, Optional, Tuple
+from typing import Callable, Iterator, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ from mmcv.cnn import ConvModule
 from torch import Tensor, nn
 
 from ..data.shapes import shape_mask
-from ..layers import SmallBatchNorm
+from ..layers import norms_of
 
 SIZE = 24
 KINDS = ('circle', 'triangle', 'cross', 'star')
@@ -91,15 +91,6 @@ def build_classifier(norm: dict, width: int = 16) -> nn.Sequential:
         if isinstance(module, ConvModule):
             module.init_weights()
     return model
-
-
-def norms_of(model: nn.Module) -> Dict[str, nn.Module]:
-    """The small-batch norms of a model, by name."""
-    return {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, SmallBatchNorm)
-    }
 
 
 def tell_iteration(model: nn.Module,

@@ -53,15 +53,13 @@ class _Normalize(Function):
         if not ctx.centered:
             dx, dweight, dbias = _backward_uncentred(ctx, grad, *saved)
         elif callable(ctx.gradient) or x.numel() == 0:
-            dx, dweight, dbias, sums, scale = _backward_with(
-                ctx, grad, *saved)
+            dx, dweight, dbias, sums = _backward_with(ctx, grad, *saved)
+            scale = torch.ones_like(mean) if sums is not None else None
         else:
             dx, dweight, dbias, scale = _backward_of_share(ctx, grad, *saved)
             sums = dbias, dweight
         dshift = dscale = None
         if ctx.loan is not None:
-            if scale is None:
-                scale = torch.ones_like(mean)
             ctx.loan.give(mean, inv_std, scale)
             dshift, dscale = sums
         return (dx if need_x else None, None, None,
@@ -133,7 +131,7 @@ def _backward_with(ctx, grad, x, mean, inv_std, weight):
                                _per_channel(scale))
         # Beside float32 statistics half precision has become float32.
         dx = dx.addcmul_(x, _per_channel(slope), value=-1).to(x.dtype)
-    return dx, dweight, dbias, sums, None
+    return dx, dweight, dbias, sums
 
 
 def normalize(x: Tensor,

@@ -9,7 +9,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from ..errors import SetupError
-from ..layers import SmallBatchNorm, calibrate_group_norms, is_under
+from ..layers import calibrate_group_norms, is_under, norms_of
 
 
 def bare_model(runner: Runner) -> nn.Module:
@@ -35,9 +35,8 @@ def norms_of_teachers(model: nn.Module) -> Dict[str, nn.Module]:
     ]
     return {
         name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, SmallBatchNorm) and any(
-            is_under(name, teacher) for teacher in teachers)
+        for name, layer in norms_of(model).items()
+        if any(is_under(name, teacher) for teacher in teachers)
     }
 
 

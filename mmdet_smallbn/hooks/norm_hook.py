@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import SetupError
-from ..layers import SmallBatchNorm, TrainingLoop, is_under, remember_calls
+from ..layers import (SmallBatchNorm, TrainingLoop, is_under, norms_of,
+                      remember_calls)
 from .model import bare_model, gradient_scale, norms_of_teachers
 
 # The key of a checkpoint that holds what norms remember.
@@ -64,11 +65,7 @@ class SmallBatchNormHook(Hook):
 
     def find_layers(self, model: nn.Module) -> None:
         """Find the norms, and those of frozen detectors in the model."""
-        self._norms = {
-            name: layer
-            for name, layer in model.named_modules()
-            if isinstance(layer, SmallBatchNorm)
-        }
+        self._norms = norms_of(model)
         self._teaching = norms_of_teachers(model)
 
     def before_train(self, runner) -> None:

@@ -1,5 +1,5 @@
 """The norms. Importing this registers them in mmengine's root registry."""
-from .base import SmallBatchNorm
+from .base import SmallBatchNorm, norms_of
 from .batch_group_norm import BatchGroupNorm, GhostBN
 from .batch_renorm import BRN
 from .calibration import calibrate_group_norms
@@ -19,6 +19,6 @@ __all__ = [
     'SmallBatchNorm', 'TrainingLoop', 'calibrate_group_norms',
     'check_example_weight',
     'check_positive_int', 'in_backward', 'is_batch_norm', 'is_under',
-    'lacks_averages', 'remember_calls', 'set_example_weight',
+    'lacks_averages', 'norms_of', 'remember_calls', 'set_example_weight',
     'suggested_window_size', 'weights_as_trained'
 ]

@@ -2,8 +2,7 @@
 import warnings
 from typing import Any, Dict, List, Optional
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..functional import Moments, Processes, batch_moments, normalize
 from .checks import check_count, check_input, name_of
@@ -200,6 +199,16 @@ class SmallBatchNorm(RunningNorm):
                 batch.part, gradient)
         return normalize(batch.x, mean, var, weight, bias, self.eps, gradient,
                          self.centered, past, batch.moments.count)
+
+
+def norms_of(model: nn.Module) -> Dict[str, SmallBatchNorm]:
+    """The norms of this package in a model, by name."""
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, SmallBatchNorm)
+    }
+
 
 def _affine(x: Tensor, weight: Optional[Tensor],
             bias: Optional[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Optional
 
 import torch
 from mmengine.registry import MODELS
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional import mix_moments

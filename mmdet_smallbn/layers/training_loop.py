@@ -20,9 +20,7 @@ class TrainingLoop:
         norms (dict[str, SmallBatchNorm]): By their names in the model.
 
     Example:
-        >>> loop = TrainingLoop({name: module
-        ...                      for name, module in model.named_modules()
-        ...                      if isinstance(module, SmallBatchNorm)})
+        >>> loop = TrainingLoop(norms_of(model))
         >>> for iteration, batch in enumerate(loader):
         ...     loop.begin(iteration)
         ...     model(batch).backward()
