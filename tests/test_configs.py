@@ -363,7 +363,7 @@ def _check_state(norm, steps):
     for count, held in zip(norm.held_iterations, norm.export_states()):
         assert count == steps
         if isinstance(norm, CBN):
-            assert ('patches' in held['state']['tensors']) == norm.compensate
+            assert ('patches' in held['state']['latest']) == norm.compensate
         if isinstance(norm, MABN):  # and as many backward passes
             assert held['state']['backward']['turn'] == steps - 1
 

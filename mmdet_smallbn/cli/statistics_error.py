@@ -71,10 +71,11 @@ class _Layer:
     def __init__(self, norm: CBN, windows: int,
                  positions: Sequence[int]) -> None:
         self.norm = norm
-        self.naive = MomentWindow(windows)
-        self.compensated = {EXACT: MomentWindow(windows)}
-        self.compensated.update((f'CBN, {p} positions',
-                                 MomentWindow(windows, p)) for p in positions)
+        size = windows + 1  # they are read when the latest is in the past
+        self.naive = MomentWindow(size)
+        self.compensated = {EXACT: MomentWindow(size)}
+        self.compensated.update(
+            (f'CBN, {p} positions', MomentWindow(size, p)) for p in positions)
         self.average = ExponentialMovingAverage(0.02)
         # Means and variances of the iterations held, the newest first.
         self.held: Dict[str, Tuple[Tensor, Tensor]] = {}

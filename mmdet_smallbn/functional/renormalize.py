@@ -37,8 +37,8 @@ def renormalization(mean: Optional[Tensor], var: Tensor,
         d without a mean.
     """
     with torch.no_grad():
-        target = target_var.to(var.dtype) + eps
-        r = ((var + eps) / target).sqrt_().clamp_(1 / r_max, r_max)
+        var, target = torch._foreach_add([var, target_var.to(var.dtype)], eps)
+        r = var.div_(target).sqrt_().clamp_(1 / r_max, r_max)
         d = None
         if mean is not None:
             d = (mean - target_mean) * target.rsqrt_()

@@ -25,10 +25,10 @@ and transposition do not matter here, and a bias is a filter's weight for an
 input that is always 1.
 
 All functions take several layers at once, side by side over their channels:
-C is the number of channels of all of them, k the window size. Eq. (12) is
+C is the number of channels of all of them, k that of past iterations. Eq. (12) is
 :func:`mmdet_smallbn.functional.normalize`.
 """
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
@@ -37,27 +37,27 @@ from .sync import Processes
 
 
 class Memory(NamedTuple):
-    """What layers remember of their last iterations.
+    """What layers remember of their past iterations.
 
     Attributes:
-        moments (Tensor): Means and biased variances, shape (2, C, k).
+        mean, var (Tensor): Means and biased variances, shape (C, k).
         outputs (Tensor): Remembered outputs y, shape (C, k, P). If an
             iteration has fewer positions, the rest is 0. P may be 0: the
             moments do not move.
-        scales (Tensor): Of the sums in Eq. (7) and (8), shape (2, C, k):
-            1 / P and 2 / (P - 1), or 2 / P if the positions are all that the
-            batch had.
-        is_past (Tensor): Whether a place holds a past iteration, shape
-            (C, k).
-        parts (Tensor, optional): If processes share a batch, shape
-            (2, C, k): the part of this process in it, and the distance from
-            the batch's mean to that of this part.
+        mean_scale, var_scale (float | Tensor): Of the sums in Eq. (7) and
+            (8), one number, or shape (k,): 1 / P and 2 / (P - 1), or 2 / P if
+            the positions are all that the batch had.
+        part, offset (Tensor, optional): If processes share a batch, shape
+            (C, k): the part of this process in it, and the distance from the
+            batch's mean to that of this part.
     """
-    moments: Tensor
+    mean: Tensor
+    var: Tensor
     outputs: Tensor
-    scales: Tensor
-    is_past: Tensor
-    parts: Optional[Tensor] = None
+    mean_scale: Union[float, Tensor]
+    var_scale: Union[float, Tensor]
+    part: Optional[Tensor] = None
+    offset: Optional[Tensor] = None
 
 
 class Replay(NamedTuple):
@@ -80,11 +80,11 @@ class Pooled(NamedTuple):
     Attributes:
         moments (Tensor): Mean and biased variance, shape (2, C).
         share (Tensor): Weight of one iteration in the window, shape (C,).
-        used (Tensor): Whether an iteration counts, shape (C, k).
+        unused (Tensor): Whether an iteration does not count, shape (C, k).
     """
     moments: Tensor
     share: Tensor
-    used: Tensor
+    unused: Tensor
 
 
 def apply_filters(filters: Tensor, patches: Tensor, out: Tensor) -> Tensor:
@@ -127,24 +127,23 @@ def replay(memory: Memory,
     Returns:
         Replay: Moments at today's weight.
     """
-    mean, var = memory.moments
-    mean_scale, var_scale = memory.scales
     step = now.sub_(memory.outputs)
-    mean_step = step.sum(2).mul_(mean_scale)
-    output_mean = memory.outputs.sum(2).mul_(mean_scale)
+    mean_step = step.sum(2).mul_(memory.mean_scale)
+    output_mean = memory.outputs.sum(2).mul_(memory.mean_scale)
     centred = memory.outputs - output_mean.unsqueeze(2)
-    var_step = step.mul_(centred).sum(2).mul_(var_scale)
+    var_step = step.mul_(centred).sum(2).mul_(memory.var_scale)
     if processes is not None:
-        part, offset = memory.parts  # about the mean of the whole batch
-        var_step.addcmul_(offset, mean_step, value=2)
+        # Of this process's part, about the mean of the whole batch.
+        var_step.addcmul_(memory.offset, mean_step, value=2)
         mean_step, var_step = processes.sum(
-            torch.stack([mean_step, var_step]).mul_(part))
-    var = (var + var_step).addcmul_(mean_step, mean_step, value=-1)
-    return Replay(mean + mean_step, var.clamp_(min=0), mean_step, centred)
+            torch.stack([mean_step, var_step]).mul_(memory.part))
+    var = (memory.var + var_step).addcmul_(mean_step, mean_step, value=-1)
+    return Replay(memory.mean + mean_step, var.clamp_(min=0), mean_step,
+                  centred)
 
 
 @torch.no_grad()
-def pool(past: Replay, is_past: Tensor) -> Pooled:
+def pool(past: Replay) -> Pooled:
     r"""Eq. (9)-(11), of the past iterations alone.
 
     :math:`\bar\nu - \bar\mu^2` is the mean of :math:`\sigma^2_\tau +
@@ -156,20 +155,18 @@ def pool(past: Replay, is_past: Tensor) -> Pooled:
 
     Args:
         past (Replay): Moments at today's weight.
-        is_past (Tensor): As in :class:`Memory`.
 
     Returns:
         Pooled: Mean, biased variance and weights.
     """
     both = past.mean + past.var
-    used = both.sub_(both).eq(0).logical_and_(is_past)
-    count = used.sum(1, dtype=both.dtype)
-    per_count = count.clamp(min=1).reciprocal_().unsqueeze(1)
-    unused = used.logical_not()
+    unused = both.sub_(both).ne(0)  # NaN is not equal to 0
+    count = unused.logical_not().sum(1, keepdim=True, dtype=both.dtype)
+    per_count = count.clamp(min=1).reciprocal_()
     mean = past.mean.masked_fill(unused, 0).sum(1, keepdim=True)
     mean.mul_(per_count)
     away = past.mean - mean
     var = torch.addcmul(past.var, away, away).masked_fill_(unused, 0)
     var = var.sum(1, keepdim=True).mul_(per_count)
-    return Pooled(
-        torch.cat([mean, var]).view(2, -1), count.add_(1).reciprocal_(), used)
+    share = count.add_(1).reciprocal_().squeeze(1)
+    return Pooled(torch.cat([mean, var]).view(2, -1), share, unused)

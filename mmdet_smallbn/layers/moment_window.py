@@ -1,6 +1,6 @@
 """What CBN remembers of a layer's last iterations."""
 import weakref
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -8,16 +8,48 @@ from torch import Tensor
 
 from ..functional import (Filters, Follower, LinearCall, Memory, Past, Replay,
                           apply_filters, follow_filters, pool, replay)
-from .ring import Ring, past_places
-from .source import Source
+from .ring import Ring, advance
 from .statistics import Batch
+
+
+class Source(NamedTuple):
+    """The filters that a window's moments depend on.
+
+    Attributes:
+        filters (Filters, optional): None: the moments stay as they were.
+        whole (bool): Whether the gradient flows to the filters.
+        processes (Processes, optional): Who shared the batch.
+    """
+    filters: Optional[Filters]
+    whole: bool
+    processes: Any
+
+    def key(self) -> tuple:
+        """Changes with the filters, and with their values."""
+        if self.filters is None:
+            return ()
+        weight, bias = self.filters[:2]
+        return (id(weight), weight._version, id(bias),
+                bias is not None and bias._version, self.filters.centred,
+                self.whole)
+
+    @property
+    def follows(self) -> bool:
+        """Whether the gradient flows to filters that train."""
+        return self.whole and self.filters is not None and (
+            self.filters.weight.requires_grad or self.filters.bias is not None)
 
 
 class MomentWindow(Ring):
     """Moments, and remembered positions, of the last ``size`` iterations.
 
-    If a backward pass still needs the patches when the ring is written to,
-    it keeps them, and the ring goes on with a copy. The ring begins again,
+    The past has two tensors. ``record``, of shape (C, size - 1, 2 + P), holds
+    mean, variance and the outputs at P positions; if processes share a batch,
+    their parts follow the variance. ``patches``, of shape (size - 1, P,
+    groups, F), holds the input there. P is 0 without compensation.
+
+    If a backward pass still needs the patches when the past is written to, it
+    keeps them, and the window goes on with a copy. The window begins again,
     empty, if the filters have another shape.
 
     Args:
@@ -26,17 +58,17 @@ class MomentWindow(Ring):
             are remembered. None: all.
     """
 
-    # Beside the patches, (k, P, groups, F): Memory says what they are.
-    channel_dims = dict(outputs=0, moments=1, scales=1, parts=1)
+    row_dims = dict(record=1, patches=0)
 
     def __init__(self, size: int, positions: Optional[int] = None) -> None:
         super().__init__(size)
         self.positions = positions
-        # Positions of each iteration, and whether they are all it had.
-        self._counts: List[Optional[Tuple[int, bool]]] = [None] * size
-        # What the tensors are made for: channels, shape of a patch, whether
-        # patches are centred, whether processes share a batch.
+        # Channels, shape of a patch, whether patches are centred, whether
+        # processes share a batch.
         self._kind: Optional[tuple] = None
+        # Positions of each past iteration, and whether they were all it had;
+        # then those of the latest.
+        self._counts: List[Tuple[int, bool]] = [(0, False)] * size
         self._source: Optional[Source] = None
         self._loan: Any = None  # weak: it ends with the graph
 
@@ -48,9 +80,15 @@ class MomentWindow(Ring):
     @property
     def can_prepare(self) -> bool:
         source = self._source
-        if source is None or not super().can_prepare:
-            return False
-        return source.filters is None or source.filters.are_parameters
+        return super().can_prepare and source is not None and (
+            source.filters is None or source.filters.are_parameters)
+
+    @property
+    def kind(self) -> tuple:
+        record = self.past['record']
+        return (type(self), record.shape[2], record.dtype, record.device,
+                self._kind[3], self._source.follows,
+                tuple(self._counts[:self.rows]))
 
     @torch.no_grad()
     def enter(self, batch: Batch, call: Optional[LinearCall], whole: bool,
@@ -71,150 +109,148 @@ class MomentWindow(Ring):
             tuple: The past, None if there is none; and the present moments,
             shape (2, C).
         """
-        filters = None if call is None else call.filters
-        count = exact = 0
+        filters, count, exact = None, 0, False
         if call is not None:
-            found = batch.x.numel() // batch.x.size(1)
+            filters, found = call.filters, batch.x.numel() // batch.x.size(1)
             # An empty batch has no positions.
             exact = self.positions is None or 0 < found <= self.positions
             count = found if exact else self.positions
         self._make_room(batch, filters, max(count, self.positions or 0))
-        past = self._bring_past(
-            Source(filters, whole, batch.processes), alone)
-        place, tensors = self.place, self.tensors
-        present = tensors['moments'][:, :, place]
-        torch.stack(batch.moments[:2], out=present)
+        advance([self])
+        past = self._bring_past(Source(filters, whole, batch.processes), alone)
+
+        self.latest = self._new_latest(count)
+        record = self.latest['record']
+        moments = torch.stack(batch.moments[:2])
+        record[:, :2] = moments.t()
+        if self._kind[3]:
+            record[:, 2] = batch.part
+            record[:, 3] = batch.own.mean - batch.moments.mean
         if call is not None:
             self._remember_positions(batch.x, call, count, exact)
-        if 'parts' in tensors:
-            tensors['parts'][0, :, place] = batch.part
-            tensors['parts'][1, :, place] = batch.own.mean - batch.moments.mean
+        self._counts[-1] = (count, exact)
         self.turn += 1
-        self._loan = None
-        if past is not None and past.loan is not None:
-            past.loan.seal()
-            self._loan = weakref.ref(past.loan)
-        return past, present
+        self._loan = past and past.loan and weakref.ref(past.loan)
+        return past, moments
 
     def _bring_past(self, source: Source, alone: bool) -> Optional[Past]:
         prepared, self.prepared = self.prepared, None
-        then, self._source = self._source, source
-        if self.filled == 0:
+        self._source = source
+        if self.rows == 0:
             return None
-        if prepared is None or alone or not then.is_of(*source[:2]) or (
-                prepared[1] != source.version()):
-            self.prepare([self], self.tensors)
+        if prepared is None or alone or prepared[1] != source.key():
+            self.prepare([self])
             prepared, self.prepared = self.prepared, None
         return prepared[0]
 
     def _remember_positions(self, x: Tensor, call: LinearCall, count: int,
                             exact: bool) -> None:
-        place, tensors = self.place, self.tensors
+        patches = self.latest['patches']
+        outputs = self.latest['record'][:, -len(patches):]
+        # Other positions in each iteration, the same after a resume.
+        call.sample(x, None if exact else count, self.turn + 1,
+                    patches[:count])
+        apply_filters(call.filters.rows, patches[:count], outputs[:, :count])
+
+    def _new_latest(self, count: int) -> Dict[str, Tensor]:
+        """Tensors for an iteration; zeros where it has no positions."""
+        patches = self.past.get('patches')
+        is_full = patches is None or count == patches.size(1)
+        make = torch.empty if is_full else torch.zeros
+        return {
+            name: make(held.select(self.row_dims[name], 0).shape,
+                       dtype=held.dtype, device=held.device)
+            for name, held in self.past.items()
+        }
+
+    def before_write(self) -> None:
+        self._counts[self.turn % (self.size - 1)] = self._counts[-1]
         loan = self._loan and self._loan()
         if loan is not None and loan.is_open:
-            tensors['patches'] = tensors['patches'].clone()
-        row, outputs = tensors['patches'][place], tensors['outputs'][:, place]
-        if count < len(row):
-            row[count:] = 0
-            outputs[:, count:] = 0
-            row, outputs = row[:count], outputs[:, :count]
-        # Other positions in each iteration, the same after a resume.
-        call.sample(x, None if exact else count, self.turn + 1, row)
-        apply_filters(call.filters.rows, row, outputs)
-        if self._counts[place] != (count, exact):
-            self._counts[place] = (count, exact)
-            tensors['scales'][0, :, place] = 1 / max(count, 1)
-            tensors['scales'][1, :, place] = 2 / max(count - (not exact), 1)
+            self.past['patches'] = self.past['patches'].clone()
 
     def _make_room(self, batch: Batch, filters: Optional[Filters],
                    count: int) -> None:
-        mean, size, shape = batch.moments.mean, self.size, ()
+        mean, shape = batch.moments.mean, ()
         if filters is not None:
             shape = (filters.groups, filters.length)
+        shared = filters is not None and batch.processes is not None
         kind = (len(mean), shape, filters is not None and filters.centred,
-                filters is not None and batch.processes is not None)
-        held = self.tensors.get('moments', mean)
-        if kind != self._kind or (held.dtype != mean.dtype
-                                  or held.device != mean.device):
-            self._kind, c = kind, len(mean)
-            self.turn, self._counts = -1, [None] * size
-            tensors = dict(
-                moments=mean.new_zeros((2, c, size)),
-                outputs=mean.new_zeros((c, size, count if shape else 0)),
-                scales=mean.new_zeros((2, c, size)))
+                shared)
+        held, rows = self.past.get('record', mean), self.size - 1
+        if kind != self._kind or (held.dtype, held.device) != (mean.dtype,
+                                                               mean.device):
+            self.clear()
+            self._kind = kind
+            width = 2 + 2 * shared + (count if shape else 0)
+            self.past['record'] = mean.new_zeros((len(mean), rows, width))
             if shape:
-                tensors['patches'] = mean.new_zeros((size, count, *shape))
-            if kind[-1]:
-                tensors['parts'] = mean.new_zeros((2, c, size))
-        elif shape and self.tensors['patches'].size(1) < count:
+                self.past['patches'] = mean.new_zeros((rows, count, *shape))
+        elif shape and self.past['patches'].size(1) < count:
             # Some batches have more positions than others.
-            held = self.tensors['patches']
-            more = count - held.size(1)
-            tensors = dict(
-                self.tensors,
-                outputs=F.pad(self.tensors['outputs'], (0, more)),
-                patches=torch.cat(
-                    [held, held.new_zeros((size, more, *shape))], 1))
-        else:
-            return
-        self.tensors, self.prepared, self._loan = tensors, None, None
+            advance([self])
+            more = count - self.past['patches'].size(1)
+            self.past = dict(
+                record=F.pad(self.past['record'], (0, more)),
+                patches=F.pad(self.past['patches'], (0, 0) * 2 + (0, more)))
+            self.prepared = None
+
+    def _memory(self, rings: List['MomentWindow']) -> Memory:
+        """The past of rings of one kind, side by side over channels."""
+        rows = self.rows
+        record = torch.cat([r.past['record'][:, :rows] for r in rings])
+        start = 4 if self._kind[3] else 2
+        pairs = [(1 / max(count, 1), 2 / max(count - (not exact), 1))
+                 for count, exact in self._counts[:rows]]
+        scales = pairs[0]
+        if len(set(pairs)) > 1:
+            scales = tuple(
+                torch.stack([record.new_full((), value) for value in values])
+                for values in zip(*pairs))
+        return Memory(record[..., 0], record[..., 1], record[..., start:],
+                      *scales, *record[..., 2:start].unbind(2))
 
     @staticmethod
     @torch.no_grad()
-    def prepare(rings: Sequence['MomentWindow'],
-                tensors: Dict[str, Tensor]) -> None:
+    def prepare(rings: List['MomentWindow']) -> None:
         """Bring the past of layers to today's weight, Eq. (7)-(11)."""
-        memory = Memory(tensors['moments'], tensors['outputs'],
-                        tensors['scales'],
-                        past_places(rings, tensors['outputs']),
-                        tensors.get('parts'))
-        channels, start = [], 0
-        for ring in rings:
-            channels.append(slice(start, start + ring.channels))
-            start += ring.channels
-        now = torch.empty_like(memory.outputs)
-        followers = [
-            ring.show_positions(now[own])
-            for ring, own in zip(rings, channels)
-        ]
-        processes = None if memory.parts is None else rings[0].processes
-        past = replay(memory, now, processes)
-        pasts = follow_filters(memory, past, pool(past, memory.is_past),
-                               channels, followers)
+        first = rings[0]
+        memory = first._memory(rings)
+        past, followers = first._replay(rings, memory)
+        sizes = [len(ring.past['record']) for ring in rings]
+        pasts = follow_filters(memory, past, pool(past), sizes, followers)
         for ring, own in zip(rings, pasts):
-            ring.prepared = own, ring._source.version()
+            ring.prepared = own, ring._source.key()
 
-    def show_positions(self, out: Tensor) -> Optional[Follower]:
-        """Show the remembered positions to today's filters.
-
-        Args:
-            out (Tensor): Where to write what they make of them, shape
-                (C, k, P).
-
-        Returns:
-            Follower, optional: If the gradient is to flow to the filters.
-        """
-        filters, whole, _ = self._source
-        if filters is None:
-            return None
-        with torch.enable_grad():
-            rows = filters.rows
-        patches = self.tensors['patches'].flatten(0, 1)
-        apply_filters(rows, patches, out.flatten(1))
-        return Follower(rows, patches) if whole and rows.requires_grad else (
-            None)
+    def _replay(self, rings: List['MomentWindow'],
+                memory: Memory) -> Tuple[Replay, List[Follower]]:
+        """Show the remembered positions to today's filters."""
+        now = memory.outputs.new_empty(memory.outputs.shape)
+        followers, start = [], 0
+        for ring in rings:
+            filters = ring._source.filters
+            stop = start + len(ring.past['record'])
+            if filters is not None:
+                with torch.enable_grad():
+                    rows = filters.rows
+                patches = ring.past['patches'][:ring.rows].flatten(0, 1)
+                apply_filters(rows, patches, now[start:stop].flatten(1))
+                followers.append(Follower(rows, patches))
+            start = stop
+        processes = self.processes if self._kind[3] else None
+        return replay(memory, now, processes), (
+            followers if self._source.follows else [])
 
     def replayed(self) -> Replay:
-        """The moments of each iteration, for one process; newest first."""
-        tensors = self.tensors
-        now = torch.empty_like(tensors['outputs'])
-        self.show_positions(now)
-        found = replay(
-            Memory(*(tensors[name] for name in ('moments', 'outputs',
-                                                'scales')),
-                   past_places([self], now)), now)
-        order = [(self.turn - back) % self.size for back in range(self.filled)]
-        return Replay(*(values[:, order] for values in found))
+        """The moments of each iteration, for one process; newest first.
+
+        The latest iteration is in the past from then on.
+        """
+        advance([self])
+        past, _ = self._replay([self], self._memory([self]))
+        rows = [(self.turn - back) % (self.size - 1)
+                for back in range(self.rows)]
+        return Replay(*(values[:, rows] for values in past))
 
     def source_names(self, names: Dict[Tensor, str]) -> Optional[tuple]:
         """What :meth:`follow` needs to know the filters again.
@@ -237,12 +273,12 @@ class MomentWindow(Ring):
             self._source = Source(filters, whole, None)
 
     def state_dict(self) -> Dict[str, Any]:
-        return dict(super().state_dict(), kind=self._kind)
+        return dict(
+            super().state_dict(), kind=self._kind, counts=list(self._counts))
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._kind = state['kind']
-        self._counts = [None] * self.size
+        self._kind, self._counts = state['kind'], list(state['counts'])
         self._source = self._loan = None
 
     def __getstate__(self) -> Dict[str, Any]:

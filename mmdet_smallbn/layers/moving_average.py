@@ -1,15 +1,15 @@
 """Averages of a statistic over a layer's last iterations or backwards."""
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional
 
 import torch
 from torch import Tensor
 
-from .ring import Ring, past_places
+from .ring import Ring, advance
 
 
-def alike(held: Tensor, value: Tensor) -> bool:
-    """Whether a value has the shape, dtype and device of one that is held."""
-    return (held.shape == value.shape and held.dtype == value.dtype
+def _alike(held: Tensor, value: Tensor) -> bool:
+    """Whether a value has the shape, dtype and device of those held."""
+    return (held.shape[:2] == value.shape and held.dtype == value.dtype
             and held.device == value.device)
 
 
@@ -24,77 +24,71 @@ class SimpleMovingAverage(Ring):
         size (int): Values, the present one included.
     """
 
-    channel_dims = dict(values=1)  # of shape (S, C, k) for values (S, C)
+    row_dims = dict(value=2)  # (S, C, size - 1) for values (S, C)
 
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
-        # Mean of the other values, and the weight of the latest beside it.
-        self._others: Optional[Tuple[Tensor, Tensor]] = None
-        self._latest = 0
+    @property
+    def kind(self) -> tuple:
+        values = self.past['value']
+        return (type(self), self.size, self.rows, len(values), values.dtype,
+                values.device)
 
     @torch.no_grad()
     def push(self, value: Tensor, turn: Optional[int] = None) -> int:
         """Enter a value.
 
         Args:
-            value (Tensor): Shape (S, C).
-            turn (int, optional): What an earlier push gave: the value
-                replaces that one's, unless it is among the last no more.
+            value (Tensor): Shape (S, C). It must not change afterwards.
+            turn (int, optional): The result of an earlier push: the value
+                replaces that one's, if it is still held.
 
         Returns:
             int: The turn of the value.
         """
-        values = self.tensors.get('values')
-        if values is None or not alike(values[:, :, 0], value):
-            values = value.new_zeros((*value.shape, self.size))
-            self.tensors = dict(values=values)
-            self.turn, self.prepared, turn = -1, None, None
-        if turn is None or turn <= self.turn - self.size:
-            self._others, self.prepared = self.prepared, None
+        past = self.past.get('value')
+        if past is None or not _alike(past, value):
+            self.clear()
+            past = value.new_zeros((*value.shape, self.size - 1))
+            self.past, turn = dict(value=past), None
+        first = self.turn + 1 - self.rows - bool(self.latest)
+        if turn is None or turn < first:
+            advance([self])
             self.turn += 1
             turn = self.turn
-        else:
-            self._others = None
-        self._latest = turn % self.size
-        values[:, :, self._latest] = value
+        elif turn < first + self.rows:
+            past[:, :, turn % (self.size - 1)] = value
+            self.prepared = None
+            return turn
+        self.latest = dict(value=value)
         return turn
 
     @torch.no_grad()
     def mean(self) -> Tensor:
         """The average after the last push, in the shape of a value."""
-        values = self.tensors['values']
-        if self._others is None:
-            places = torch.arange(self.size, device=values.device)
-            self._others = _mean_of_finite(
-                values, (places < self.filled) & (places != self._latest))
-        others, weight = self._others
-        return torch.lerp(others, values[:, :, self._latest], weight)
+        if self.prepared is None:
+            self.prepare([self])
+        others, weight = self.prepared
+        if not self.latest:
+            return others
+        return torch.lerp(others, self.latest['value'], weight)
 
     @staticmethod
     @torch.no_grad()
-    def prepare(rings: Sequence['SimpleMovingAverage'],
-                tensors: Dict[str, Tensor]) -> None:
-        """Average the past values of all layers."""
-        values = tensors['values']
-        both = _mean_of_finite(values, past_places(rings, values))
-        sizes = [ring.channels for ring in rings]
-        for ring, *own in zip(rings, *(v.split(sizes, 1) for v in both)):
+    def prepare(rings: List['SimpleMovingAverage']) -> None:
+        """Average the past values of all layers.
+
+        Each gets their mean, and the weight of the latest value beside it.
+        """
+        rows = rings[0].rows
+        values = torch.cat([r.past['value'][..., :rows] for r in rings], 1)
+        unused = (values - values).ne(0)  # not finite
+        mean = values.masked_fill_(unused, 0).sum(2)
+        count = unused.logical_not_().sum(2, dtype=values.dtype)
+        mean.div_(count.clamp(min=1))
+        weight = count.add_(1).reciprocal_()
+        sizes = [ring.past['value'].size(1) for ring in rings]
+        for ring, *own in zip(rings, mean.split(sizes, 1),
+                              weight.split(sizes, 1)):
             ring.prepared = tuple(own)
-
-    def __getstate__(self) -> Dict[str, Any]:
-        return dict(super().__getstate__(), _others=None)
-
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._others, self._latest = None, max(self.turn, 0) % self.size
-
-
-def _mean_of_finite(values: Tensor, counted: Tensor) -> Tuple[Tensor, Tensor]:
-    """Mean of values that count and are finite; 1 / (their number + 1)."""
-    counted = (values - values).eq(0).logical_and_(counted)
-    total = values.masked_fill(counted.logical_not(), 0).sum(2)
-    count = counted.sum(2, dtype=values.dtype)
-    return (total.div_(count.clamp(min=1)), count.add_(1).reciprocal_())
 
 
 class ExponentialMovingAverage:
@@ -119,7 +113,7 @@ class ExponentialMovingAverage:
 
         Only the last value can be replaced.
         """
-        if self._average is None or not alike(self._average, value):
+        if self._average is None or not _alike(self._average, value):
             self._average = torch.zeros_like(value)
             self.turn = -1
             turn = None

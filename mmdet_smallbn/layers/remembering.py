@@ -11,7 +11,7 @@ from .ring import Ring
 
 
 # Of what checkpoints hold of states. Raised when it changes.
-_VERSION = 3
+_VERSION = 4
 
 
 class RememberingNorm(SmallBatchNorm):

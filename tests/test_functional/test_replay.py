@@ -41,13 +41,10 @@ def _remembered(calls, positions=None, turn=0):
         outputs = _outputs(call.filters, patches)
         rows.append((torch.stack(moments[:2]), outputs, patches))
     moments, outputs, patches = zip(*rows)
-    moments = torch.stack(moments, 2)
-    scales = torch.ones_like(moments)
+    mean, var = torch.stack(moments, 2)
     count = len(patches[0])
-    scales[0] /= count
-    scales[1] *= 2 / count if positions is None else 2 / (count - 1)
-    memory = Memory(moments, torch.stack(outputs, 1), scales,
-                    torch.ones_like(moments[0], dtype=torch.bool))
+    memory = Memory(mean, var, torch.stack(outputs, 1), 1 / count,
+                    2 / count if positions is None else 2 / (count - 1))
     return memory, torch.cat(patches)
 
 
@@ -214,8 +211,7 @@ def _gradient(calls, filters, positions):
     past = _replay(memory, filters, patches)
     live = filters.rows.clone().requires_grad_()
     follower = Follower(live, patches)
-    own, = follow_filters(memory, past, pool(past, memory.is_past),
-                          [slice(0, len(live))], [follower])
+    own, = follow_filters(memory, past, pool(past), [len(live)], [follower])
     generator = torch.Generator().manual_seed(0)
     x, factor = torch.randn(
         (2, 3, len(live), 4, 4), generator=generator, dtype=live.dtype)

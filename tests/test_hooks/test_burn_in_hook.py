@@ -184,9 +184,10 @@ def test_states_in_a_checkpoint_load_safely_and_fine_tuning_forgets(tmp_path):
     layer(runner.model.head[0](torch.randn(2, 4, 5, 5)))
     for held in (exported, states['head.1'][0]):
         assert held['state']['turn'] == 5
-    for name, tensor in exported['state']['tensors'].items():
-        torch.testing.assert_close(
-            states['head.1'][0]['state']['tensors'][name], tensor)
+    for held in ('past', 'latest'):
+        for name, tensor in exported['state'][held].items():
+            torch.testing.assert_close(
+                states['head.1'][0]['state'][held][name], tensor)
     tuned = toy_runner(
         tmp_path,
         hooks,
@@ -215,7 +216,7 @@ def test_states_in_the_format_of_an_older_version_are_refused(tmp_path):
         train_cfg=dict(by_epoch=True, max_epochs=4))
     runner.train()
     assert re.search(r'2 norms do not take up.*in the format 1, and this '
-                     'version of mmdet_smallbn reads 3', read_log(tmp_path))
+                     'version of mmdet_smallbn reads 4', read_log(tmp_path))
     assert runner.model.head[1].held_iterations == [2]
 
 

@@ -94,8 +94,8 @@ def _copies(named):
     }
 
 
-def _states(model):
-    return [norm.export_states() for norm in _norms(model)]
+def _states(model, names=None):
+    return [norm.export_states(names) for norm in _norms(model)]
 
 
 def _record(model, losses=()):
@@ -169,7 +169,9 @@ class Recorder(Hook):
         self.states, self.losses = [], []
 
     def before_train(self, runner):
-        self.states = _states(runner.model.module)
+        model = runner.model.module
+        names = {p: name for name, p in model.named_parameters()}
+        self.states = _states(model, names)
 
     def after_train_iter(self, runner, batch_idx, data_batch, outputs):
         self.losses.append(outputs['loss'])
