@@ -3,7 +3,6 @@ import math
 from typing import NamedTuple, Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .positions import input_positions
@@ -45,10 +44,15 @@ class Filters(NamedTuple):
         return torch.cat([rows, self.bias.to(rows.dtype).unsqueeze(1)], 1)
 
     @property
+    def are_freed(self) -> bool:
+        """Whether they are gone, as after their unit's forward in FSDP."""
+        return self.weight.dim() != 4 or (
+            self.weight.untyped_storage().nbytes() == 0)
+
+    @property
     def are_parameters(self) -> bool:
         """Whether they are known before the forward pass, and in memory."""
-        weight = self.weight
-        return weight.is_leaf and weight.untyped_storage().nbytes() > 0
+        return self.weight.is_leaf and not self.are_freed
 
     @property
     def length(self) -> int:
@@ -95,13 +99,6 @@ class ConvCall(NamedTuple):
         """
         if x.numel() == 0:
             return empty_patches(x, self.filters, size, out)
-        if size is None and not self.filters.transposed:
-            kernel = self.filters.weight.shape[2:]
-            patches = F.unfold(self.input, kernel, self.dilation, self.padding,
-                               self.stride)
-            patches = patches.transpose(1, 2).flatten(0, 1).unflatten(
-                1, (-1, *kernel))
-            return as_patches(patches, self.filters, out)
         geometry = ((self.input.size(axis), self.filters.weight.size(axis),
                      self.stride[axis - 2], self.padding[axis - 2],
                      self.dilation[axis - 2], self.filters.transposed)

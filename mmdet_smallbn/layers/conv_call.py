@@ -86,7 +86,11 @@ def _of_node(node: torch.autograd.graph.Node, place: int,
         if bias is None:
             return UNKNOWN
     call = read(node, None if weight is None else _leaf(weight), bias)
-    return UNKNOWN if _is_freed(call.filters.weight) else Producer(True, call)
+    return _known(call)
+
+
+def _known(call: LinearCall) -> Producer:
+    return UNKNOWN if call.filters.are_freed else Producer(True, call)
 
 
 def _leaf(node: torch.autograd.graph.Node) -> Optional[Tensor]:
@@ -106,11 +110,6 @@ def _convolution(node: torch.autograd.graph.Node, weight: Optional[Tensor],
         stride=node._saved_stride,
         padding=node._saved_padding,
         dilation=node._saved_dilation)
-
-
-def _is_freed(weight: Tensor) -> bool:
-    """Whether a weight is gone, as after its unit's forward in FSDP."""
-    return weight.dim() != 4 or weight.untyped_storage().nbytes() == 0
 
 
 def _is_mmcvs(cls: type) -> bool:
@@ -218,8 +217,6 @@ def is_compiled(x: Tensor) -> bool:
 def _producer(conv: nn.Module, x: Optional[Tensor]) -> Producer:
     if x is None:
         return FROZEN
-    if _is_freed(conv.weight):
-        return UNKNOWN
     left, right, top, bottom = conv._reversed_padding_repeated_twice
     padding = (top, left)
     if conv.padding_mode != 'zeros' or (left, top) != (right, bottom):
@@ -235,5 +232,5 @@ def _producer(conv: nn.Module, x: Optional[Tensor]) -> Producer:
         conv.groups,
         transposed=isinstance(conv, nn.ConvTranspose2d),
         centred=isinstance(conv, CenConv2d))
-    return Producer(
-        True, ConvCall(filters, x, conv.stride, padding, conv.dilation))
+    return _known(
+        ConvCall(filters, x, conv.stride, padding, conv.dilation))

@@ -1,6 +1,6 @@
 """What CBN remembers of a layer's last iterations."""
 import weakref
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -9,35 +9,8 @@ from torch import Tensor
 from ..functional import (Filters, Follower, LinearCall, Memory, Past, Replay,
                           apply_filters, follow_filters, pool, replay)
 from .ring import Ring, advance
+from .source import Source
 from .statistics import Batch
-
-
-class Source(NamedTuple):
-    """The filters that a window's moments depend on.
-
-    Attributes:
-        filters (Filters, optional): None: the moments stay as they were.
-        whole (bool): Whether the gradient flows to the filters.
-        processes (Processes, optional): Who shared the batch.
-    """
-    filters: Optional[Filters]
-    whole: bool
-    processes: Any
-
-    def key(self) -> tuple:
-        """Changes with the filters, and with their values."""
-        if self.filters is None:
-            return ()
-        weight, bias = self.filters[:2]
-        return (id(weight), weight._version, id(bias),
-                bias is not None and bias._version, self.filters.centred,
-                self.whole)
-
-    @property
-    def follows(self) -> bool:
-        """Whether the gradient flows to filters that train."""
-        return self.whole and self.filters is not None and (
-            self.filters.weight.requires_grad or self.filters.bias is not None)
 
 
 class MomentWindow(Ring):
@@ -79,9 +52,8 @@ class MomentWindow(Ring):
 
     @property
     def can_prepare(self) -> bool:
-        source = self._source
-        return super().can_prepare and source is not None and (
-            source.filters is None or source.filters.are_parameters)
+        return super().can_prepare and self._source is not None and (
+            self._source.is_known_before)
 
     @property
     def kind(self) -> tuple:
@@ -253,24 +225,16 @@ class MomentWindow(Ring):
         return Replay(*(values[:, rows] for values in past))
 
     def source_names(self, names: Dict[Tensor, str]) -> Optional[tuple]:
-        """What :meth:`follow` needs to know the filters again.
+        """The names of the filters that the past depends on.
 
         Args:
             names (dict[Tensor, str]): Of the model's parameters.
         """
-        if not self.can_prepare or self._source.filters is None:
-            return None
-        weight, bias, *rest = self._source.filters
-        if weight not in names:
-            return None
-        return (names[weight], names.get(bias), *rest, self._source.whole)
+        return self._source.named(names) if self.can_prepare else None
 
     def follow(self, named: tuple, parameters: Dict[str, Tensor]) -> None:
         """Know the filters before the first forward pass, as if resumed."""
-        weight, bias, *rest, whole = named
-        if weight in parameters and (bias is None or bias in parameters):
-            filters = Filters(parameters[weight], parameters.get(bias), *rest)
-            self._source = Source(filters, whole, None)
+        self._source = Source.of_names(named, parameters)
 
     def state_dict(self) -> Dict[str, Any]:
         return dict(
