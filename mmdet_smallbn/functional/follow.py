@@ -102,7 +102,7 @@ class _FollowFilters(Function):
     @staticmethod
     def forward(ctx, memory, past, pooled, loans, *filters):
         ctx.set_materialize_grads(False)
-        # What the backward pass has no use for need not wait for it.
+        # The backward pass has no use for these, and they are large.
         ctx.replayed = memory._replace(
             mean=None, var=None, outputs=None), past, pooled
         ctx.loans = loans
@@ -158,7 +158,7 @@ def _by_outputs(memory: Memory, past: Replay, pooled: Pooled, mean: Tensor,
     by_slope = kept.mul_(by_var).mul_(memory.var_scale)
     by_output = torch.addcmul(
         by_step.unsqueeze(2), past.centred, by_slope.unsqueeze(2))
-    # What does not count may be NaN, and 0 times it is to be 0.
+    # An iteration that does not count may be NaN, and 0 * NaN is not 0.
     return by_output.masked_fill_(pooled.unused.unsqueeze(2), 0)
 
 

@@ -37,7 +37,7 @@ from .sync import Processes
 
 
 class Memory(NamedTuple):
-    """What layers remember of their past iterations.
+    """The memory of past iterations, of one layer or several.
 
     Attributes:
         mean, var (Tensor): Means and biased variances, shape (C, k).
@@ -133,7 +133,7 @@ def replay(memory: Memory,
     centred = memory.outputs - output_mean.unsqueeze(2)
     var_step = step.mul_(centred).sum(2).mul_(memory.var_scale)
     if processes is not None:
-        # Of this process's part, about the mean of the whole batch.
+        # The step of this process's part, about the mean of the whole batch.
         var_step.addcmul_(memory.offset, mean_step, value=2)
         mean_step, var_step = processes.sum(
             torch.stack([mean_step, var_step]).mul_(memory.part))

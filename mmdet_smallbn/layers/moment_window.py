@@ -88,11 +88,13 @@ class MomentWindow(Ring):
             exact = self.positions is None or 0 < found <= self.positions
             count = found if exact else self.positions
         self._make_room(batch, filters, max(count, self.positions or 0))
-        advance([self])
+        if self.latest:
+            advance([self])
         past = self._bring_past(Source(filters, whole, batch.processes), alone)
 
-        self.latest = self._new_latest(count)
-        record = self.latest['record']
+        held = self.past['record']
+        record = held.new_empty((held.size(0), held.size(2)))
+        self.latest = dict(record=record)
         moments = torch.stack(batch.moments[:2])
         record[:, :2] = moments.t()
         if self._kind[3]:
@@ -117,23 +119,16 @@ class MomentWindow(Ring):
 
     def _remember_positions(self, x: Tensor, call: LinearCall, count: int,
                             exact: bool) -> None:
-        patches = self.latest['patches']
+        held = self.past['patches']
+        patches = self.latest['patches'] = held.new_empty(held.shape[1:])
         outputs = self.latest['record'][:, -len(patches):]
+        if count < len(patches):
+            patches[count:] = 0
+            outputs[:, count:] = 0
+            patches, outputs = patches[:count], outputs[:, :count]
         # Other positions in each iteration, the same after a resume.
-        call.sample(x, None if exact else count, self.turn + 1,
-                    patches[:count])
-        apply_filters(call.filters.rows, patches[:count], outputs[:, :count])
-
-    def _new_latest(self, count: int) -> Dict[str, Tensor]:
-        """Tensors for an iteration; zeros where it has no positions."""
-        patches = self.past.get('patches')
-        is_full = patches is None or count == patches.size(1)
-        make = torch.empty if is_full else torch.zeros
-        return {
-            name: make(held.select(self.row_dims[name], 0).shape,
-                       dtype=held.dtype, device=held.device)
-            for name, held in self.past.items()
-        }
+        call.sample(x, None if exact else count, self.turn + 1, patches)
+        apply_filters(call.filters.rows, patches, outputs)
 
     def before_write(self) -> None:
         self._counts[self.turn % (self.size - 1)] = self._counts[-1]

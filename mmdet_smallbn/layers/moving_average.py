@@ -51,7 +51,8 @@ class SimpleMovingAverage(Ring):
             self.past, turn = dict(value=past), None
         first = self.turn + 1 - self.rows - bool(self.latest)
         if turn is None or turn < first:
-            advance([self])
+            if self.latest:
+                advance([self])
             self.turn += 1
             turn = self.turn
         elif turn < first + self.rows:

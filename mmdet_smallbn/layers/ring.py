@@ -120,9 +120,9 @@ def advance(rings: Iterable[Ring]) -> None:
 class PastBank:
     """Prepares the past of all layers before the forward pass.
 
-    What the past says depends on today's weights alone, and these are known.
-    A layer takes what is prepared if it still holds. Otherwise it computes
-    the same by itself, with the same function.
+    The past at today's weights depends on the weights alone, and these are
+    known. A layer takes its past from here if nothing has changed since.
+    Otherwise it computes it by itself, with the same function.
     """
 
     def __init__(self) -> None:
