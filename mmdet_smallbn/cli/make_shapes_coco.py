@@ -20,6 +20,13 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--size', type=int, default=192, help='height and width in pixels')
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument(
+        '--conditions',
+        type=float,
+        default=0.,
+        metavar='STRENGTH',
+        help='from 0 to 1: give each image an exposure, white balance, gamma '
+        "and haze of its own, as a car's camera has by day, at dusk, in fog")
     parser.add_argument('--workers', type=int, help='drawing processes')
     return parser.parse_args(argv)
 
@@ -29,7 +36,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     with one_line_errors():
         root = make_shapes_coco(args.root, args.train, args.val, args.size,
-                                args.seed, args.workers)
+                                args.seed, args.conditions, args.workers)
         split = find_coco_split(root, 'train')
         sheet = Path(root) / 'sheet.png'
         save_sheet(split.ann_file, split.image_dir, sheet)

@@ -177,6 +177,17 @@ def _photometric(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     return image.clip(0, 255).astype(np.uint8)
 
 
+def _under_conditions(rng: np.random.Generator, image: np.ndarray,
+                      strength: float) -> np.ndarray:
+    """Exposure, white balance, gamma and haze, one of each for the image."""
+    image = (image / np.float32(255))**np.exp(strength * rng.uniform(-.5, .5))
+    image = image * 2**(strength * rng.uniform(-1.5, 0.5))
+    image = image * 2**(strength * rng.uniform(-0.4, 0.4, 3))
+    haze = strength * rng.uniform(0, 0.6)
+    image = image * (1 - haze) + haze * rng.uniform(0.4, 0.9)
+    return (255 * image).clip(0, 255).astype(np.uint8)
+
+
 def _place(rng: np.random.Generator, size: int) -> Tuple[int, np.ndarray]:
     category = int(rng.integers(len(CLASSES)))
     # Even on a log scale: from a twelfth to a quarter of the image in radius.
@@ -213,12 +224,16 @@ def _annotation(category: int, visible: np.ndarray) -> Dict:
 
 
 def make_image(seed: Sequence[int],
-               size: int = 192) -> Tuple[np.ndarray, List[Dict]]:
+               size: int = 192,
+               conditions: float = 0.) -> Tuple[np.ndarray, List[Dict]]:
     """Draw one image.
 
     Args:
-        seed (Sequence[int]): The image is a function of seed and size alone.
+        seed (Sequence[int]): The image is a function of the arguments alone.
         size (int): Height and width in pixels.
+        conditions (float): How much images differ in exposure, white balance,
+            gamma and haze, as those of a car's camera do by day, at dusk and
+            in fog. From 0, not at all, to 1.
 
     Returns:
         tuple[np.ndarray, list[dict]]: The image in BGR, uint8, shape
@@ -249,4 +264,7 @@ def make_image(seed: Sequence[int],
         _annotation(category, owner == i)
         for i, (category, _) in enumerate(objects)
     ]
-    return _photometric(rng, image), annotations
+    image = _photometric(rng, image)
+    if conditions:
+        image = _under_conditions(rng, image, conditions)
+    return image, annotations

@@ -14,8 +14,8 @@ from .shapes import CLASSES, VERSION, make_image
 
 
 def _write_image(index: int, folder: Path, seed: Sequence[int],
-                 size: int) -> List[Dict]:
-    image, annotations = make_image((*seed, index), size)
+                 size: int, conditions: float) -> List[Dict]:
+    image, annotations = make_image((*seed, index), size, conditions)
     cv2.imwrite(
         str(folder / _file_name(index)), image,
         [cv2.IMWRITE_JPEG_QUALITY, 95])
@@ -27,10 +27,15 @@ def _file_name(index: int) -> str:
 
 
 def _write_split(root: Path, name: str, count: int, seed: Sequence[int],
-                 size: int, workers: int) -> None:
+                 size: int, conditions: float, workers: int) -> None:
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
-    draw = partial(_write_image, folder=folder, seed=seed, size=size)
+    draw = partial(
+        _write_image,
+        folder=folder,
+        seed=seed,
+        size=size,
+        conditions=conditions)
     # One thread each: the processes are as many as the cores.
     with ProcessPoolExecutor(
             workers, initializer=cv2.setNumThreads, initargs=(0, )) as pool:
@@ -73,6 +78,7 @@ def make_shapes_coco(root: Union[str, Path],
                      val: int = 150,
                      size: int = 192,
                      seed: int = 0,
+                     conditions: float = 0.,
                      workers: Optional[int] = None) -> Path:
     """Write a data set, or keep it where the same one already is.
 
@@ -87,13 +93,16 @@ def make_shapes_coco(root: Union[str, Path],
         val (int): Number of validation images, none of them in training.
         size (int): Height and width of the images in pixels, at least 64.
         seed (int): The data set is a function of these numbers alone.
+        conditions (float): How much images differ in light and weather, from
+            0 to 1; see :func:`mmdet_smallbn.data.shapes.make_image`.
         workers (int, optional): Processes that draw. None: one a core.
 
     Returns:
         Path: The folder.
 
     Raises:
-        ValueError: If a count is not positive, or the size is too small.
+        ValueError: If a count is not positive, the size is too small, or
+            conditions are out of range.
         FileExistsError: If the folder holds something else.
     """
     if train < 1 or val < 1:
@@ -101,9 +110,17 @@ def make_shapes_coco(root: Union[str, Path],
                          f'got train={train}, val={val}')
     if size < 64:
         raise ValueError(f'size must be at least 64 pixels, but got {size}')
+    if not 0 <= conditions <= 1:
+        raise ValueError('conditions must be a number from 0 to 1, but got '
+                         f'{conditions}')
     root = Path(root)
     recipe = dict(
-        version=VERSION, train=train, val=val, size=size, seed=seed)
+        version=VERSION,
+        train=train,
+        val=val,
+        size=size,
+        seed=seed,
+        conditions=conditions)
     marker = root / 'shapes_coco.json'
     if marker.exists():
         if json.loads(marker.read_text()) == dict(recipe, complete=True):
@@ -119,6 +136,7 @@ def make_shapes_coco(root: Union[str, Path],
     marker.write_text(json.dumps(dict(recipe, complete=False)))
     workers = workers or os.cpu_count()
     for index, (name, count) in enumerate((('train', train), ('val', val))):
-        _write_split(root, name, count, (seed, index), size, workers)
+        _write_split(root, name, count, (seed, index), size, conditions,
+                     workers)
     marker.write_text(json.dumps(dict(recipe, complete=True)))
     return root

@@ -19,6 +19,20 @@ def test_an_image_is_a_function_of_its_seed():
     assert (make_image((0, 1, 3), 96)[0] != image).any()
 
 
+def test_conditions_are_of_an_image_and_leave_its_objects_alone():
+    """Images then differ in what the pixels of one cannot tell."""
+    means = {}
+    for conditions in (0., 1.):
+        drawn = [make_image((0, 0, i), 64, conditions) for i in range(24)]
+        means[conditions] = np.std([image.mean() for image, _ in drawn])
+        if conditions:
+            assert [a for _, a in drawn] == plain
+            again, _ = make_image((0, 0, 5), 64, conditions)
+            assert (again == drawn[5][0]).all()
+        plain = [a for _, a in drawn]
+    assert means[1.] > 1.5 * means[0.]
+
+
 def test_files_do_not_depend_on_the_processes(tmp_path):
     roots = [
         make_shapes_coco(tmp_path / str(w), 9, 2, 64, seed=3, workers=w)
@@ -102,6 +116,8 @@ def test_bad_requests_are_named(tmp_path):
         make_shapes_coco(tmp_path / 'data', train=0)
     with pytest.raises(ValueError, match='64 pixels, but got 20'):
         make_shapes_coco(tmp_path / 'data', size=20)
+    with pytest.raises(ValueError, match='from 0 to 1, but got 1.5'):
+        make_shapes_coco(tmp_path / 'data', conditions=1.5)
     (tmp_path / 'notes.txt').write_text('mine')
     with pytest.raises(FileExistsError, match='not touched'):
         make_shapes_coco(tmp_path)
