@@ -28,7 +28,7 @@ class Images(NamedTuple):
         return Images(self.pixels[indices], self.labels[indices])
 
 
-def make_images(count: int, seed: int = 0) -> Images:
+def make_images(count: int, seed: int = 0, light: float = 1.) -> Images:
     """One of ShapesCOCO's shapes on each, on noise.
 
     Each image has a gain from 0.5 to 2 and an offset from -0.5 to 0.5 of its
@@ -37,7 +37,8 @@ def make_images(count: int, seed: int = 0) -> Images:
 
     Args:
         count (int): How many.
-        seed (int): The images are a function of count and seed alone.
+        seed (int): The images are a function of the arguments alone.
+        light (float): How much the light differs. 0: not at all.
     """
     rng = np.random.default_rng(seed)
     pixels = np.empty((count, SIZE, SIZE, 3), np.float32)
@@ -46,8 +47,8 @@ def make_images(count: int, seed: int = 0) -> Images:
         shape = shape_mask(rng, KINDS[label], SIZE)[..., None]
         image[:] = rng.uniform(-0.2, 0.2, 3) + shape * rng.uniform(0.7, 1.3, 3)
         image += rng.normal(0, 0.1, image.shape)
-        image *= 2**rng.uniform(-1, 1)
-        image += rng.uniform(-0.5, 0.5)
+        image *= 2**(light * rng.uniform(-1, 1))
+        image += light * rng.uniform(-0.5, 0.5)
     return Images(
         torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
         torch.from_numpy(labels))

@@ -1,0 +1,1 @@
+"""The small-batch study: where BatchNorm suffers, and what helps there."""
