@@ -1,4 +1,4 @@
-"""mmdet's FCOS head over a frozen backbone, in a plain training loop."""
+"""mmdet's FCOS, small, in a plain training loop."""
 import io
 from contextlib import redirect_stdout
 from typing import List
@@ -14,41 +14,35 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
-from ..data.shapes import CLASSES
+from ..benchmark.classifier import KINDS
 from .examples import Examples
 
-STRIDE = 8
 
-
-def _build(cfg: dict) -> nn.Module:
+def build_detector(norm: dict) -> nn.Module:
+    """A thin ResNet-18's first three stages, and FCOS's head on one level."""
     with DefaultScope.overwrite_default_scope('mmdet'):
-        model = MODELS.build(ConfigDict(cfg))
+        model = MODELS.build(ConfigDict(
+            type='FCOS',
+            backbone=dict(
+                type='ResNet', depth=18, base_channels=16, num_stages=3,
+                strides=(1, 1, 1), dilations=(1, 1, 1), out_indices=(2, ),
+                frozen_stages=-1, norm_eval=False, **norm),
+            neck=None,
+            bbox_head=dict(
+                type='FCOSHead', num_classes=len(KINDS), in_channels=64,
+                feat_channels=32, stacked_convs=2, strides=(4, ),
+                regress_ranges=((-1, 1e8), ), center_sampling=True,
+                norm_on_bbox=True, centerness_on_reg=True,
+                loss_bbox=dict(type='GIoULoss', loss_weight=1.), **norm),
+            test_cfg=dict(
+                nms_pre=200, score_thr=0.05, max_per_img=50,
+                nms=dict(type='nms', iou_threshold=0.6))))
     model.init_weights()
     return model
 
 
-def build_backbone(norm: dict) -> nn.Module:
-    """ResNet-18's first three stages, thin, at an eighth of the size."""
-    return _build(dict(
-        type='ResNet', depth=18, base_channels=16, num_stages=3,
-        strides=(1, 2, 1), dilations=(1, 1, 1), out_indices=(2, ),
-        frozen_stages=-1, norm_eval=False, **norm))
-
-
-def build_box_head(norm: dict) -> nn.Module:
-    """FCOS's head on one level: two branches of four convolutions."""
-    return _build(dict(
-        type='FCOSHead', num_classes=len(CLASSES), in_channels=64,
-        feat_channels=64, stacked_convs=4, strides=(STRIDE, ),
-        regress_ranges=((-1, 1e8), ), center_sampling=True,
-        norm_on_bbox=True, centerness_on_reg=True,
-        loss_bbox=dict(type='GIoULoss', loss_weight=1.),
-        test_cfg=dict(nms_pre=200, score_thr=0.05, max_per_img=50,
-                      nms=dict(type='nms', iou_threshold=0.6)), **norm))
-
-
 def _samples(examples: Examples) -> List[DetDataSample]:
-    shape = tuple(STRIDE * n for n in examples.pixels.shape[-2:])
+    shape = tuple(examples.pixels.shape[-2:])
     samples = []
     for labels in examples.labels:
         found = labels[labels[:, 4] >= 0]
@@ -62,8 +56,8 @@ def _samples(examples: Examples) -> List[DetDataSample]:
 
 
 def detection_loss(model: nn.Module, examples: Examples) -> Tensor:
-    """Sum of FCOS's three losses; the examples' pixels are features."""
-    return sum(model.loss((examples.pixels, ), _samples(examples)).values())
+    """Sum of FCOS's three losses."""
+    return sum(model.loss(examples.pixels, _samples(examples)).values())
 
 
 def _coco(examples: Examples) -> COCO:
@@ -78,21 +72,23 @@ def _coco(examples: Examples) -> COCO:
     coco.dataset = dict(
         info={}, images=[dict(id=i) for i in range(len(examples.labels))],
         annotations=annotations,
-        categories=[dict(id=i, name=n) for i, n in enumerate(CLASSES)])
+        categories=[dict(id=i, name=n) for i, n in enumerate(KINDS)])
     coco.createIndex()
     return coco
 
 
 @torch.no_grad()
 def average_precision(model: nn.Module, examples: Examples) -> float:
-    """COCO's AP; the examples' pixels are features."""
+    """COCO's AP."""
     model.eval()
     rows = []
     for start in range(0, len(examples.labels), 50):
         batch = examples.of(
             torch.arange(start, min(start + 50, len(examples.labels))))
-        for image, found in enumerate(
-                model.predict((batch.pixels, ), _samples(batch)), start):
+        for image, sample in enumerate(
+                model.predict(batch.pixels, _samples(batch), rescale=False),
+                start):
+            found = sample.pred_instances
             for (x1, y1, x2, y2), score, label in zip(
                     found.bboxes.tolist(), found.scores.tolist(),
                     found.labels.tolist()):

@@ -2,16 +2,12 @@
 from functools import lru_cache
 from typing import NamedTuple, Tuple
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..benchmark.classifier import KINDS, SIZE, make_images
-from ..data.shapes import make_image, shape_mask
-
-# More objects than an image has; boxes of one are padded to it.
-_MAX_OBJECTS = 12
+from ..data.shapes import shape_mask
 
 
 class Examples(NamedTuple):
@@ -20,7 +16,7 @@ class Examples(NamedTuple):
     Attributes:
         pixels (Tensor): Shape (N, C, H, W).
         labels (Tensor): Classes, shape (N,); classes of pixels, (N, H, W); or
-            boxes as x1, y1, x2, y2, class, (N, 12, 5), class -1 where there
+            boxes as x1, y1, x2, y2, class, (N, 4, 5), class -1 where there
             are fewer.
         groups (Tensor): Shape (N,). Images of a group are alike: of one
             class, or of one scene.
@@ -68,9 +64,10 @@ def _classified(count: int, seed: int, strength: float) -> Examples:
 
 
 @lru_cache(maxsize=None)
-def classified(strength: float) -> Splits:
+def classified(strength: float, seed: int = 0) -> Splits:
     """Images of one shape, under conditions of their own."""
-    return _classified(3000, 0, strength), _classified(1000, 1, strength)
+    return (_classified(3000, seed, strength),
+            _classified(1000, seed + 1, strength))
 
 
 @lru_cache(maxsize=None)
@@ -98,53 +95,52 @@ def _drawn(index: int, seed: int, size: int) -> Tuple[np.ndarray, list]:
     return (image.astype(np.float32) - 128) / 64, annotations
 
 
-def _tiled(count: int, seed: int, strength: float) -> Examples:
+def _tiled(count: int, seed: int, strength: float,
+           per_scene: int) -> Tuple[Examples, Tensor]:
+    """Images of up to four shapes: with classes of pixels, and with boxes."""
     rng = np.random.default_rng(seed)
     size = 2 * SIZE
     pixels = np.empty((count, size, size, 3), np.float32)
-    labels = np.zeros((count, size, size), np.int64)
-    for image, classes in zip(pixels, labels):
+    classes = np.zeros((count, size, size), np.int64)
+    boxes = torch.full((count, 4, 5), -1.)
+    for i, image in enumerate(pixels):
         image[:] = rng.uniform(-0.2, 0.2, 3) + rng.normal(0, 0.1, image.shape)
-        for y in (0, SIZE):
-            for x in (0, SIZE):
-                kind = rng.integers(len(KINDS) + 1)
-                if kind == len(KINDS):
-                    continue
-                shape = shape_mask(rng, KINDS[kind], SIZE)
-                tile = slice(y, y + SIZE), slice(x, x + SIZE)
-                image[tile] += shape[..., None] * rng.uniform(0.7, 1.3, 3)
-                classes[tile][shape > 0.5] = 1 + kind
-    alone = torch.arange(count)
+        for j, (y, x) in enumerate(np.ndindex(2, 2)):
+            kind = int(rng.integers(len(KINDS) + 1))
+            if kind == len(KINDS):
+                continue
+            shape = shape_mask(rng, KINDS[kind], SIZE)
+            tile = tuple(slice(SIZE * k, SIZE * (k + 1)) for k in (y, x))
+            image[tile] += shape[..., None] * rng.uniform(0.7, 1.3, 3)
+            classes[i][tile][shape > 0.5] = 1 + kind
+            ys, xs = np.nonzero(shape > 0.5)
+            boxes[i, j] = torch.tensor([
+                SIZE * x + xs.min(), SIZE * y + ys.min(),
+                SIZE * x + xs.max() + 1, SIZE * y + ys.max() + 1, kind
+            ])
+    scenes = torch.arange(count) // per_scene
     pixels = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
     return Examples(
-        under_conditions(pixels, alone, strength, seed),
-        torch.from_numpy(labels)[:, ::2, ::2].contiguous(), alone)
+        under_conditions(pixels, scenes, strength, seed),
+        torch.from_numpy(classes)[:, ::2, ::2].contiguous(), scenes), boxes
 
 
 @lru_cache(maxsize=None)
-def segmented(strength: float) -> Splits:
-    """Images of up to four shapes, to be segmented at half their size."""
-    return _tiled(2000, 0, strength), _tiled(400, 1, strength)
+def segmented(strength: float, per_scene: int = 1) -> Splits:
+    """Images of up to four shapes, to be segmented at half their size.
 
-
-def _with_boxes(count: int, seed: int, strength: float,
-                size: int) -> Examples:
-    pixels, labels = [], torch.full((count, _MAX_OBJECTS, 5), -1.)
-    for index in range(count):
-        image, annotations = _drawn(index, seed, size)
-        pixels.append(image.transpose(2, 0, 1))
-        for place, found in enumerate(annotations):
-            x, y, w, h = found['bbox']
-            labels[index, place] = torch.tensor(
-                [x, y, x + w, y + h, found['category_id'] - 1])
-    alone = torch.arange(count)
-    pixels = torch.from_numpy(np.stack(pixels))
-    return Examples(
-        under_conditions(pixels, alone, strength, seed), labels, alone)
+    Those of a scene are under one condition.
+    """
+    return tuple(
+        _tiled(count, seed, strength, per_scene)[0]
+        for count, seed in ((2000, 0), (400, 1)))
 
 
 @lru_cache(maxsize=None)
-def with_boxes(strength: float, size: int = 80) -> Splits:
-    """Pictures of several objects, under conditions of their own."""
-    return (_with_boxes(1200, 0, strength, size),
-            _with_boxes(200, 1, strength, size))
+def with_boxes(strength: float, per_scene: int = 1) -> Splits:
+    """The same, to be detected."""
+    found = []
+    for count, seed in ((2000, 0), (400, 1)):
+        examples, boxes = _tiled(count, seed, strength, per_scene)
+        found.append(examples._replace(labels=boxes))
+    return tuple(found)

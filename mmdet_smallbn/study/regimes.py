@@ -2,7 +2,6 @@
 import copy
 import time
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple
 
 import numpy as np
@@ -15,12 +14,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..benchmark.classifier import (KINDS, Block, accuracy, build_classifier,
                                     loss_of)
 from ..layers import TrainingLoop, norms_of, suggested_window_size
-from .detector import (average_precision, build_backbone, build_box_head,
-                       detection_loss)
+from .detector import average_precision, build_detector, detection_loss
 from .examples import (Examples, Splits, classified, classified_by_class,
                        filmed, segmented, with_boxes)
 
-CACHE = Path('work_dirs/study')
 STEP = 16  # images of an optimizer step
 
 
@@ -219,18 +216,23 @@ def mean_iou(model: nn.Module, examples: Examples) -> float:
 
 @lru_cache(maxsize=None)
 def _backbone() -> nn.Sequential:
-    """A classifier's convolutions, trained with 16 images a batch."""
-    rules = REGIMES['conditions']._replace(steps=200)
+    """A classifier's convolutions, trained with 16 plain images a batch."""
+    rules = REGIMES['plain']
     torch.manual_seed(0)
     model = rules.build(_norm('BN'))
-    train(model, rules, rules.splits()[0], STEP, 0)
+    train(model, rules, classified(0., seed=2)[0], STEP, 0)
     return model[:4].eval()
 
 
 @lru_cache(maxsize=None)
 def features(strength: float) -> Splits:
     """What a frozen backbone makes of images under conditions."""
-    return _seen(_backbone(), classified(strength))
+    backbone = _backbone()
+    with torch.no_grad():
+        return tuple(
+            split._replace(pixels=torch.cat(
+                [backbone(part) for part in split.pixels.split(100)]))
+            for split in classified(strength))
 
 
 def build_head(norm: dict) -> nn.Sequential:
@@ -244,68 +246,20 @@ def build_head(norm: dict) -> nn.Sequential:
     return model
 
 
-class _Detector(nn.Module):
-    """A backbone and a head, trained together to get the backbone."""
-
-    def __init__(self, norm: dict) -> None:
-        super().__init__()
-        self.backbone = build_backbone(norm)
-        self.head = build_box_head(norm)
-
-    @staticmethod
-    def loss(model: '_Detector', examples: Examples) -> Tensor:
-        return detection_loss(
-            model.head,
-            examples._replace(pixels=model.backbone(examples.pixels)[0]))
-
-
-@lru_cache(maxsize=None)
-def _detector_backbone() -> nn.Module:
-    """A detector's backbone, trained with 16 plain images a batch."""
-    rules = Regime(lambda: with_boxes(0.), _Detector, 800, 3e-3, adam=True,
-                   loss=_Detector.loss)
-    torch.manual_seed(0)
-    model = rules.build(_norm('BN'))
-    path = CACHE / 'detector_backbone.pth'
-    if path.exists():
-        model.load_state_dict(torch.load(path))
-    else:
-        train(model, rules, rules.splits()[0], STEP, 0)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), path)
-    return model.eval()
-
-
-def _seen(backbone: Callable[[Tensor], Tensor], splits: Splits) -> Splits:
-    """What a frozen backbone makes of images."""
-    with torch.no_grad():
-        return tuple(
-            split._replace(pixels=torch.cat(
-                [backbone(part) for part in split.pixels.split(100)]))
-            for split in splits)
-
-
-@lru_cache(maxsize=None)
-def detector_features(strength: float) -> Splits:
-    """What a detector's frozen backbone makes of images under conditions."""
-    model = _detector_backbone()
-    return _seen(lambda x: model.backbone(x)[0], with_boxes(strength))
-
-
 REGIMES: Dict[str, Regime] = {
     'plain': Regime(lambda: classified(0.), build_classifier, 160, 0.05),
     'conditions': Regime(
-        lambda: classified(2.), build_classifier, 160, 0.05),
+        lambda: classified(1.), build_classifier, 240, 0.05),
     'one class a batch': Regime(
         lambda: classified_by_class(0.), build_classifier, 160, 0.05,
         together=4),
     'scenes': Regime(
         lambda: filmed(1.), build_classifier, 240, 0.05, together=4),
-    'segmentation': Regime(
-        lambda: segmented(1.), build_segmenter, 200, 1e-2, adam=True,
-        score=mean_iou),
+    'video': Regime(
+        lambda: segmented(1., 4), build_segmenter, 200, 1e-2, adam=True,
+        together=4, score=mean_iou),
     'detector': Regime(
-        lambda: detector_features(1.), build_box_head, 250, 2e-3, adam=True,
+        lambda: with_boxes(1.), build_detector, 250, 3e-3, adam=True,
         loss=detection_loss, score=average_precision),
-    'head': Regime(lambda: features(2.), build_head, 160, 0.05),
+    'head': Regime(lambda: features(1.), build_head, 400, 0.02),
 }
