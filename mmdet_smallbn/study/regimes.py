@@ -74,6 +74,7 @@ def _norm(type: str, centred: bool = False, **kwargs: Any) -> dict:
 
 SETTINGS: Dict[str, dict] = {
     'BN': _norm('BN'),
+    'BN, CenConv': _norm('BN', centred=True),
     'GN': _norm('GN', num_groups=4),
     'BRN': _norm('BRN'),
     'BGN': _norm('BGN', num_groups=4),
@@ -81,6 +82,9 @@ SETTINGS: Dict[str, dict] = {
     'CBN': _norm('CBN'),
     'CBN, released gradient': _norm('CBN', gradient='released'),
     'MABN': _norm('MABN', centred=True),
+    'MABN, centred': _norm(
+        'MABN', centered=True, forward_statistics='sma', buffer_size=8),
+    'MABN, centred, ema': _norm('MABN', centered=True),
 }
 
 
@@ -226,13 +230,13 @@ def _backbone() -> nn.Sequential:
 
 @lru_cache(maxsize=None)
 def features(strength: float) -> Splits:
-    """What a frozen backbone makes of images under conditions."""
+    """What a frozen backbone makes of scenes, each under its condition."""
     backbone = _backbone()
     with torch.no_grad():
         return tuple(
             split._replace(pixels=torch.cat(
                 [backbone(part) for part in split.pixels.split(100)]))
-            for split in classified(strength))
+            for split in filmed(strength))
 
 
 def build_head(norm: dict) -> nn.Sequential:
@@ -261,5 +265,6 @@ REGIMES: Dict[str, Regime] = {
     'detector': Regime(
         lambda: with_boxes(1.), build_detector, 250, 3e-3, adam=True,
         loss=detection_loss, score=average_precision),
-    'head': Regime(lambda: features(1.), build_head, 400, 0.02),
+    'head': Regime(
+        lambda: features(1.5), build_head, 400, 0.02, together=4),
 }
