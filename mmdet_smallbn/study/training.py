@@ -1,0 +1,112 @@
+"""How a model of the study is trained."""
+from typing import Callable, Iterator, List, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..benchmark.classifier import accuracy, loss_of
+from ..layers import TrainingLoop, norms_of
+from .examples import Examples, Splits
+
+STEP = 16  # images of an optimizer step
+
+
+class Regime(NamedTuple):
+    """What is trained, on what, and how.
+
+    Attributes:
+        splits (callable): Gives examples for training and validation.
+        build (callable): Takes ``norm_cfg`` and ``conv_cfg`` as a dict, and
+            gives the model.
+        steps (int): Of the optimizer, 16 images each.
+        lr (float): Highest learning rate.
+        adam (bool): AdamW in place of SGD with momentum.
+        together (int): Images of a group that follow each other.
+        loss (callable): Takes the model and a batch of examples.
+        score (callable): Takes the model and the validation's examples, and
+            gives a part of 1.
+    """
+    splits: Callable[[], Splits]
+    build: Callable[[dict], nn.Module]
+    steps: int
+    lr: float
+    adam: bool = False
+    together: int = 1
+    loss: Callable[[nn.Module, Examples], Tensor] = loss_of
+    score: Callable[[nn.Module, Examples], float] = accuracy
+
+
+def order(groups: Tensor, together: int, seed: int) -> Iterator[Tensor]:
+    """Indices of the images of each step, without end.
+
+    A step takes ``16 / together`` groups by chance, and as many of their
+    images as follow each other. In this order it is cut into the batches that
+    are normalised, so every cut sees the same images.
+    """
+    rng = np.random.default_rng(seed)
+    members = [np.flatnonzero(groups == group) for group in groups.unique()]
+    deck: List[int] = []
+    while True:
+        indices = []
+        for _ in range(STEP // together):
+            deck = deck or list(rng.permutation(len(members)))
+            indices.append(
+                rng.choice(members[deck.pop()], together, replace=False))
+        yield torch.from_numpy(np.concatenate(indices))
+
+
+def train(model: nn.Module, regime: Regime, examples: Examples, images: int,
+          seed: int) -> None:
+    """Train with warm-up and a cosine schedule.
+
+    A tenth of the steps is burn-in, and warm-up.
+    """
+    if regime.adam:
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            model.parameters(), regime.lr, weight_decay=0.05)
+    else:
+        optimizer = torch.optim.SGD(
+            model.parameters(), regime.lr, momentum=0.9, weight_decay=5e-4)
+    warm_up = max(1, regime.steps // 10)
+    norms = norms_of(model)
+    loop = TrainingLoop(norms)
+    share = images / STEP
+    indices = order(examples.groups, regime.together, seed)
+    model.train()
+    iteration = 0
+    for step in range(regime.steps):
+        for norm in norms.values():
+            norm.burning_in = step < warm_up
+        for group in optimizer.param_groups:
+            group['lr'] = regime.lr * min(1., (step + 1) / warm_up) * 0.5 * (
+                1 + np.cos(np.pi * step / regime.steps))
+        optimizer.zero_grad()
+        for batch in next(indices).split(images):
+            loop.begin(iteration, share)
+            regime.loss(model, examples.of(batch)).mul(share).backward()
+            loop.end()
+            iteration += 1
+        optimizer.step()
+    loop.release()
+
+
+@torch.no_grad()
+def make_precise(model: nn.Module, regime: Regime, examples: Examples,
+                 images: int, batches: int = 100) -> None:
+    """Take running statistics anew, as means over batches (PreciseBN)."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    indices = order(examples.groups, regime.together, 0)
+    model.train()
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    seen = 0
+    while seen < batches:
+        for batch in next(indices).split(images):
+            regime.loss(model, examples.of(batch))
+            seen += 1
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
