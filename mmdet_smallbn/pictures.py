@@ -389,3 +389,46 @@ def save_costs(rows: Sequence[Dict[str, Any]], path: Union[str,
         ax.set_visible(False)
     figure.supxlabel('time, as a ratio to BatchNorm', fontsize=9)
     figure.savefig(path, dpi=110)
+
+
+def save_study(scores: Dict[str, Dict[str, Dict[int, List[float]]]],
+               path: Union[str, Path]) -> None:
+    """Draw scores over images of a normalised batch, a panel a regime.
+
+    Args:
+        scores (dict): By regime, norm and images, the scores of the seeds in
+            percent. A norm that was measured at one number of images is the
+            same at any.
+        path (str | Path): Image file to write.
+    """
+    columns = min(3, len(scores))
+    rows = -(-len(scores) // columns)
+    figure = Figure(
+        figsize=(4.2 * columns, 3.4 * rows), layout='constrained')
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    names = list(dict.fromkeys(n for norms in scores.values() for n in norms))
+    colours = dict(zip(names, colormaps['tab10'].colors))
+    for ax in axes[len(scores):]:
+        ax.axis('off')
+    for ax, (regime, norms) in zip(axes, scores.items()):
+        for name, by_images in norms.items():
+            known = {n: v for n, v in sorted(by_images.items()) if v}
+            if len(known) == 1:
+                ax.axhline(
+                    np.mean(*known.values()), ls='--', lw=1.2, label=name,
+                    color=colours[name])
+            elif known:
+                ax.errorbar(
+                    list(known), [np.mean(v) for v in known.values()],
+                    [np.std(v, ddof=1) if len(v) > 1 else 0
+                     for v in known.values()],
+                    marker='o', ms=4, capsize=2, label=name,
+                    color=colours[name])
+        ax.set(title=regime, xlabel='images of a normalised batch',
+               ylabel='score, %', xscale='log')
+        ax.set_xticks([1, 2, 4, 16], ['1', '2', '4', '16'])
+        ax.minorticks_off()
+        ax.grid(alpha=0.25)
+        ax.spines[['top', 'right']].set_visible(False)
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=110)

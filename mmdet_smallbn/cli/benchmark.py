@@ -191,20 +191,22 @@ def table(rows: Sequence[Dict[str, Any]]) -> List[List[str]]:
     return lines
 
 
-def machine(args: argparse.Namespace) -> Dict[str, Any]:
-    """What the numbers are of."""
-    name = platform.processor() or platform.machine()
+def processor() -> str:
+    """The name of the CPU."""
     cpuinfo = Path('/proc/cpuinfo')
-    if args.device != 'cpu':
-        name = torch.cuda.get_device_name()
-    elif cpuinfo.is_file():
+    if cpuinfo.is_file():
         for line in cpuinfo.read_text().splitlines():
             if line.startswith('model name'):
-                name = line.partition(':')[2].strip()
-                break
+                return line.partition(':')[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine(args: argparse.Namespace) -> Dict[str, Any]:
+    """The device that the numbers are from, and its settings."""
+    on_cpu = args.device == 'cpu'
     return dict(
-        device=name,
-        threads=args.threads if args.device == 'cpu' else None,
+        device=processor() if on_cpu else torch.cuda.get_device_name(),
+        threads=args.threads if on_cpu else None,
         torch=torch.__version__,
         dtype=args.dtype,
         channels_last=args.channels_last,

@@ -1,7 +1,7 @@
 """The mathematics: tensors in, tensors out. Imports torch alone."""
 from .calls import ConvCall, Filters
 from .deform_call import DeformCall, LinearCall
-from .follow import Follower, Past, follow_filters
+from .follow import Loan, Past, follow_filters
 from .inference import fold_groups, normalize_for_inference
 from .moments import (GradientStatistics, Moments, average_groups,
                       batch_moments, example_moments, mix_moments,
@@ -13,8 +13,8 @@ from .replay import Memory, Pooled, Replay, apply_filters, pool, replay
 from .sync import Processes
 
 __all__ = [
-    'ConvCall', 'DeformCall', 'Filters', 'Follower', 'GradientStatistics',
-    'LinearCall', 'Memory', 'Moments', 'Past', 'Pooled', 'Processes', 'Replay',
+    'ConvCall', 'DeformCall', 'Filters', 'GradientStatistics',
+    'LinearCall', 'Loan', 'Memory', 'Moments', 'Past', 'Pooled', 'Processes', 'Replay',
     'apply_filters', 'average_groups', 'batch_moments', 'example_moments',
     'fold_groups', 'follow_filters', 'mix_moments', 'move_towards',
     'normalize',

@@ -88,8 +88,7 @@ class ConvCall(NamedTuple):
         that are not finite become 0.
 
         Args:
-            x (Tensor): Output of the call, shape (N, C, H, W). The patches of
-                an empty one are 0.
+            x (Tensor): Output of the call, shape (N, C, H, W), not empty.
             size (int, optional): How many positions P. None: all.
             turn (int): The positions differ in each of eight turns.
             out (Tensor, optional): Where to write them.
@@ -97,8 +96,6 @@ class ConvCall(NamedTuple):
         Returns:
             Tensor: Shape (P, groups, F).
         """
-        if x.numel() == 0:
-            return empty_patches(x, self.filters, size, out)
         geometry = ((self.input.size(axis), self.filters.weight.size(axis),
                      self.stride[axis - 2], self.padding[axis - 2],
                      self.dilation[axis - 2], self.filters.transposed)
@@ -129,11 +126,3 @@ def as_patches(patches: Tensor, filters: Filters,
     if filters.bias is not None:
         out[..., -1] = 1
     return out
-
-
-def empty_patches(x: Tensor, filters: Filters, size: Optional[int],
-                  out: Optional[Tensor]) -> Tensor:
-    """Patches of zeros, (P, groups, F), for an empty map."""
-    if out is None:
-        out = x.new_empty((size or 0, filters.groups, filters.length))
-    return out.zero_()

@@ -4,7 +4,7 @@ from typing import NamedTuple, Optional, Tuple, Union
 import torch
 from torch import Tensor
 
-from .calls import ConvCall, Filters, as_patches, empty_patches
+from .calls import ConvCall, Filters, as_patches
 from .positions import output_positions
 
 
@@ -39,8 +39,6 @@ class DeformCall(NamedTuple):
                turn: int,
                out: Optional[Tensor] = None) -> Tensor:
         """As :meth:`ConvCall.sample`."""
-        if x.numel() == 0:
-            return empty_patches(x, self.filters, size, out)
         n, _, height, width = self.input.shape
         examples, rows, columns = output_positions(x, size, turn)
         count, places = len(examples), (self.deform_groups, -1)

@@ -19,32 +19,24 @@ from .replay import Memory, Pooled, Replay
 class Loan:
     """Patches that a backward pass is going to need.
 
-    Nobody may write to them until then.
+    They must not be overwritten before that.
 
     Args:
-        channels (int): C of the layer.
         patches (Tensor): Shape (N, groups, F).
 
     Attributes:
         is_open (bool): Whether the backward pass is still to come.
+        given (tuple): From the layer's backward pass, all of shape (C,): the
+            mean and the inverse deviation that it normalised with, and the
+            factor from its sums of g and g * x_hat to the part of one
+            iteration in the gradient.
     """
 
-    def __init__(self, channels: int, patches: Tensor) -> None:
-        self.channels = channels
+    def __init__(self, patches: Tensor) -> None:
         self.patches = patches
         self.is_open = True
         self._version = patches._version
         self.given: Optional[Tuple[Tensor, Tensor, Tensor]] = None
-
-    def give(self, mean: Tensor, inv_std: Tensor, scale: Tensor) -> None:
-        """Take from a layer's backward pass what it knows of the forward.
-
-        Args:
-            mean, inv_std (Tensor): The layer normalised with these, (C,).
-            scale (Tensor): From its sums of g and g * x_hat to the part of
-                one iteration in the gradient, shape (C,).
-        """
-        self.given = mean, inv_std, scale
 
     def by_filters(self, by_output: Tensor) -> Tensor:
         """From the gradient by outputs, (C, N), to that by filters, (C, F).
@@ -55,9 +47,9 @@ class Loan:
         self.is_open = False
         if self._version != self.patches._version:
             raise RuntimeError(
-                'a graph with CBN cannot be walked a second time after '
-                'another forward pass of the layer. Run all backward passes '
-                'of a forward pass before the next one')
+                'a second backward pass through CBN came after another '
+                'forward pass of the layer, which has overwritten what it '
+                'needs. Run all backward passes of a forward pass first')
         groups, length = self.patches.shape[1:]
         if groups == 1:
             return torch.mm(by_output, self.patches.squeeze(1))
@@ -86,17 +78,6 @@ class Past(NamedTuple):
     loan: Optional[Loan] = None
 
 
-class Follower(NamedTuple):
-    """A layer whose past follows today's filters in the backward pass.
-
-    Attributes:
-        filters (Tensor): Live to autograd, shape (C, F).
-        patches (Tensor): Shape (k * P, groups, F).
-    """
-    filters: Tensor
-    patches: Tensor
-
-
 class _FollowFilters(Function):
 
     @staticmethod
@@ -107,26 +88,25 @@ class _FollowFilters(Function):
             mean=None, var=None, outputs=None), past, pooled
         ctx.loans = loans
         ctx.dtypes = [f.dtype for f in filters]
-        sizes = [len(f) for f in filters]
-        shift, scale = pooled.moments.new_zeros(2, sum(sizes)).unbind()
-        return (*shift.split(sizes), *scale.split(sizes))
+        ctx.sizes = [len(f) for f in filters]
+        shift, scale = torch.zeros_like(pooled.moments).unbind()
+        return (*shift.split(ctx.sizes), *scale.split(ctx.sizes))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *sums):
         count, shares = len(ctx.loans), ctx.replayed[-1].share
-        known, sizes = [], []
-        for loan, *pair in zip(ctx.loans, sums[:count], sums[count:]):
-            sizes.append(loan.channels)
-            # A layer that had no part in the loss has no sums.
-            known.append(
-                shares.new_zeros(5, sizes[-1]).unbind() if pair[0] is None
-                else (*loan.given, *pair))
+        # A layer that had no part in the loss has no sums.
+        known = [
+            shares.new_zeros(5, size).unbind() if pair[0] is None
+            else (*loan.given, *pair) for size, loan, *pair in zip(
+                ctx.sizes, ctx.loans, sums[:count], sums[count:])
+        ]
         by_output = _by_outputs(*ctx.replayed, *map(torch.cat, zip(*known)))
         return (None, ) * 4 + tuple(
             None if sum_g is None else loan.by_filters(part).to(dtype)
             for sum_g, loan, part, dtype in zip(
-                sums, ctx.loans, by_output.flatten(1).split(sizes),
+                sums, ctx.loans, by_output.flatten(1).split(ctx.sizes),
                 ctx.dtypes))
 
 
@@ -163,8 +143,8 @@ def _by_outputs(memory: Memory, past: Replay, pooled: Pooled, mean: Tensor,
 
 
 def follow_filters(memory: Memory, past: Replay, pooled: Pooled,
-                   sizes: Sequence[int],
-                   followers: Sequence[Follower]) -> List[Past]:
+                   sizes: Sequence[int], filters: Sequence[Tensor],
+                   loans: Sequence[Loan]) -> List[Past]:
     """Hand each layer its past, as a function of today's filters.
 
     Args:
@@ -172,20 +152,21 @@ def follow_filters(memory: Memory, past: Replay, pooled: Pooled,
         past (Replay): From :func:`replay`.
         pooled (Pooled): From :func:`pool`.
         sizes (Sequence[int]): Channels of each layer.
-        followers (Sequence[Follower]): One for each layer. None at all: the
-            gradient does not flow to the filters.
+        filters (Sequence[Tensor]): Today's, of each layer, part of the
+            autograd graph, shape (C, F).
+        loans (Sequence[Loan]): The patches of each layer, shape (k * P,
+            groups, F). None at all: the gradient does not flow to the
+            filters.
 
     Returns:
         list[Past]: One for each layer.
     """
     pasts = [Past(*own) for own in zip(pooled.moments.split(sizes, 1),
                                        pooled.share.split(sizes))]
-    if not followers:
+    if not loans:
         return pasts
-    loans = [Loan(len(f.filters), f.patches) for f in followers]
     with torch.enable_grad():
-        zeros = _FollowFilters.apply(memory, past, pooled, loans,
-                                     *(f.filters for f in followers))
+        zeros = _FollowFilters.apply(memory, past, pooled, loans, *filters)
     return [
         own._replace(shift=shift, scale=scale, loan=loan)
         for own, shift, scale, loan in zip(

@@ -60,7 +60,7 @@ class _Normalize(Function):
             sums = dbias, dweight
         dshift = dscale = None
         if ctx.loan is not None:
-            ctx.loan.give(mean, inv_std, scale)
+            ctx.loan.given = mean, inv_std, scale
             dshift, dscale = sums
         return (dx if need_x else None, None, None,
                 dweight if need_weight else None, dbias if need_bias else None,

@@ -25,7 +25,8 @@ and transposition do not matter here, and a bias is a filter's weight for an
 input that is always 1.
 
 All functions take several layers at once, side by side over their channels:
-C is the number of channels of all of them, k that of past iterations. Eq. (12) is
+C is the number of channels of all of them, k that of past
+iterations. Eq. (12) is
 :func:`mmdet_smallbn.functional.normalize`.
 """
 from typing import NamedTuple, Optional, Union
@@ -44,9 +45,9 @@ class Memory(NamedTuple):
         outputs (Tensor): Remembered outputs y, shape (C, k, P). If an
             iteration has fewer positions, the rest is 0. P may be 0: the
             moments do not move.
-        mean_scale, var_scale (float | Tensor): Of the sums in Eq. (7) and
-            (8), one number, or shape (k,): 1 / P and 2 / (P - 1), or 2 / P if
-            the positions are all that the batch had.
+        mean_scale, var_scale (float | Tensor): Factors of the sums in Eq. (7)
+            and (8), numbers or of shape (C, k): 1 / P and 2 / (P - 1), or
+            2 / P if the positions are all that the batch had.
         part, offset (Tensor, optional): If processes share a batch, shape
             (C, k): the part of this process in it, and the distance from the
             batch's mean to that of this part.

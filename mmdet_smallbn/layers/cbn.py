@@ -162,8 +162,7 @@ class CBN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
         if not producer.known:
             self._warn_of_producer(batch)
             return self.batch_statistics(batch)
-        window = self.window_of_call()
-        past, present = window.enter(
+        past, present = self.state_of_call().enter(
             batch,
             producer.call,
             whole=self.gradient == 'whole',
@@ -175,15 +174,6 @@ class CBN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
                                   past.moments)
         mean, var = mix_moments(past.moments, present, past.share)
         return Statistics(mean, var, gradient=past.share, past=past)
-
-    def window_of_call(self) -> MomentWindow:
-        """The window of this forward's place in the iteration."""
-        window = self.state_of_call()
-        if (window.size, window.positions) != (self.window_size,
-                                               self.derivative_positions):
-            self.reset_state()
-            window = self.state_of_call()
-        return window
 
     def _warn_of_producer(self, batch: Batch) -> None:
         x = batch.x

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import (Filters, Follower, LinearCall, Memory, Past, Replay,
+from ..functional import (Filters, LinearCall, Loan, Memory, Past, Replay,
                           apply_filters, follow_filters, pool, replay)
 from .ring import Ring, advance
 from .source import Source
@@ -17,8 +17,8 @@ class MomentWindow(Ring):
     """Moments, and remembered positions, of the last ``size`` iterations.
 
     The past has two tensors. ``record``, of shape (C, size - 1, 2 + P), holds
-    mean, variance and the outputs at P positions; if processes share a batch,
-    their parts follow the variance. ``patches``, of shape (size - 1, P,
+    mean, variance, the two scales of Eq. (7), (8), this process's part and its
+    offset if processes share a batch, and the outputs at P positions. ``patches``, of shape (size - 1, P,
     groups, F), holds the input there. P is 0 without compensation.
 
     If a backward pass still needs the patches when the past is written to, it
@@ -39,9 +39,6 @@ class MomentWindow(Ring):
         # Channels, shape of a patch, whether patches are centred, whether
         # processes share a batch.
         self._kind: Optional[tuple] = None
-        # Positions of each past iteration, and whether they were all it had;
-        # then those of the latest.
-        self._counts: List[Tuple[int, bool]] = [(0, False)] * size
         self._source: Optional[Source] = None
         self._loan: Any = None  # weak: it ends with the graph
 
@@ -59,8 +56,9 @@ class MomentWindow(Ring):
     def kind(self) -> tuple:
         record = self.past['record']
         return (type(self), record.shape[2], record.dtype, record.device,
-                self._kind[3], self._source.follows,
-                tuple(self._counts[:self.rows]))
+                self._kind[3], self._source.follows, self.rows,
+                # Processes may hold different numbers of all positions.
+                self if self._kind[3] and self.positions is None else None)
 
     @torch.no_grad()
     def enter(self, batch: Batch, call: Optional[LinearCall], whole: bool,
@@ -84,8 +82,7 @@ class MomentWindow(Ring):
         filters, count, exact = None, 0, False
         if call is not None:
             filters, found = call.filters, batch.x.numel() // batch.x.size(1)
-            # An empty batch has no positions.
-            exact = self.positions is None or 0 < found <= self.positions
+            exact = self.positions is None or found <= self.positions
             count = found if exact else self.positions
         self._make_room(batch, filters, max(count, self.positions or 0))
         if self.latest:
@@ -94,15 +91,18 @@ class MomentWindow(Ring):
 
         held = self.past['record']
         record = held.new_empty((held.size(0), held.size(2)))
-        self.latest = dict(record=record)
+        latest = dict(record=record)
         moments = torch.stack(batch.moments[:2])
         record[:, :2] = moments.t()
         if self._kind[3]:
-            record[:, 2] = batch.part
-            record[:, 3] = batch.own.mean - batch.moments.mean
+            record[:, 4] = batch.part
+            record[:, 5] = batch.own.mean - batch.moments.mean
         if call is not None:
-            self._remember_positions(batch.x, call, count, exact)
-        self._counts[-1] = (count, exact)
+            record[:, 2] = 1 / max(count, 1)
+            record[:, 3] = 2 / max(count - (not exact), 1)
+            latest['patches'] = self._remember_positions(
+                batch.x, call, record, count, exact)
+        self.latest = latest
         self.turn += 1
         self._loan = past and past.loan and weakref.ref(past.loan)
         return past, moments
@@ -117,21 +117,23 @@ class MomentWindow(Ring):
             prepared, self.prepared = self.prepared, None
         return prepared[0]
 
-    def _remember_positions(self, x: Tensor, call: LinearCall, count: int,
-                            exact: bool) -> None:
+    def _remember_positions(self, x: Tensor, call: LinearCall, record: Tensor,
+                            count: int, exact: bool) -> Tensor:
         held = self.past['patches']
-        patches = self.latest['patches'] = held.new_empty(held.shape[1:])
-        outputs = self.latest['record'][:, -len(patches):]
+        patches = held.new_empty(held.shape[1:])
+        outputs = record[:, record.size(1) - len(patches):]
         if count < len(patches):
             patches[count:] = 0
             outputs[:, count:] = 0
-            patches, outputs = patches[:count], outputs[:, :count]
-        # Other positions in each iteration, the same after a resume.
-        call.sample(x, None if exact else count, self.turn + 1, patches)
-        apply_filters(call.filters.rows, patches, outputs)
+        if count:
+            # Other positions in each iteration, the same after a resume.
+            call.sample(x, None if exact else count, self.turn + 1,
+                        patches[:count])
+            apply_filters(call.filters.rows, patches[:count],
+                          outputs[:, :count])
+        return patches
 
     def before_write(self) -> None:
-        self._counts[self.turn % (self.size - 1)] = self._counts[-1]
         loan = self._loan and self._loan()
         if loan is not None and loan.is_open:
             self.past['patches'] = self.past['patches'].clone()
@@ -149,7 +151,7 @@ class MomentWindow(Ring):
                                                                mean.device):
             self.clear()
             self._kind = kind
-            width = 2 + 2 * shared + (count if shape else 0)
+            width = 2 + (2 + 2 * shared + count if shape else 0)
             self.past['record'] = mean.new_zeros((len(mean), rows, width))
             if shape:
                 self.past['patches'] = mean.new_zeros((rows, count, *shape))
@@ -164,18 +166,14 @@ class MomentWindow(Ring):
 
     def _memory(self, rings: List['MomentWindow']) -> Memory:
         """The past of rings of one kind, side by side over channels."""
-        rows = self.rows
-        record = torch.cat([r.past['record'][:, :rows] for r in rings])
-        start = 4 if self._kind[3] else 2
-        pairs = [(1 / max(count, 1), 2 / max(count - (not exact), 1))
-                 for count, exact in self._counts[:rows]]
-        scales = pairs[0]
-        if len(set(pairs)) > 1:
-            scales = tuple(
-                torch.stack([record.new_full((), value) for value in values])
-                for values in zip(*pairs))
-        return Memory(record[..., 0], record[..., 1], record[..., start:],
-                      *scales, *record[..., 2:start].unbind(2))
+        record = torch.cat(
+            [r.past['record'][:, :self.rows] for r in rings])
+        start = 2 + 2 * bool(self._kind[1]) + 2 * self._kind[3]
+        values, outputs = record[..., :start], record[..., start:]
+        if start == 2:  # nothing moves them
+            return Memory(*values.unbind(2), outputs, 0., 0.)
+        return Memory(values[..., 0], values[..., 1], outputs,
+                      *values[..., 2:].unbind(2))
 
     @staticmethod
     @torch.no_grad()
@@ -183,30 +181,31 @@ class MomentWindow(Ring):
         """Bring the past of layers to today's weight, Eq. (7)-(11)."""
         first = rings[0]
         memory = first._memory(rings)
-        past, followers = first._replay(rings, memory)
+        past, *lent = first._replay(rings, memory)
         sizes = [len(ring.past['record']) for ring in rings]
-        pasts = follow_filters(memory, past, pool(past), sizes, followers)
+        pasts = follow_filters(memory, past, pool(past), sizes, *lent)
         for ring, own in zip(rings, pasts):
             ring.prepared = own, ring._source.key()
 
-    def _replay(self, rings: List['MomentWindow'],
-                memory: Memory) -> Tuple[Replay, List[Follower]]:
+    def _replay(self, rings: List['MomentWindow'], memory: Memory
+                ) -> Tuple[Replay, List[Tensor], List[Loan]]:
         """Show the remembered positions to today's filters."""
         now = memory.outputs.new_empty(memory.outputs.shape)
-        followers, start = [], 0
+        filters: List[Tensor] = []
+        loans: List[Loan] = []
+        start = 0
         for ring in rings:
-            filters = ring._source.filters
             stop = start + len(ring.past['record'])
-            if filters is not None:
+            if ring._source.filters is not None:
                 with torch.enable_grad():
-                    rows = filters.rows
-                patches = ring.past['patches'][:ring.rows].flatten(0, 1)
-                apply_filters(rows, patches, now[start:stop].flatten(1))
-                followers.append(Follower(rows, patches))
+                    filters.append(ring._source.filters.rows)
+                loans.append(
+                    Loan(ring.past['patches'][:ring.rows].flatten(0, 1)))
+                apply_filters(filters[-1], loans[-1].patches,
+                              now[start:stop].flatten(1))
             start = stop
-        processes = self.processes if self._kind[3] else None
-        return replay(memory, now, processes), (
-            followers if self._source.follows else [])
+        past = replay(memory, now, self.processes if self._kind[3] else None)
+        return past, filters, loans if self._source.follows else []
 
     def replayed(self) -> Replay:
         """The moments of each iteration, for one process; newest first.
@@ -214,7 +213,7 @@ class MomentWindow(Ring):
         The latest iteration is in the past from then on.
         """
         advance([self])
-        past, _ = self._replay([self], self._memory([self]))
+        past, *_ = self._replay([self], self._memory([self]))
         rows = [(self.turn - back) % (self.size - 1)
                 for back in range(self.rows)]
         return Replay(*(values[:, rows] for values in past))
@@ -232,12 +231,11 @@ class MomentWindow(Ring):
         self._source = Source.of_names(named, parameters)
 
     def state_dict(self) -> Dict[str, Any]:
-        return dict(
-            super().state_dict(), kind=self._kind, counts=list(self._counts))
+        return dict(super().state_dict(), kind=self._kind)
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._kind, self._counts = state['kind'], list(state['counts'])
+        self._kind = state['kind']
         self._source = self._loan = None
 
     def __getstate__(self) -> Dict[str, Any]:

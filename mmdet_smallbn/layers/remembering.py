@@ -11,7 +11,7 @@ from .ring import Ring
 
 
 # Of what checkpoints hold of states. Raised when it changes.
-_VERSION = 4
+_VERSION = 3
 
 
 class RememberingNorm(SmallBatchNorm):
@@ -35,6 +35,7 @@ class RememberingNorm(SmallBatchNorm):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.states: List[Any] = []
+        self._made_with: Dict[str, Any] = {}
         self._last_seen: Optional[Tuple[int, torch.Size]] = None
         self._warned_of_calls = False
         self._warned_of_levels = False
@@ -47,7 +48,13 @@ class RememberingNorm(SmallBatchNorm):
         raise NotImplementedError
 
     def state_of_call(self) -> Any:
-        """The state of this forward's place among those of the iteration."""
+        """The state of this forward's place among those of the iteration.
+
+        All states begin anew if a setting that they depend on has changed.
+        """
+        if self._made_with != self._settings():
+            self._made_with = self._settings()
+            self.reset_state()
         while len(self.states) <= self._call:
             self.states.append(self.new_state())
         return self.states[self._call]
@@ -82,6 +89,8 @@ class RememberingNorm(SmallBatchNorm):
             copied to the CPU, beside the layer's settings. Empty if there is
             nothing.
         """
+        if self._made_with != self._settings():
+            return []
         return [
             dict(
                 version=_VERSION,
@@ -132,7 +141,7 @@ class RememberingNorm(SmallBatchNorm):
                 if values['follows'][name] is not None:
                     ring.follow(values['follows'][name], parameters or {})
             states.append(state)
-        self.states = states
+        self.states, self._made_with = states, self._settings()
 
     def _device(self) -> Optional[torch.device]:
         anchor = self.weight if self.weight is not None else self.running_mean

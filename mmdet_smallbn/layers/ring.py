@@ -100,21 +100,20 @@ def advance(rings: Iterable[Ring]) -> None:
 
     One operator, however many rings there are.
     """
-    rows, values = [], []
+    rows, values, rings = [], [], list(rings)
     for ring in rings:
-        latest, ring.latest = ring.latest, {}
-        if not latest:
-            continue
-        ring.prepared = None
-        if ring.size == 1:
+        if ring.size == 1 or not ring.latest:
             continue
         ring.before_write()
-        for name, value in latest.items():
+        for name, value in ring.latest.items():
             rows.append(ring.past[name].select(ring.row_dims[name],
                                                ring.turn % (ring.size - 1)))
             values.append(value)
     if rows:
         torch._foreach_copy_(rows, values)
+    for ring in rings:
+        if ring.latest:
+            ring.latest, ring.prepared = {}, None
 
 
 class PastBank:
@@ -153,7 +152,7 @@ class PastBank:
         shared = {name: ring for name, ring in rings.items()
                   if getattr(ring, 'processes', None) is not None}
         if shared and set(shared) != self._checked:
-            self._checked = set(shared)
             next(iter(shared.values())).processes.check_alike(
                 {name: ring.turn + 1 for name, ring in shared.items()},
                 'iterations that norms with sync=True remember')
+            self._checked = set(shared)

@@ -40,7 +40,8 @@ class Source(NamedTuple):
 
     def named(self, names: Dict[Tensor, str]) -> Optional[tuple]:
         """The filters by their names in a model; None if they have none."""
-        if self.filters is None or self.filters.weight not in names:
+        if self.processes is not None or self.filters is None or (
+                self.filters.weight not in names):
             return None
         weight, bias, *rest = self.filters
         return (names[weight], names.get(bias), *rest, self.whole)

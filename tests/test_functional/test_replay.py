@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmdet_smallbn import CBN
-from mmdet_smallbn.functional import (ConvCall, DeformCall, Filters, Follower,
-                                      Memory, apply_filters, batch_moments,
+from mmdet_smallbn.functional import (ConvCall, Filters, Loan, Memory,
+                                      apply_filters, batch_moments,
                                       follow_filters, mix_moments, normalize,
                                       pool, replay)
 from mmdet_smallbn.functional.positions import _TURNS
@@ -185,18 +185,6 @@ def test_all_positions_are_all_of_them():
     torch.testing.assert_close(outputs, y.transpose(0, 1).flatten(1))
 
 
-@pytest.mark.parametrize('size', [None, 8])
-def test_an_empty_batch_has_patches_of_zeros(size):
-    call = _geometry('3x3')._replace(input=torch.zeros(0, 4, 33, 40))
-    patches = call.sample(torch.zeros(0, 6, 33, 40), size, 0)
-    assert patches.shape == (size or 0, 1, 37) and (patches == 0).all()
-    filters = call.filters._replace(bias=None)
-    deformable = DeformCall(filters, call.input, torch.zeros(0, 18, 33, 40),
-                            None, (1, 1), (1, 1), (1, 1), 1)
-    assert deformable.sample(torch.zeros(0, 6, 33, 40), size, 0).shape == (
-        size or 0, 1, 36)
-
-
 def _random_positions(call, count):
     """The input of a 1x1 convolution with its positions in random order."""
     n, c, h, w = call.input.shape
@@ -210,8 +198,8 @@ def _gradient(calls, filters, positions):
     memory, patches = _remembered(calls, positions)
     past = _replay(memory, filters, patches)
     live = filters.rows.clone().requires_grad_()
-    follower = Follower(live, patches)
-    own, = follow_filters(memory, past, pool(past), [len(live)], [follower])
+    own, = follow_filters(memory, past, pool(past), [len(live)], [live],
+                          [Loan(patches)])
     generator = torch.Generator().manual_seed(0)
     x, factor = torch.randn(
         (2, 3, len(live), 4, 4), generator=generator, dtype=live.dtype)

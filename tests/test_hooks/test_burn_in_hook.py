@@ -216,7 +216,7 @@ def test_states_in_the_format_of_an_older_version_are_refused(tmp_path):
         train_cfg=dict(by_epoch=True, max_epochs=4))
     runner.train()
     assert re.search(r'2 norms do not take up.*in the format 1, and this '
-                     'version of mmdet_smallbn reads 4', read_log(tmp_path))
+                     'version of mmdet_smallbn reads 3', read_log(tmp_path))
     assert runner.model.head[1].held_iterations == [2]
 
 

@@ -1,0 +1,120 @@
+"""The small-batch study, with trainings of a few steps."""
+import json
+
+import pytest
+import torch
+
+from mmdet_smallbn.cli import study
+from mmdet_smallbn.study import regimes
+from mmdet_smallbn.study.settings import SETTINGS, norm_of
+from mmdet_smallbn.study.training import order
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """The regimes with trainings of three steps, on few images."""
+    for name, regime in list(regimes.REGIMES.items()):
+        train, val = regime.splits()
+        few = train.of(torch.arange(400)), val.of(torch.arange(40))
+        monkeypatch.setitem(
+            regimes.REGIMES, name,
+            regime._replace(splits=lambda few=few: few, steps=3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('regime', regimes.REGIMES)
+def test_every_regime_trains(short, regime):
+    """The same cell gives the same score."""
+    rows = [regimes.run(regime, 'CBN', 4, seed) for seed in (0, 0, 1)]
+    for row in rows:
+        assert 0 <= row['score'] <= 100 and row['images'] == 4
+        assert row['norm']['norm_cfg'] == dict(type='CBN', window_size=4)
+    assert rows[0]['score'] == rows[1]['score']
+    json.dumps(rows)
+
+
+def test_every_split_of_a_step_sees_the_same_images():
+    groups = torch.arange(400) // 4
+    first, again = (next(order(groups, 4, 3)) for _ in range(2))
+    assert (first == again).all() and len(first.unique()) == 16
+    # Those of a group follow each other.
+    assert (groups[first].view(4, 4) == groups[first][::4, None]).all()
+    assert (first != next(order(groups, 4, 4))).any()
+
+
+def test_the_window_is_the_papers():
+    assert norm_of('CBN', 2)['norm_cfg']['window_size'] == 8
+    assert norm_of('NaiveCBN', 4)['norm_cfg']['window_size'] == 4
+    assert 'window_size' not in SETTINGS['CBN']['norm_cfg']
+
+
+def _made_up(cell):
+    """BatchNorm falls from 90 to 70; CBN takes back 15 of these 20."""
+    regime, setting, images, seed = cell
+    score = 90. if images == 16 else {'BN': 70., 'CBN': 85.}.get(setting, 60.)
+    return dict(cell._asdict(), score=score + seed, precise=score + 1)
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    trained = []
+
+    class Pool:
+
+        def __init__(self, *args):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            pass
+
+        def submit(self, function, cell):
+            trained.append(cell)
+            future = study.Future()
+            future.set_result(_made_up(cell))
+            return future
+
+    monkeypatch.setattr(study, 'ProcessPoolExecutor', Pool)
+    return trained
+
+
+def test_it_goes_on_where_it_stopped(made_up, tmp_path, capsys):
+    args = ['--regimes', 'plain', '--settings', 'BN', 'CBN', '--out',
+            str(tmp_path)]
+    study.main([*args, '--seeds', '1'])
+    first = len(made_up)
+    assert first == len(study.IMAGES['BN']) + len(study.IMAGES['CBN'])
+    study.main([*args, '--seeds', '2'])
+    assert len(made_up) == len(set(made_up)) == 2 * first
+    assert '0 of 14 trainings are still to come' in capsys.readouterr().out
+    study.main([*args, '--seeds', '3', '--minutes', '0'])
+    study.main([*args, '--seeds', '3', '--report'])
+    assert len(made_up) == 2 * first
+    assert '7 of 21 trainings' in capsys.readouterr().out
+    kept = json.loads((tmp_path / 'plain.json').read_text())
+    assert len(kept['runs']) == 14
+    assert (tmp_path / 'study.png').stat().st_size > 5000
+
+
+def test_the_tables_say_what_was_closed(made_up, tmp_path):
+    study.main(['--regimes', 'plain', '--settings', 'BN', 'CBN', '--seeds',
+                '2', '--out', str(tmp_path)])
+    results = study.Results(tmp_path)
+    head, row = study.summary(results)
+    assert row[:4] == ['plain', '90.5 ± 0.7', '70.5 ± 0.7', '20.0']
+    assert row[head.index('CBN closes')] == '75%'
+    rows = {name: cells for name, *cells in study.table(results, 'plain')}
+    assert rows['CBN'] == ['', *['85.5 ± 0.7'] * 3]
+    assert rows['BN, PreciseBN'][0] == '91.0 ± 0.0'
+
+
+def test_unknown_names_are_said(capsys):
+    with pytest.raises(SystemExit):
+        study.main(['--regimes', 'plane'])
+    assert "--regimes 'plane' is not known. Did you mean plain?" in (
+        capsys.readouterr().err)
+    with pytest.raises(SystemExit):
+        study.main(['--jobs', '0'])
+    assert '--jobs must be at least 1' in capsys.readouterr().err
