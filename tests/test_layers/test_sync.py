@@ -10,6 +10,7 @@ from torch import nn
 from mmdet_smallbn import (BRN, CBN, MABN, BatchGroupNorm, GhostBN, NaiveCBN,
                            calibrate_group_norms, functional)
 from mmdet_smallbn.functional.sync import ExampleGroups
+from mmdet_smallbn.layers import TrainingLoop, norms_of
 from tests.reference import relative_error
 
 # Examples of each process in each step: unequal, and none at all.
@@ -113,6 +114,29 @@ def _refusal(x):
         return str(error)
 
 
+def _many_beside_few(rank, prepared):
+    """Means of a head's outputs; one process samples, the other takes all."""
+    torch.manual_seed(0)
+    norm = dict(window_size=3, sync=True)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), CBN(4, **norm), nn.Conv2d(4, 6, 2, 2),
+        CBN(6, **norm)).double()
+    loop = TrainingLoop(norms_of(model)) if prepared else None
+    generator = torch.Generator().manual_seed(rank)
+    means = []
+    for iteration in range(5):
+        shape = ((100, 5)[rank], 3, 4, 4)
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if prepared:
+            loop.begin(iteration)
+        out = model(x)
+        out.pow(3).mean().backward()
+        if prepared:
+            loop.end()
+        means.append(out.detach().mean((0, 2, 3)))
+    return torch.stack(means)
+
+
 def _work(rank, folder):
     dist.init_process_group(
         'gloo',
@@ -128,6 +152,8 @@ def _work(rank, folder):
     results['calibrated, unequal'] = _calibrate(
         x.float().split((1, 2))[rank])
     results['one value'] = _refusal(torch.randn((2, 1)[rank], 8, 1, 1))
+    for prepared in (False, True):
+        results['many beside few', prepared] = _many_beside_few(rank, prepared)
     torch.save(results, folder / f'{rank}.pth')
     dist.destroy_process_group()
 
@@ -152,6 +178,14 @@ def test_equals_one_process_on_the_joined_batch(ranks, case):
                 assert relative_error(
                     value.double(),
                     expected['state'][name].double()) < 1e-9, (step, name)
+
+
+def test_what_is_prepared_does_not_depend_on_a_processs_own_positions(ranks):
+    """Collectives are the same in all, whoever has how many regions."""
+    for results in ranks:
+        torch.testing.assert_close(
+            *(results['many beside few', prepared]
+              for prepared in (False, True)))
 
 
 @pytest.mark.parametrize('case', GROUPED)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdet_smallbn import BRN, CBN, MABN, CenConv2d, GhostBN, NaiveCBN
-from mmdet_smallbn.functional import Processes
+from mmdet_smallbn.functional import ConvCall, Processes
 from mmdet_smallbn.layers import (SmallBatchNorm, TrainingLoop,
                                   remember_calls)
 
@@ -192,6 +192,52 @@ def test_running_statistics_are_mended(name, dtype):
             torch.testing.assert_close(norm.running_mean, stock.running_mean)
             torch.testing.assert_close(norm.running_var, stock.running_var)
     assert norm.num_batches_tracked == 4
+
+
+@pytest.mark.parametrize('place', ['sampling', 'copying'])
+def test_an_error_in_a_forward_pass_leaves_the_past_alone(monkeypatch, place):
+    """As out of memory, after which training may go on."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), CBN(4)).double()
+    twin, waits = copy.deepcopy(model), []
+    x = torch.randn(9, 2, 3, 9, 9).double()
+    for i, batch in enumerate(x):
+        if i == 6:
+            waits = [model(batch)]  # its patches are needed: a copy is made
+            twin(batch).sum().backward()
+            with monkeypatch.context() as patch:
+                patch.setattr(
+                    *((ConvCall, 'sample') if place == 'sampling' else
+                      (torch.Tensor, 'clone')), _out_of_memory)
+                with pytest.raises(MemoryError):
+                    model(batch)
+        else:
+            outs = [m(batch) for m in (model, twin)]
+            torch.testing.assert_close(*outs)
+            for out in outs:
+                out.sum().backward()
+    assert waits[0].isfinite().all()
+
+
+def _out_of_memory(*args, **kwargs):
+    raise MemoryError
+
+
+@pytest.mark.parametrize('setting, cls', [('window_size', CBN),
+                                          ('buffer_size', MABN)])
+def test_a_setting_that_changes_empties_the_past(setting, cls):
+    conv, norm = nn.Conv2d(3, 4, 3), cls(4, **{setting: 3})
+    fresh = cls(4, **{setting: 6})
+    x = torch.randn(12, 2, 3, 9, 9)
+    for batch in x[:4]:
+        norm(conv(batch)).sum().backward()
+    assert norm.held_iterations == [3]
+    setattr(norm, setting, 6)
+    assert not norm.export_states()
+    fresh.load_state_dict(norm.state_dict())
+    for batch in x[4:]:
+        torch.testing.assert_close(norm(conv(batch)), fresh(conv(batch)))
+    assert norm.held_iterations == [6]
 
 
 class Count(TorchDispatchMode):
