@@ -23,15 +23,16 @@ from ..study.settings import SETTINGS
 from .benchmark import processor
 from .gradient_study import spread
 
-# Images of a batch that is normalised. What takes each image by itself does
-# the same at any number: it trains at 16, which is the fastest.
-IMAGES: Dict[str, Sequence[int]] = {
-    'BN': (16, 2, 1, 4),
-    'CBN': (2, 1, 4),
-    'MABN': (2, 1, 4),
-    'GN': (16, ),
-}
-OTHERS = (2, )
+# Settings, and images of a batch that is normalised; the first ones say most.
+# GroupNorm is the same at any number of images: it trains at 16, the fastest.
+CELLS = (
+    ('BN', 16), ('BN', 2), ('BN, CenConv', 2), ('CBN', 2), ('CBN, CenConv', 2),
+    ('MABN', 2), ('GN', 16),
+    ('BN', 1), ('CBN', 1), ('MABN', 1), ('BRN', 2), ('BGN', 2),
+    ('NaiveCBN', 2), ('CBN, released gradient', 2), ('MABN, centred', 2),
+    ('GN, weight standardisation', 16), ('BN, CenConv', 16), ('BN', 4),
+    ('CBN', 4), ('MABN', 4))
+_FIRST = 7
 # Other evaluations of what BatchNorm has trained.
 EVALUATIONS = {'precise': 'BN, PreciseBN'}
 
@@ -88,14 +89,14 @@ def cells(args: argparse.Namespace) -> List[Cell]:
     """The trainings, in an order in which early results say most."""
     regimes = chosen(args.regimes, list(REGIMES), '--regimes')
     settings = chosen(args.settings, list(SETTINGS), '--settings')
-    found = [
-        Cell(regime, setting, images, seed) for seed in range(args.seeds)
-        for setting in settings
-        for images in IMAGES.get(setting, OTHERS) for regime in regimes
-    ]
-    first = ('BN', 16), ('BN', 2), ('CBN', 2), ('MABN', 2), ('GN', 16)
-    return sorted(found, key=lambda cell: (
-        cell.seed, (cell.setting, cell.images) not in first))
+    places = [place for place, (setting, _) in enumerate(CELLS)
+              if setting in settings]
+    order = sorted(
+        ((place >= _FIRST, seed, place, regime) for place in places
+         for seed in range(args.seeds) for regime in regimes),
+        key=lambda key: key[:3])
+    return [Cell(regime, *CELLS[place], seed)
+            for _, seed, place, regime in order]
 
 
 class Results:
@@ -211,15 +212,15 @@ def closed(results: Results, regime: str, setting: str, images: int,
 
 def summary(results: Results, images: int = 2) -> List[List[str]]:
     """A row for each regime: BatchNorm's fall, and what closes it."""
+    names = ('CBN', 'MABN', 'BN, CenConv', 'CBN, CenConv')
     rows = [['regime', 'BN at 16', f'BN at {images}', 'fall',
-             'CBN closes', 'MABN closes']]
+             *(f'{name} closes' for name in names)]]
     for regime in REGIMES:
         whole = results.scores(regime, 'BN', 16)
         low = results.scores(regime, 'BN', images)
         if not (whole and low):
             continue
-        parts = [closed(results, regime, name, images)
-                 for name in ('CBN', 'MABN')]
+        parts = [closed(results, regime, name, images) for name in names]
         fall = statistics.mean(whole) - statistics.mean(low)
         rows.append([
             regime, spread(whole), spread(low), f'{fall:.1f}',
@@ -228,22 +229,45 @@ def summary(results: Results, images: int = 2) -> List[List[str]]:
     return rows
 
 
+def page(tables: Dict[str, List[List[str]]], results: Results) -> str:
+    """The tables as a Markdown page."""
+    machines = sorted({f'{row["machine"]}, {row["date"]}'
+                       for row in results.rows.values()})
+    lines = [
+        '# Results of the small-batch study', '',
+        'Scores in percent, mean and deviation over seeds; a number without '
+        'a deviation is of one seed. Columns are images of a normalised '
+        'batch. Made by `python tools/study.py`, on made data. '
+        f'{"; ".join(machines)}.', ''
+    ]
+    for title, (head, *rows) in tables.items():
+        lines += [f'## {title.capitalize()}', '']
+        lines += [f'| {" | ".join(row)} |'
+                  for row in (head, ['---'] * len(head), *rows)]
+        lines.append('')
+    return '\n'.join(lines)
+
+
 def report(results: Results, console: Console) -> None:
-    """Print the tables, and draw them beside the results."""
-    tables = {regime: table(results, regime) for regime in REGIMES}
+    """Print the tables, and put them and a picture beside the results."""
+    tables = dict(summary=summary(results),
+                  **{regime: table(results, regime) for regime in REGIMES})
     tables = {name: rows for name, rows in tables.items() if len(rows) > 1}
-    for title, (head, *rows) in dict(
-            tables, summary=summary(results)).items():
+    for title, (head, *rows) in tables.items():
         shown = Table(*head, title=title)
         for row in rows:
             shown.add_row(*row)
         console.print(shown)
+    if not tables:
+        return
+    (results.folder / 'README.md').write_text(page(tables, results))
     save_study(
         {regime: {
             setting: {
                 n: results.scores(regime, setting, n) for n in (16, 4, 2, 1)
             } for setting in ('BN', 'GN', 'CBN', 'MABN')
-        } for regime in tables}, results.folder / 'study.png')
+        } for regime in tables if regime in REGIMES},
+        results.folder / 'study.png')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from .eager import run_eagerly
 from .replay import Memory, Pooled, Replay
 
 
@@ -94,6 +95,7 @@ class _FollowFilters(Function):
 
     @staticmethod
     @once_differentiable
+    @run_eagerly
     def backward(ctx, *sums):
         count, shares = len(ctx.loans), ctx.replayed[-1].share
         # A layer that had no part in the loss has no sums.

@@ -4,9 +4,10 @@ from typing import Any, Dict, List, Optional
 
 from torch import Tensor, nn
 
-from ..functional import Moments, Processes, batch_moments, normalize
+from ..functional import (Moments, Processes, batch_moments, normalize,
+                          run_eagerly)
 from .checks import check_count, check_input, name_of
-from .forward_pass import ForwardPass, current_pass, run_eagerly
+from .forward_pass import ForwardPass, current_pass
 from .recomputation import FirstPasses
 from .running_norm import RunningNorm
 from .statistics import Batch, Statistics

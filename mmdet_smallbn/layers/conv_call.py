@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..functional import ConvCall, DeformCall, Filters, LinearCall
+from ..functional import (ConvCall, DeformCall, Filters, LinearCall,
+                          run_eagerly)
 from .cen_conv import CenConv2d
-from .forward_pass import ForwardPass, current_pass, run_eagerly
+from .forward_pass import ForwardPass, current_pass
 
 # Arguments before the weight, by the name of the node in the graph.
 _DEFORMABLE = {

@@ -1,34 +1,11 @@
 """What a forward pass belongs to: a training step, a recomputation."""
 import enum
-import functools
 import sys
-from typing import Callable
 
 import torch
 from torch.utils.checkpoint import CheckpointFunction
 
 _REENTRANT_FORWARD = CheckpointFunction.forward.__code__
-
-
-_compiler = getattr(torch, 'compiler', None)
-_disable = getattr(_compiler, 'disable', lambda function: function)
-_is_compiling = getattr(_compiler, 'is_compiling', lambda: True)
-
-
-def run_eagerly(function: Callable) -> Callable:
-    """Keep a function out of torch.compile's graphs.
-
-    Which pass it is, and what was gathered in the past, are no constants that
-    could be taken into one.
-    """
-    disabled = _disable(function)
-
-    @functools.wraps(function)
-    def run(*args):
-        # What torch puts around it takes time, and is of no use otherwise.
-        return disabled(*args) if _is_compiling() else function(*args)
-
-    return run
 
 
 class ForwardPass(enum.Enum):

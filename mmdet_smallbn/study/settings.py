@@ -1,30 +1,32 @@
 """The norms of the study."""
 import copy
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
 from ..layers import suggested_window_size
 
 
-def _norm(type: str, centred: bool = False, **kwargs: Any) -> dict:
+def _norm(type: str, conv: Optional[str] = None, **kwargs: Any) -> dict:
     norm = dict(norm_cfg=dict(type=type, **kwargs))
-    if centred:
-        norm['conv_cfg'] = dict(type='CenConv')
+    if conv is not None:
+        norm['conv_cfg'] = dict(type=conv)
     return norm
 
 
 SETTINGS: Dict[str, dict] = {
     'BN': _norm('BN'),
-    'BN, CenConv': _norm('BN', centred=True),
+    'BN, CenConv': _norm('BN', 'CenConv'),
     'GN': _norm('GN', num_groups=4),
+    'GN, weight standardisation': _norm('GN', 'ConvWS', num_groups=4),
     'BRN': _norm('BRN'),
     'BGN': _norm('BGN', num_groups=4),
     'NaiveCBN': _norm('NaiveCBN'),
     'CBN': _norm('CBN'),
     'CBN, released gradient': _norm('CBN', gradient='released'),
-    'MABN': _norm('MABN', centred=True),
+    'CBN, CenConv': _norm('CBN', 'CenConv'),
+    'MABN': _norm('MABN', 'CenConv'),
+    # Batch normalisation with averages over 8 batches in both passes.
     'MABN, centred': _norm(
         'MABN', centered=True, forward_statistics='sma', buffer_size=8),
-    'MABN, centred, ema': _norm('MABN', centered=True),
 }
 
 

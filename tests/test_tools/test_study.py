@@ -56,7 +56,8 @@ def _made_up(cell):
     """BatchNorm falls from 90 to 70; CBN takes back 15 of these 20."""
     regime, setting, images, seed = cell
     score = 90. if images == 16 else {'BN': 70., 'CBN': 85.}.get(setting, 60.)
-    return dict(cell._asdict(), score=score + seed, precise=score + 1)
+    return dict(cell._asdict(), score=score + seed, precise=score + 1,
+                machine='a machine', date='2026-01-01')
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_it_goes_on_where_it_stopped(made_up, tmp_path, capsys):
             str(tmp_path)]
     study.main([*args, '--seeds', '1'])
     first = len(made_up)
-    assert first == len(study.IMAGES['BN']) + len(study.IMAGES['CBN'])
+    assert first == sum(name in ('BN', 'CBN') for name, _ in study.CELLS)
     study.main([*args, '--seeds', '2'])
     assert len(made_up) == len(set(made_up)) == 2 * first
     assert '0 of 14 trainings are still to come' in capsys.readouterr().out
@@ -100,6 +101,7 @@ def test_it_goes_on_where_it_stopped(made_up, tmp_path, capsys):
     kept = json.loads((tmp_path / 'plain.json').read_text())
     assert len(kept['runs']) == 14
     assert (tmp_path / 'study.png').stat().st_size > 5000
+    assert '| CBN |  | 85.' in (tmp_path / 'README.md').read_text()
 
 
 def test_the_tables_say_what_was_closed(made_up, tmp_path):

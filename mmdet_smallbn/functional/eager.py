@@ -1,0 +1,25 @@
+"""Code that torch.compile must not take into a graph."""
+import functools
+from typing import Callable
+
+import torch
+
+_compiler = getattr(torch, 'compiler', None)
+_disable = getattr(_compiler, 'disable', lambda function: function)
+_is_compiling = getattr(_compiler, 'is_compiling', lambda: True)
+
+
+def run_eagerly(function: Callable) -> Callable:
+    """Keep a function out of torch.compile's graphs.
+
+    It reads what changes from call to call, and a graph would hold it as a
+    constant: the kind of the pass, the past, the version of a tensor.
+    """
+    disabled = _disable(function)
+
+    @functools.wraps(function)
+    def run(*args):
+        # torch's wrapper takes time, so it is used in compilation alone.
+        return disabled(*args) if _is_compiling() else function(*args)
+
+    return run
