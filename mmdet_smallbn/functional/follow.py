@@ -66,10 +66,10 @@ class Past(NamedTuple):
         moments (Tensor): Mean and biased variance of the past iterations,
             shape (2, C).
         share (Tensor): Weight of one iteration in the window, shape (C,).
-        shift, scale (Tensor, optional): Zeros of shape (C,), live to
-            autograd. To first order, a change of today's filters changes the
-            layer's shift and scale, by way of the past's moments. These two
-            stand for that.
+        shift, scale (Tensor, optional): Zeros of shape (C,), part of the
+            autograd graph. To first order, a change of today's filters
+            changes the layer's shift and scale, by way of the past's moments.
+            The gradient by these two leads there.
         loan (Loan, optional): What the gradient needs.
     """
     moments: Tensor

@@ -16,14 +16,15 @@ from .statistics import Batch
 class MomentWindow(Ring):
     """Moments, and remembered positions, of the last ``size`` iterations.
 
-    The past has two tensors. ``record``, of shape (C, size - 1, 2 + P), holds
-    mean, variance, the two scales of Eq. (7), (8), this process's part and its
-    offset if processes share a batch, and the outputs at P positions. ``patches``, of shape (size - 1, P,
-    groups, F), holds the input there. P is 0 without compensation.
+    The past has two tensors. ``record``, of shape (C, size - 1, 4 + P), holds
+    mean, variance, the two scales of Eq. (7), (8) and the outputs at P
+    positions; before these, if processes share a batch, the part of this one
+    and its offset. ``patches``, of shape (size - 1, P, groups, F), holds the
+    input there. Without compensation there are mean and variance alone.
 
     If a backward pass still needs the patches when the past is written to, it
-    keeps them, and the window goes on with a copy. The window begins again,
-    empty, if the filters have another shape.
+    keeps them, and the window goes on with a copy. The window is emptied if
+    the shape of the filters changes.
 
     Args:
         size (int): Iterations, the present one included.
@@ -72,8 +73,8 @@ class MomentWindow(Ring):
             whole (bool): Whether the gradient flows through the past's
                 moments to the filters.
             alone (bool): Whether the layer has a backward pass of its own, as
-                in re-entrant checkpointing: what is prepared leads to the
-                filters of others, too, and is not used.
+                in re-entrant checkpointing. The graph of what is prepared
+                leads into other layers, so it is not used then.
 
         Returns:
             tuple: The past, None if there is none; and the present moments,

@@ -21,7 +21,8 @@ class Ring:
         past (dict[str, Tensor]): Past iterations, one in each row.
         latest (dict[str, Tensor]): The latest iteration. Empty as soon as it
             is in the past.
-        prepared (optional): What the past says.
+        prepared (optional): The result of :meth:`prepare`; None if the past
+            has changed since.
     """
 
     # The dimension of the rows of each tensor in ``past``.
@@ -45,7 +46,7 @@ class Ring:
 
     @property
     def rows(self) -> int:
-        """Iterations in the past."""
+        """Iterations in the past: one less than are held, or all of them."""
         return min(self.turn + (not self.latest), self.size - 1)
 
     @property
@@ -55,7 +56,11 @@ class Ring:
 
     @property
     def kind(self) -> tuple:
-        """Equal for rings that can be prepared together."""
+        """Equal for rings that can be prepared together.
+
+        It must be the same in all processes that share a batch: each kind
+        has a collective of its own.
+        """
         raise NotImplementedError
 
     @staticmethod
@@ -64,7 +69,7 @@ class Ring:
         raise NotImplementedError
 
     def before_write(self) -> None:
-        """Somebody is about to write to the past."""
+        """Called before the past is overwritten."""
 
     @property
     def rings(self) -> Dict[str, 'Ring']:
