@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from mmdet_smallbn.cli import gradient_study, print_norms
+from mmdet_smallbn.cli import gradient_study, print_norms, study
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     ROOT / 'README.md', ROOT / 'docs' / 'training_features.md',
     ROOT / 'docs' / 'costs.md', ROOT / 'docs' / 'deployment.md',
-    ROOT / 'docs' / 'gradient.md',
+    ROOT / 'docs' / 'gradient.md', ROOT / 'docs' / 'study.md',
+    ROOT / 'docs' / 'results' / 'README.md',
     *sorted((ROOT / 'configs').rglob('README.md'))
 ]
 COMMAND = re.compile(
@@ -152,3 +153,10 @@ def test_the_gradients_are_the_studys():
     for rows in tables:
         for row in rows:
             assert f'| {" | ".join(row)} |' in page
+
+
+def test_the_studys_tables_are_the_results():
+    folder = ROOT / 'docs' / 'results'
+    assert (folder / 'README.md').read_text() == study.page(
+        study.Results(folder))
+    assert len(study.Results(folder).rows) > 50

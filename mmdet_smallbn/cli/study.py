@@ -229,7 +229,14 @@ def summary(results: Results, images: int = 2) -> List[List[str]]:
     return rows
 
 
-def page(tables: Dict[str, List[List[str]]], results: Results) -> str:
+def all_tables(results: Results) -> Dict[str, List[List[str]]]:
+    """The summary and a table for each regime, if there is anything in it."""
+    tables = dict(summary=summary(results),
+                  **{regime: table(results, regime) for regime in REGIMES})
+    return {name: rows for name, rows in tables.items() if len(rows) > 1}
+
+
+def page(results: Results) -> str:
     """The tables as a Markdown page."""
     machines = sorted({f'{row["machine"]}, {row["date"]}'
                        for row in results.rows.values()})
@@ -240,7 +247,7 @@ def page(tables: Dict[str, List[List[str]]], results: Results) -> str:
         'batch. Made by `python tools/study.py`, on made data. '
         f'{"; ".join(machines)}.', ''
     ]
-    for title, (head, *rows) in tables.items():
+    for title, (head, *rows) in all_tables(results).items():
         lines += [f'## {title.capitalize()}', '']
         lines += [f'| {" | ".join(row)} |'
                   for row in (head, ['---'] * len(head), *rows)]
@@ -250,9 +257,7 @@ def page(tables: Dict[str, List[List[str]]], results: Results) -> str:
 
 def report(results: Results, console: Console) -> None:
     """Print the tables, and put them and a picture beside the results."""
-    tables = dict(summary=summary(results),
-                  **{regime: table(results, regime) for regime in REGIMES})
-    tables = {name: rows for name, rows in tables.items() if len(rows) > 1}
+    tables = all_tables(results)
     for title, (head, *rows) in tables.items():
         shown = Table(*head, title=title)
         for row in rows:
@@ -260,7 +265,7 @@ def report(results: Results, console: Console) -> None:
         console.print(shown)
     if not tables:
         return
-    (results.folder / 'README.md').write_text(page(tables, results))
+    (results.folder / 'README.md').write_text(page(results))
     save_study(
         {regime: {
             setting: {
