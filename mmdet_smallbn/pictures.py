@@ -397,8 +397,8 @@ def save_study(scores: Dict[str, Dict[str, Dict[int, List[float]]]],
 
     Args:
         scores (dict): By regime, norm and images, the scores of the seeds in
-            percent. A norm that was measured at one number of images is the
-            same at any.
+            percent. A norm that was measured at 16 images alone is the same
+            at any number.
         path (str | Path): Image file to write.
     """
     columns = min(3, len(scores))
@@ -413,7 +413,7 @@ def save_study(scores: Dict[str, Dict[str, Dict[int, List[float]]]],
     for ax, (regime, norms) in zip(axes, scores.items()):
         for name, by_images in norms.items():
             known = {n: v for n, v in sorted(by_images.items()) if v}
-            if len(known) == 1:
+            if list(known) == [16]:
                 ax.axhline(
                     np.mean(*known.values()), ls='--', lw=1.2, label=name,
                     color=colours[name])
