@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 from contextlib import contextmanager
-from typing import Iterator, Sequence
+from typing import Iterator, Optional, Sequence
 
 
 class SetupError(RuntimeError):
@@ -17,6 +17,19 @@ def did_you_mean(unknown: str, known: Sequence[str]) -> str:
     if near:
         return f'Did you mean {" or ".join(near)}?'
     return f'Known are {", ".join(sorted(known))}'
+
+
+def check_known(flag: str, names: Optional[Sequence[str]],
+                known: Sequence[str]) -> None:
+    """Refuse a flag's names that are not known.
+
+    Raises:
+        SetupError: It says which is near.
+    """
+    for name in names or ():
+        if name not in known:
+            raise SetupError(f'{flag} {name!r} is not known. '
+                             f'{did_you_mean(name, known)}')
 
 
 def describe(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from ..benchmark.cases import (BLOCKS, DEPLOYED, DETECTORS, NORMS, PLACES,
                                infer_network, train_block, train_detector,
                                train_norm, train_stack)
 from ..benchmark.measure import interleave, launches, peak_memory, ratio
-from ..errors import SetupError, did_you_mean, one_line_errors
+from ..errors import check_known, one_line_errors
 from ..pictures import save_costs
 
 BASELINE = 'BN'
@@ -83,10 +83,7 @@ def chosen(names: Optional[Sequence[str]]) -> Dict[str, dict]:
     Raises:
         SetupError: If a name is unknown.
     """
-    for name in names or ():
-        if name not in NORMS:
-            raise SetupError(f'--norms {name!r} is not known. '
-                             f'{did_you_mean(name, list(NORMS))}')
+    check_known('--norms', names, list(NORMS))
     kept = [n for n in NORMS if names is None or n in (*names, BASELINE)]
     return {name: NORMS[name] for name in kept}
 

@@ -16,7 +16,7 @@ from rich.progress import (BarColumn, MofNCompleteColumn, Progress,
                            TextColumn, TimeRemainingColumn)
 from rich.table import Table
 
-from ..errors import SetupError, did_you_mean, one_line_errors
+from ..errors import check_known, one_line_errors
 from ..pictures import save_study
 from ..study.regimes import REGIMES, run
 from ..study.settings import SETTINGS
@@ -33,6 +33,7 @@ CELLS = (
     ('GN, weight standardisation', 16), ('BN, CenConv', 16), ('BN', 4),
     ('CBN', 4), ('MABN', 4))
 _FIRST = 7
+IMAGES = (16, 4, 2, 1)  # the columns of a table
 # Other evaluations of what BatchNorm has trained.
 EVALUATIONS = {'precise': 'BN, PreciseBN'}
 
@@ -78,10 +79,7 @@ def chosen(names: Optional[Sequence[str]], known: Sequence[str],
     Raises:
         SetupError: If a name is unknown.
     """
-    for name in names or ():
-        if name not in known:
-            raise SetupError(f'{flag} {name!r} is not known. '
-                             f'{did_you_mean(name, list(known))}')
+    check_known(flag, names, known)
     return [name for name in known if names is None or name in names]
 
 
@@ -182,14 +180,13 @@ def train_all(todo: List[Cell], results: Results, jobs: int,
 
 def table(results: Results, regime: str) -> List[List[str]]:
     """Rows of a regime: settings, and their scores by images."""
-    columns = (16, 4, 2, 1)
-    rows = [['norm', *map(str, columns)]]
+    rows = [['norm', *map(str, IMAGES)]]
     for setting in SETTINGS:
-        by_images = [results.scores(regime, setting, n) for n in columns]
+        by_images = [results.scores(regime, setting, n) for n in IMAGES]
         if any(by_images):
             rows.append([setting, *map(spread, by_images)])
     for kind, name in EVALUATIONS.items():
-        by_images = [results.scores(regime, 'BN', n, kind) for n in columns]
+        by_images = [results.scores(regime, 'BN', n, kind) for n in IMAGES]
         if any(by_images):
             rows.append([name, *map(spread, by_images)])
     return rows
@@ -269,7 +266,7 @@ def report(results: Results, console: Console) -> None:
     save_study(
         {regime: {
             setting: {
-                n: results.scores(regime, setting, n) for n in (16, 4, 2, 1)
+                n: results.scores(regime, setting, n) for n in IMAGES
             } for setting in ('BN', 'GN', 'CBN', 'MABN')
         } for regime in tables if regime in REGIMES},
         results.folder / 'study.png')

@@ -90,11 +90,6 @@ def filmed(strength: float) -> Splits:
     return _filmed(750, 0, strength), _filmed(250, 1, strength)
 
 
-def _drawn(index: int, seed: int, size: int) -> Tuple[np.ndarray, list]:
-    image, annotations = make_image((seed, index), size)
-    return (image.astype(np.float32) - 128) / 64, annotations
-
-
 def _tiled(count: int, seed: int, strength: float,
            per_scene: int) -> Tuple[Examples, Tensor]:
     """Images of up to four shapes: with classes of pixels, and with boxes."""
