@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from ..benchmark.classifier import build_classifier
+from ..layers import set_example_weight
 from .detector import average_precision, build_detector, detection_loss
 from .examples import (Splits, classified, classified_by_class, filmed,
                        segmented, with_boxes)
 from .models import build_head, build_segmenter, mean_iou
-from .settings import SETTINGS, norm_of
+from .settings import SETTINGS, setting_of
 from .training import STEP, Regime, make_precise, train
 
 
@@ -20,8 +21,9 @@ def _backbone() -> nn.Sequential:
     """A classifier's convolutions, trained with 16 plain images a batch."""
     rules = REGIMES['plain']
     torch.manual_seed(0)
-    model = rules.build(SETTINGS['BN'])
-    train(model, rules, classified(0., seed=2)[0], STEP, 0)
+    setting = SETTINGS['BN']
+    model = rules.build(setting.norm)
+    train(model, rules, setting, classified(0., seed=2)[0], STEP, 0)
     return model[:4].eval()
 
 
@@ -35,6 +37,8 @@ def features(strength: float) -> Splits:
                 [backbone(part) for part in split.pixels.split(100)]))
             for split in filmed(strength))
 
+
+EXAMPLE_WEIGHTS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.)
 
 # A fall of BatchNorm at 2 images from that at 16 is in all but the first.
 REGIMES: Dict[str, Regime] = {
@@ -71,28 +75,38 @@ def run(regime: str, setting: str, images: int, seed: int) -> dict:
         seed (int): Of the weights and the order of the images.
 
     Returns:
-        dict: The score in percent, also with precise running statistics; the
-        seconds of the training; and what was run.
+        dict: The score in percent, also with precise running statistics, and
+        of BatchNorm with example weights; the seconds of the training; and
+        what was run.
     """
     rules = REGIMES[regime]
     examples, val = rules.splits()
     torch.manual_seed(seed)
-    norm = norm_of(setting, images)
-    model = rules.build(norm)
+    how = setting_of(setting, images)
+    model = rules.build(how.norm)
     start = time.perf_counter()
-    train(model, rules, examples, images, seed)
+    train(model, rules, how, examples, images, seed)
     seconds = time.perf_counter() - start
-    model.eval()
+
+    def score() -> float:
+        model.eval()
+        return 100 * rules.score(model, val)
+
     found = dict(
         regime=regime,
         setting=setting,
         images=images,
         seed=seed,
-        score=100 * rules.score(model, val),
+        score=score(),
         seconds=round(seconds, 1),
         steps=rules.steps,
         lr=rules.lr,
-        norm=norm)
+        **how._asdict())
+    if setting == 'BN':
+        found['weighted'] = {}
+        for weight in EXAMPLE_WEIGHTS:
+            set_example_weight(model, weight)
+            found['weighted'][f'{weight:g}'] = score()
+        set_example_weight(model, None)
     make_precise(model, rules, examples, images)
-    model.eval()
-    return dict(found, precise=100 * rules.score(model, val))
+    return dict(found, precise=score())

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..benchmark.classifier import accuracy, loss_of
 from ..layers import TrainingLoop, norms_of
 from .examples import Examples, Splits
+from .settings import Setting
 
 STEP = 16  # images of an optimizer step
 
@@ -57,8 +58,12 @@ def order(groups: Tensor, together: int, seed: int) -> Iterator[Tensor]:
         yield torch.from_numpy(np.concatenate(indices))
 
 
-def train(model: nn.Module, regime: Regime, examples: Examples, images: int,
-          seed: int) -> None:
+def _batch_norms(model: nn.Module) -> List[_BatchNorm]:
+    return [m for m in model.modules() if isinstance(m, _BatchNorm)]
+
+
+def train(model: nn.Module, regime: Regime, setting: Setting,
+          examples: Examples, images: int, seed: int) -> None:
     """Train with warm-up and a cosine schedule.
 
     A tenth of the steps is burn-in, and warm-up.
@@ -79,15 +84,22 @@ def train(model: nn.Module, regime: Regime, examples: Examples, images: int,
     for step in range(regime.steps):
         for norm in norms.values():
             norm.burning_in = step < warm_up
+        if step >= setting.frozen_from * regime.steps:
+            for norm in _batch_norms(model):
+                norm.eval()
         for group in optimizer.param_groups:
             group['lr'] = regime.lr * min(1., (step + 1) / warm_up) * 0.5 * (
                 1 + np.cos(np.pi * step / regime.steps))
         optimizer.zero_grad()
-        for batch in next(indices).split(images):
-            loop.begin(iteration, share)
-            regime.loss(model, examples.of(batch)).mul(share).backward()
-            loop.end()
-            iteration += 1
+        batches = next(indices).split(images)
+        for turn in range(setting.rehearsals + 1):
+            for batch in batches:
+                loop.begin(iteration, share)
+                loss = regime.loss(model, examples.of(batch)).mul(share)
+                if turn == setting.rehearsals:
+                    loss.backward()
+                loop.end()
+                iteration += 1
         optimizer.step()
     loop.release()
 
@@ -96,7 +108,7 @@ def train(model: nn.Module, regime: Regime, examples: Examples, images: int,
 def make_precise(model: nn.Module, regime: Regime, examples: Examples,
                  images: int, batches: int = 100) -> None:
     """Take running statistics anew, as means over batches (PreciseBN)."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    norms = _batch_norms(model)
     indices = order(examples.groups, regime.together, 0)
     model.train()
     momenta = [norm.momentum for norm in norms]

@@ -6,7 +6,7 @@ import torch
 
 from mmdet_smallbn.cli import study
 from mmdet_smallbn.study import regimes
-from mmdet_smallbn.study.settings import SETTINGS, norm_of
+from mmdet_smallbn.study.settings import SETTINGS, setting_of
 from mmdet_smallbn.study.training import order
 
 
@@ -49,9 +49,9 @@ def test_every_split_of_a_step_sees_the_same_images():
 
 
 def test_the_window_is_the_papers():
-    assert norm_of('CBN', 2)['norm_cfg']['window_size'] == 8
-    assert norm_of('NaiveCBN', 4)['norm_cfg']['window_size'] == 4
-    assert 'window_size' not in SETTINGS['CBN']['norm_cfg']
+    assert setting_of('CBN', 2).norm['norm_cfg']['window_size'] == 8
+    assert setting_of('NaiveCBN', 4).norm['norm_cfg']['window_size'] == 4
+    assert 'window_size' not in SETTINGS['CBN'].norm['norm_cfg']
 
 
 def _made_up(cell):
