@@ -391,44 +391,49 @@ def save_costs(rows: Sequence[Dict[str, Any]], path: Union[str,
     figure.savefig(path, dpi=110)
 
 
-def save_study(scores: Dict[str, Dict[str, Dict[int, List[float]]]],
-               path: Union[str, Path]) -> None:
-    """Draw scores over images of a normalised batch, a panel a regime.
+def save_lines(panels: Dict[str, Dict[str, Dict[str, Sequence[float]]]],
+               path: Union[str, Path],
+               x_label: str,
+               y_label: str,
+               columns: int = 3,
+               steady: Optional[str] = None) -> None:
+    """Draw means and deviations over evenly spaced places, a panel a title.
 
     Args:
-        scores (dict): By regime, norm and images, the scores of the seeds in
-            percent. A norm that was measured at 16 images alone is the same
-            at any number.
+        panels (dict): By title, line and place, the values of the seeds; a
+            place without values is left out.
         path (str | Path): Image file to write.
+        x_label, y_label (str): Of the axes.
+        columns (int): Panels beside each other.
+        steady (str, optional): A line whose only place stands for all.
     """
-    columns = min(3, len(scores))
-    rows = -(-len(scores) // columns)
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
     figure = Figure(
         figsize=(4.2 * columns, 3.4 * rows), layout='constrained')
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    names = list(dict.fromkeys(n for norms in scores.values() for n in norms))
+    names = dict.fromkeys(n for lines in panels.values() for n in lines)
     colours = dict(zip(names, colormaps['tab10'].colors))
-    for ax in axes[len(scores):]:
+    for ax in axes[len(panels):]:
         ax.axis('off')
-    for ax, (regime, norms) in zip(axes, scores.items()):
-        for name, by_images in norms.items():
-            known = {n: v for n, v in sorted(by_images.items()) if v}
-            if list(known) == [16]:
-                ax.axhline(
-                    np.mean(*known.values()), ls='--', lw=1.2, label=name,
-                    color=colours[name])
+    for ax, (title, lines) in zip(axes, panels.items()):
+        places = list(dict.fromkeys(p for line in lines.values()
+                                    for p in line))
+        for name, line in lines.items():
+            known = {places.index(p): v for p, v in line.items() if len(v)}
+            style = dict(label=name, color=colours[name])
+            if name == steady and known:
+                ax.axhline(np.mean(*known.values()), ls='--', lw=1.2, **style)
             elif known:
                 ax.errorbar(
                     list(known), [np.mean(v) for v in known.values()],
                     [np.std(v, ddof=1) if len(v) > 1 else 0
                      for v in known.values()],
-                    marker='o', ms=4, capsize=2, label=name,
-                    color=colours[name])
-        ax.set(title=regime, xlabel='images of a normalised batch',
-               ylabel='score, %', xscale='log')
-        ax.set_xticks([1, 2, 4, 16], ['1', '2', '4', '16'])
-        ax.minorticks_off()
+                    marker='o', ms=4, capsize=2, **style)
+        ax.set(title=title, xlabel=x_label, ylabel=y_label)
+        ax.set_xticks(range(len(places)), places)
         ax.grid(alpha=0.25)
         ax.spines[['top', 'right']].set_visible(False)
-    axes[0].legend(frameon=False)
+    if len(names) > 1:
+        axes[0].legend(frameon=False)
     figure.savefig(path, dpi=110)

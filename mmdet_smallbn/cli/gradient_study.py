@@ -277,13 +277,14 @@ def report(results: Dict[str, Any], console: Console) -> None:
         console.print(table)
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 1) -> str:
     """Mean and deviation of a few values, for a table."""
     if not values:
         return ''
+    mean = f'{statistics.mean(values):.{digits}f}'
     if len(values) == 1:
-        return f'{values[0]:.1f}'
-    return f'{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}'
+        return mean
+    return f'{mean} ± {statistics.stdev(values):.{digits}f}'
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

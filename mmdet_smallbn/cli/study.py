@@ -7,8 +7,10 @@ import statistics
 import time
 from concurrent.futures import (FIRST_COMPLETED, Future, ProcessPoolExecutor,
                                 wait)
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set
+from typing import (Any, Callable, Dict, List, NamedTuple, Optional, Sequence,
+                    Set, Tuple)
 
 import torch
 from rich.console import Console
@@ -17,25 +19,38 @@ from rich.progress import (BarColumn, MofNCompleteColumn, Progress,
 from rich.table import Table
 
 from ..errors import check_known, one_line_errors
-from ..pictures import save_study
-from ..study.regimes import REGIMES, run
-from ..study.settings import SETTINGS
+from ..pictures import save_lines
+from ..study.regimes import EXAMPLE_WEIGHTS, REGIMES, run
+from ..study.settings import ABLATIONS, SETTINGS
 from .benchmark import processor
 from .gradient_study import spread
 
-# Settings, and images of a batch that is normalised; the first ones say most.
-# What is the same at any number of images trains at 16, the fastest.
-CELLS = (
-    ('BN', 16), ('BN', 2), ('BN', 1), ('MABN', 2), ('CBN', 2),
-    ('BN, CenConv', 2), ('MABN', 1), ('CBN', 1), ('CBN, CenConv', 2),
-    ('GN', 16),
-    ('BN, frozen late', 2), ('BRN', 2), ('NaiveCBN', 2), ('BGN', 2),
-    ('CBN, released gradient', 2), ('MABN, centred', 2),
-    ('GN, weight standardisation', 16), ('BN, CenConv', 16),
-    ('CBN, fresh window', 2), ('BN, frozen', 16), ('BN', 4), ('CBN', 4),
-    ('MABN', 4))
-_FIRST = 10
+# Settings, and images of a batch that is normalised, in an order in which
+# early results say most. What is the same at any number of images trains at
+# 16, the fastest.
+_FIRST = (('BN', 16), ('BN', 2), ('BN', 1), ('MABN', 2), ('CBN', 2),
+          ('BN, CenConv', 2), ('MABN', 1), ('GN', 16), ('CBN, CenConv', 2))
+_SECOND = (('BN, frozen late', 2), ('BRN', 2), ('NaiveCBN', 2), ('BGN', 2),
+           ('CBN, released gradient', 2), ('MABN, centred', 2),
+           ('GN, weight standardisation', 16), ('BN, CenConv', 16),
+           ('CBN, fresh window', 2), ('BN, frozen', 16), ('BN', 4),
+           ('CBN', 4), ('MABN', 4), ('CBN', 1))
+# What ablations need beyond these, in two regimes.
+_LAST = tuple(dict.fromkeys(
+    where for rows in ABLATIONS.values() for where in rows
+    if where not in _FIRST + _SECOND))
+_ABLATED = ('video', 'head')
+LINES = (_FIRST, _SECOND, _LAST)
 IMAGES = (16, 4, 2, 1)  # the columns of a table
+
+Score = Callable[[Dict[str, Any]], float]
+# Other evaluations of what was trained: the setting, and its score.
+EVALUATIONS: Dict[str, Tuple[str, Score]] = {
+    'BN, PreciseBN': ('BN', itemgetter('precise')),
+    'BN, the best example weight': (
+        'BN', lambda row: max(row['weighted'].values())),
+    'CBN, PreciseBN': ('CBN', itemgetter('precise')),
+}
 
 
 class Cell(NamedTuple):
@@ -84,17 +99,18 @@ def chosen(names: Optional[Sequence[str]], known: Sequence[str],
 
 
 def cells(args: argparse.Namespace) -> List[Cell]:
-    """The trainings, in an order in which early results say most."""
+    """The trainings, in an order in which early results say most.
+
+    All seeds of a line come before the next line.
+    """
     regimes = chosen(args.regimes, list(REGIMES), '--regimes')
     settings = chosen(args.settings, list(SETTINGS), '--settings')
-    places = [place for place, (setting, _) in enumerate(CELLS)
-              if setting in settings]
-    order = sorted(
-        ((place >= _FIRST, seed, place, regime) for place in places
-         for seed in range(args.seeds) for regime in regimes),
-        key=lambda key: key[:3])
-    return [Cell(regime, *CELLS[place], seed)
-            for _, seed, place, regime in order]
+    return [
+        Cell(regime, setting, images, seed) for line in LINES
+        for seed in range(args.seeds) for setting, images in line
+        for regime in regimes if setting in settings and (
+            line is not _LAST or regime in _ABLATED)
+    ]
 
 
 class Results:
@@ -132,10 +148,10 @@ class Results:
         whole.replace(path)
 
     def scores(self, regime: str, setting: str, images: int,
-               kind: str = 'score') -> List[float]:
+               score: Score = itemgetter('score')) -> List[float]:
         """Scores of the seeds, in percent."""
-        return [row[kind] for cell, row in sorted(self.rows.items())
-                if cell[:3] == (regime, setting, images) and kind in row]
+        return [score(row) for cell, row in sorted(self.rows.items())
+                if cell[:3] == (regime, setting, images)]
 
 
 def _cell(row: Dict[str, Any]) -> Cell:
@@ -181,55 +197,61 @@ def train_all(todo: List[Cell], results: Results, jobs: int,
 def table(results: Results, regime: str) -> List[List[str]]:
     """Rows of a regime: settings, and their scores by images."""
     rows = [['norm', *map(str, IMAGES)]]
-    for setting in SETTINGS:
-        by_images = [results.scores(regime, setting, n) for n in IMAGES]
-        if any(by_images):
-            rows.append([setting, *map(spread, by_images)])
-    for kind, name in EVALUATIONS.items():
-        by_images = [results.scores(regime, 'BN', n, kind) for n in IMAGES]
+    settings = dict.fromkeys(name for name, _ in _FIRST + _SECOND)
+    shown = {name: (name, itemgetter('score')) for name in SETTINGS
+             if name in settings}
+    for name, (setting, score) in dict(shown, **EVALUATIONS).items():
+        by_images = [results.scores(regime, setting, n, score) for n in IMAGES]
         if any(by_images):
             rows.append([name, *map(spread, by_images)])
     return rows
 
 
-def closed(results: Results, regime: str, setting: str, images: int,
-           kind: str = 'score') -> Optional[float]:
-    """Part of BatchNorm's fall that a setting takes back, in percent.
-
-    None if something was not measured.
-    """
-    whole, low, found = (
-        results.scores(regime, *where) for where in
-        (('BN', 16), ('BN', images), (setting, images, kind)))
-    if not (whole and low and found):
-        return None
-    whole, low, found = map(statistics.mean, (whole, low, found))
-    return 100 * (found - low) / (whole - low) if whole > low else None
+def ablation(results: Results, title: str) -> List[List[str]]:
+    """Rows of a paper's table or figure, a column a regime."""
+    return [['', *_ABLATED], *(
+        [text, *(spread(results.scores(regime, *where))
+                 for regime in _ABLATED)]
+        for where, text in ABLATIONS[title].items()
+        if any(results.scores(regime, *where) for regime in _ABLATED))]
 
 
-def summary(results: Results, images: int = 2) -> List[List[str]]:
-    """A row for each regime: BatchNorm's fall, and what closes it."""
+def _fall(whole: List[float], low: List[float]) -> Tuple[float, float]:
+    """Fall of the mean, and what of it is beyond the deviation."""
+    fall = statistics.mean(whole) - statistics.mean(low)
+    deviation = sum(statistics.variance(scores) for scores in (whole, low)
+                    if len(scores) > 1)**0.5
+    return fall, fall - deviation
+
+
+def summary(results: Results) -> List[List[str]]:
+    """A row for each regime and small batch: the fall, and what closes it."""
     names = ('CBN', 'MABN', 'BN, CenConv', 'CBN, CenConv')
-    rows = [['regime', 'BN at 16', f'BN at {images}', 'fall',
-             *(f'{name} closes' for name in names)]]
+    rows = [['regime', 'images', 'BN at 16', 'BN', 'fall',
+             'beyond the deviation', *(f'{name} closes' for name in names)]]
     for regime in REGIMES:
         whole = results.scores(regime, 'BN', 16)
-        low = results.scores(regime, 'BN', images)
-        if not (whole and low):
-            continue
-        parts = [closed(results, regime, name, images) for name in names]
-        fall = statistics.mean(whole) - statistics.mean(low)
-        rows.append([
-            regime, spread(whole), spread(low), f'{fall:.1f}',
-            *('' if part is None or fall < 1 else f'{part:.0f}%'
-              for part in parts)])
+        for images in (2, 1):
+            low = results.scores(regime, 'BN', images)
+            if not (whole and low):
+                continue
+            fall, beyond = _fall(whole, low)
+            closed = []
+            for name in names:
+                found = results.scores(regime, name, images)
+                closed.append('' if beyond <= 0 or not found else '{:.0f}%'.
+                              format(100 * (statistics.mean(found)
+                                            - statistics.mean(low)) / fall))
+            rows.append([regime, str(images), spread(whole), spread(low),
+                         f'{fall:.1f}', f'{max(beyond, 0):.1f}', *closed])
     return rows
 
 
 def all_tables(results: Results) -> Dict[str, List[List[str]]]:
-    """The summary and a table for each regime, if there is anything in it."""
+    """The tables in which there is anything, by title."""
     tables = dict(summary=summary(results),
-                  **{regime: table(results, regime) for regime in REGIMES})
+                  **{regime: table(results, regime) for regime in REGIMES},
+                  **{title: ablation(results, title) for title in ABLATIONS})
     return {name: rows for name, rows in tables.items() if len(rows) > 1}
 
 
@@ -245,7 +267,7 @@ def page(results: Results) -> str:
         f'{"; ".join(machines)}.', ''
     ]
     for title, (head, *rows) in all_tables(results).items():
-        lines += [f'## {title.capitalize()}', '']
+        lines += [f'## {title[0].upper()}{title[1:]}', '']
         lines += [f'| {" | ".join(row)} |'
                   for row in (head, ['---'] * len(head), *rows)]
         lines.append('')
@@ -263,13 +285,37 @@ def report(results: Results, console: Console) -> None:
     if not tables:
         return
     (results.folder / 'README.md').write_text(page(results))
-    save_study(
+    save_lines(
         {regime: {
             setting: {
-                n: results.scores(regime, setting, n) for n in IMAGES
+                str(n): results.scores(regime, setting, n)
+                for n in reversed(IMAGES)
             } for setting in ('BN', 'GN', 'CBN', 'MABN')
-        } for regime in tables if regime in REGIMES},
-        results.folder / 'study.png')
+        } for regime in REGIMES if regime in tables},
+        results.folder / 'study.png', 'images of a normalised batch',
+        'score, %', steady='GN')
+    save_lines(
+        {regime: {
+            f'BN at {n}': {
+                weight: results.scores(
+                    regime, 'BN', n, _score_at(weight))
+                for weight in ('0', *map('{:g}'.format, EXAMPLE_WEIGHTS))
+            } for n in reversed(IMAGES)
+        } for regime in REGIMES if regime in tables},
+        results.folder / 'example_weight.png', 'weight of the example',
+        'score, %')
+    ablated = {
+        f'{title.split(":")[0]}, {regime}': {
+            '': {text.split(':')[0]: results.scores(regime, *where)
+                 for where, text in rows.items()}
+        } for title, rows in ABLATIONS.items() for regime in _ABLATED}
+    save_lines(ablated, results.folder / 'ablations.png', 'row',
+               'score, %', columns=2)
+
+
+def _score_at(weight: str) -> Score:
+    return lambda row: row['score'] if weight == '0' else (
+        row['weighted'][weight])
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

@@ -5,7 +5,7 @@ under each other, among lines and blots that are none of the classes, under
 changing light, contrast, blur and noise. Large enough to need training, small
 enough to learn in minutes on a CPU.
 """
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
@@ -225,7 +225,9 @@ def _annotation(category: int, visible: np.ndarray) -> Dict:
 
 def make_image(seed: Sequence[int],
                size: int = 192,
-               conditions: float = 0.) -> Tuple[np.ndarray, List[Dict]]:
+               conditions: float = 0.,
+               scene: Optional[Sequence[int]] = None
+               ) -> Tuple[np.ndarray, List[Dict]]:
     """Draw one image.
 
     Args:
@@ -234,6 +236,9 @@ def make_image(seed: Sequence[int],
         conditions (float): How much images differ in exposure, white balance,
             gamma and haze, as those of a car's camera do by day, at dusk and
             in fog. From 0, not at all, to 1.
+        scene (Sequence[int], optional): A seed of the condition alone:
+            images of one scene have the same one. None: the image has a
+            condition of its own.
 
     Returns:
         tuple[np.ndarray, list[dict]]: The image in BGR, uint8, shape
@@ -266,5 +271,7 @@ def make_image(seed: Sequence[int],
     ]
     image = _photometric(rng, image)
     if conditions:
+        if scene is not None:
+            rng = np.random.default_rng(scene)
         image = _under_conditions(rng, image, conditions)
     return image, annotations

@@ -14,8 +14,10 @@ from .shapes import CLASSES, VERSION, make_image
 
 
 def _write_image(index: int, folder: Path, seed: Sequence[int],
-                 size: int, conditions: float) -> List[Dict]:
-    image, annotations = make_image((*seed, index), size, conditions)
+                 size: int, conditions: float, frames: int) -> List[Dict]:
+    # An image's seed has one number less.
+    scene = None if frames == 1 else (*seed, index // frames, 0)
+    image, annotations = make_image((*seed, index), size, conditions, scene)
     cv2.imwrite(
         str(folder / _file_name(index)), image,
         [cv2.IMWRITE_JPEG_QUALITY, 95])
@@ -27,7 +29,8 @@ def _file_name(index: int) -> str:
 
 
 def _write_split(root: Path, name: str, count: int, seed: Sequence[int],
-                 size: int, conditions: float, workers: int) -> None:
+                 size: int, conditions: float, frames: int,
+                 workers: int) -> None:
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
     draw = partial(
@@ -35,7 +38,8 @@ def _write_split(root: Path, name: str, count: int, seed: Sequence[int],
         folder=folder,
         seed=seed,
         size=size,
-        conditions=conditions)
+        conditions=conditions,
+        frames=frames)
     # One thread each: the processes are as many as the cores.
     with ProcessPoolExecutor(
             workers, initializer=cv2.setNumThreads, initargs=(0, )) as pool:
@@ -79,6 +83,7 @@ def make_shapes_coco(root: Union[str, Path],
                      size: int = 192,
                      seed: int = 0,
                      conditions: float = 0.,
+                     frames: int = 1,
                      workers: Optional[int] = None) -> Path:
     """Write a data set, or keep it where the same one already is.
 
@@ -95,6 +100,8 @@ def make_shapes_coco(root: Union[str, Path],
         seed (int): The data set is a function of these numbers alone.
         conditions (float): How much images differ in light and weather, from
             0 to 1; see :func:`mmdet_smallbn.data.shapes.make_image`.
+        frames (int): Images that follow each other under one condition, as
+            the frames of a scene do.
         workers (int, optional): Processes that draw. None: one a core.
 
     Returns:
@@ -105,9 +112,9 @@ def make_shapes_coco(root: Union[str, Path],
             conditions are out of range.
         FileExistsError: If the folder holds something else.
     """
-    if train < 1 or val < 1:
-        raise ValueError('train and val must be at least 1 image each, but '
-                         f'got train={train}, val={val}')
+    if min(train, val, frames) < 1:
+        raise ValueError('train, val and frames must be at least 1, but got '
+                         f'train={train}, val={val}, frames={frames}')
     if size < 64:
         raise ValueError(f'size must be at least 64 pixels, but got {size}')
     if not 0 <= conditions <= 1:
@@ -120,7 +127,8 @@ def make_shapes_coco(root: Union[str, Path],
         val=val,
         size=size,
         seed=seed,
-        conditions=conditions)
+        conditions=conditions,
+        frames=frames)
     marker = root / 'shapes_coco.json'
     if marker.exists():
         if json.loads(marker.read_text()) == dict(recipe, complete=True):
@@ -137,6 +145,6 @@ def make_shapes_coco(root: Union[str, Path],
     workers = workers or os.cpu_count()
     for index, (name, count) in enumerate((('train', train), ('val', val))):
         _write_split(root, name, count, (seed, index), size, conditions,
-                     workers)
+                     frames, workers)
     marker.write_text(json.dumps(dict(recipe, complete=True)))
     return root

@@ -1,6 +1,6 @@
 """The norms of the study."""
 import copy
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 from ..layers import suggested_window_size
 
@@ -10,22 +10,33 @@ class Setting(NamedTuple):
 
     Attributes:
         norm (dict): ``norm_cfg``, and ``conv_cfg`` if it has one.
+        burn_in (float): Part of the training in which the norms are in their
+            burn-in.
         frozen_from (float): Part of the training after which the norms stay
             in evaluation mode; 1: they never do.
         rehearsals (int): How often the batches of a step go through the model
             before the step, without a backward pass.
     """
     norm: dict
+    burn_in: float = 0.1
     frozen_from: float = 1.
     rehearsals: int = 0
 
 
-def _setting(type: str, conv: Optional[str] = None, frozen_from: float = 1.,
-             rehearsals: int = 0, **kwargs: Any) -> Setting:
+def _setting(type: str, conv: Optional[str] = None, **kwargs: Any) -> Setting:
+    training = {key: kwargs.pop(key) for key in Setting._fields
+                if key in kwargs}
     norm = dict(norm_cfg=dict(type=type, **kwargs))
     if conv is not None:
         norm['conv_cfg'] = dict(type=conv)
-    return Setting(norm, frozen_from, rehearsals)
+    return Setting(norm, **training)
+
+
+def _mabn(forward: str, backward: str, conv: Optional[str]) -> Setting:
+    # Momenta as under Table 4 of the MABN paper.
+    return _setting(
+        'MABN', conv, forward_statistics=forward, backward_statistics=backward,
+        momentum=0.02 if 'sma' in (forward, backward) else 0.1)
 
 
 SETTINGS: Dict[str, Setting] = {
@@ -48,6 +59,41 @@ SETTINGS: Dict[str, Setting] = {
     # Batch normalisation with averages over 8 batches in both passes.
     'MABN, centred': _setting(
         'MABN', centered=True, forward_statistics='sma', buffer_size=8),
+    # What the papers took apart: a burn-in of other lengths, other averages.
+    'CBN, burn-in 0%': _setting('CBN', burn_in=0.),
+    'CBN, burn-in 30%': _setting('CBN', burn_in=0.3),
+    'CBN, burn-in 60%': _setting('CBN', burn_in=0.6),
+    'MABN, SMA, SMA': _mabn('sma', 'sma', 'CenConv'),
+    'MABN, EMA, EMA': _mabn('ema', 'ema', 'CenConv'),
+    'MABN, EMA, batch': _mabn('ema', 'batch', 'CenConv'),
+    'MABN, batch, batch': _mabn('batch', 'batch', 'CenConv'),
+    'MABN, EMA, SMA, plain weights': _mabn('ema', 'sma', None),
+    'MABN, EMA, batch, plain weights': _mabn('ema', 'batch', None),
+    'MABN, batch, batch, plain weights': _mabn('batch', 'batch', None),
+}
+
+# Tables of a paper: the setting and images of each row, and its text.
+ABLATIONS: Dict[str, Dict[Tuple[str, int], str]] = {
+    'MABN paper, Table 4: forward, backward, centred weights': {
+        ('MABN', 2): '1: EMA, SMA, yes (MABN)',
+        ('MABN, SMA, SMA', 2): '2: SMA, SMA, yes',
+        ('MABN, EMA, EMA', 2): '3: EMA, EMA, yes',
+        ('MABN, EMA, batch', 2): '4: EMA, batch, yes',
+        ('MABN, batch, batch', 2): '5: batch, batch, yes',
+        ('MABN, EMA, SMA, plain weights', 2): '6: EMA, SMA, no',
+        ('MABN, EMA, batch, plain weights', 2): '7: EMA, batch, no',
+        ('MABN, batch, batch, plain weights', 2): '8: batch, batch, no',
+        ('BN', 2): '9: BN',
+        ('BN, CenConv', 2): '10: BN, yes',
+        ('BN, CenConv', 16): '11: BN, yes, 16 images',
+    },
+    'CBN paper, Fig. 5: burn-in, in parts of the training': {
+        ('CBN, burn-in 0%', 2): '0%',
+        ('CBN', 2): '10%',
+        ('CBN, burn-in 30%', 2): '30%',
+        ('CBN, burn-in 60%', 2): '60%',
+        ('BN', 2): '100% (BN)',
+    },
 }
 
 

@@ -64,10 +64,7 @@ def _batch_norms(model: nn.Module) -> List[_BatchNorm]:
 
 def train(model: nn.Module, regime: Regime, setting: Setting,
           examples: Examples, images: int, seed: int) -> None:
-    """Train with warm-up and a cosine schedule.
-
-    A tenth of the steps is burn-in, and warm-up.
-    """
+    """Train with warm-up, a tenth of the steps, and a cosine schedule."""
     if regime.adam:
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             model.parameters(), regime.lr, weight_decay=0.05)
@@ -83,7 +80,7 @@ def train(model: nn.Module, regime: Regime, setting: Setting,
     iteration = 0
     for step in range(regime.steps):
         for norm in norms.values():
-            norm.burning_in = step < warm_up
+            norm.burning_in = step < setting.burn_in * regime.steps
         if step >= setting.frozen_from * regime.steps:
             for norm in _batch_norms(model):
                 norm.eval()

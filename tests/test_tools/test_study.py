@@ -58,8 +58,9 @@ def _made_up(cell):
     """BatchNorm falls from 90 to 70; CBN takes back 15 of these 20."""
     regime, setting, images, seed = cell
     score = 90. if images == 16 else {'BN': 70., 'CBN': 85.}.get(setting, 60.)
+    weighted = {f'{w:g}': score + w for w in regimes.EXAMPLE_WEIGHTS}
     return dict(cell._asdict(), score=score + seed, precise=score + 1,
-                machine='a machine', date='2026-01-01')
+                weighted=weighted, machine='a machine', date='2026-01-01')
 
 
 @pytest.fixture
@@ -87,22 +88,28 @@ def made_up(monkeypatch):
     return trained
 
 
+def _cells(*names):
+    """How many cells settings have in a regime that has no ablations."""
+    return sum(name in names for line in study.LINES[:2] for name, _ in line)
+
+
 def test_it_goes_on_where_it_stopped(made_up, tmp_path, capsys):
     args = ['--regimes', 'plain', '--settings', 'BN', 'CBN', '--out',
             str(tmp_path)]
     study.main([*args, '--seeds', '1'])
     first = len(made_up)
-    assert first == sum(name in ('BN', 'CBN') for name, _ in study.CELLS)
+    assert first == _cells('BN', 'CBN')
     study.main([*args, '--seeds', '2'])
     assert len(made_up) == len(set(made_up)) == 2 * first
-    assert '0 of 14 trainings are still to come' in capsys.readouterr().out
+    assert f'0 of {2 * first} trainings' in capsys.readouterr().out
     study.main([*args, '--seeds', '3', '--minutes', '0'])
     study.main([*args, '--seeds', '3', '--report'])
     assert len(made_up) == 2 * first
-    assert '7 of 21 trainings' in capsys.readouterr().out
+    assert f'{first} of {3 * first} trainings' in capsys.readouterr().out
     kept = json.loads((tmp_path / 'plain.json').read_text())
-    assert len(kept['runs']) == 14
-    assert (tmp_path / 'study.png').stat().st_size > 5000
+    assert len(kept['runs']) == 2 * first
+    for picture in ('study', 'example_weight', 'ablations'):
+        assert (tmp_path / f'{picture}.png').stat().st_size > 5000
     assert '| CBN |  | 85.' in (tmp_path / 'README.md').read_text()
 
 
@@ -110,12 +117,55 @@ def test_the_tables_say_what_was_closed(made_up, tmp_path):
     study.main(['--regimes', 'plain', '--settings', 'BN', 'CBN', '--seeds',
                 '2', '--out', str(tmp_path)])
     results = study.Results(tmp_path)
-    head, row = study.summary(results)
-    assert row[:4] == ['plain', '90.5 ± 0.7', '70.5 ± 0.7', '20.0']
+    head, row, _ = study.summary(results)
+    assert row[:5] == ['plain', '2', '90.5 ± 0.7', '70.5 ± 0.7', '20.0']
+    # Less the deviation of a difference: the root of 0.7² + 0.7².
+    assert row[head.index('beyond the deviation')] == '19.0'
     assert row[head.index('CBN closes')] == '75%'
+    assert row[head.index('MABN closes')] == ''
     rows = {name: cells for name, *cells in study.table(results, 'plain')}
     assert rows['CBN'] == ['', *['85.5 ± 0.7'] * 3]
     assert rows['BN, PreciseBN'][0] == '91.0 ± 0.0'
+    assert rows['BN, the best example weight'][0] == '91.0 ± 0.0'
+
+
+def test_a_fall_within_the_deviation_is_not_closed(tmp_path):
+    results = study.Results(tmp_path)
+    for images, scores in ((16, (90., 92.)), (2, (88., 92.)), (1, (9., 9.))):
+        for seed, score in enumerate(scores):
+            for setting in ('BN', 'CBN'):
+                results.add(dict(regime='plain', setting=setting,
+                                 images=images, seed=seed, score=score))
+    head, two, one = study.summary(results)
+    assert two[4:] == ['1.0', '0.0', '', '', '', '']
+    assert one[head.index('CBN closes')] == '0%'
+
+
+def test_ablations_run_in_their_regimes_alone(made_up, tmp_path):
+    name = 'MABN, EMA, batch'
+    study.main(['--settings', name, '--seeds', '1', '--out', str(tmp_path)])
+    assert {cell.regime for cell in made_up} == {'video', 'head'}
+    title = next(iter(study.ABLATIONS))
+    assert study.ablation(study.Results(tmp_path), title)[1:] == [
+        ['4: EMA, batch, yes', '60.0', '60.0']]
+
+
+@pytest.mark.slow
+def test_frozen_norms_keep_their_statistics(short):
+    """Frozen from the start they are the identity, and no batch matters."""
+    scores = {regimes.run('plain', 'BN, frozen', n, 0)['score']
+              for n in (16, 4)}
+    assert len(scores) == 1
+
+
+@pytest.mark.slow
+def test_what_is_gathered_before_a_step_changes_the_training(
+        short, monkeypatch):
+    longer = regimes.REGIMES['video']._replace(steps=25)
+    monkeypatch.setitem(regimes.REGIMES, 'video', longer)
+    fresh, borrowed = (regimes.run('video', name, 4, 0)['score'] for name in (
+        'CBN, fresh window', 'CBN'))
+    assert fresh != borrowed
 
 
 def test_unknown_names_are_said(capsys):

@@ -1,0 +1,263 @@
+"""Two of the papers' analyses, on the study's regimes."""
+import argparse
+import json
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..errors import one_line_errors
+from ..pictures import save_lines
+from ..study.examples import Examples
+from ..study.regimes import REGIMES
+from ..study.settings import setting_of
+from ..study.training import STEP, Regime, order, train
+from .gradient_study import spread
+
+# Parts of the training at which gradients are looked at, in percent.
+_PLACES = (0, 10, 25, 50, 75, 99)
+_BATCHES = (16, 4, 2, 1)
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Flags of the tool."""
+    parser = argparse.ArgumentParser(
+        description="Repeat the papers' analyses on made data: how much of a "
+        "statistic's gradient is that of earlier layers (CBN, Fig. 6), and "
+        'how far the outputs of BatchNorm reach in training and in '
+        'evaluation (Four Things, Fig. 6)')
+    parser.add_argument('--parts', nargs='+', choices=list(PARTS),
+                        default=list(PARTS))
+    parser.add_argument('--regime', choices=list(REGIMES), default='head')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--out', default='docs/results/analyses.json',
+                        help='JSON file; the pictures are beside it')
+    return parser.parse_args(argv)
+
+
+class _Calls:
+    """The calls of some modules in a forward pass, in order.
+
+    Args:
+        model (nn.Module): Where they are.
+        kind (type): Of the modules.
+    """
+
+    def __init__(self, model: nn.Module, kind: type) -> None:
+        self.modules: List[nn.Module] = []
+        self.inputs: List[Tensor] = []
+        self.outputs: List[Tensor] = []
+        self.handles = [module.register_forward_hook(self._keep)
+                        for module in model.modules()
+                        if isinstance(module, kind)]
+
+    def _keep(self, module: nn.Module, inputs: Tuple[Tensor],
+              output: Tensor) -> None:
+        self.modules.append(module)
+        self.inputs.append(inputs[0])
+        self.outputs.append(output)
+
+    def __enter__(self) -> '_Calls':
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _square(statistic: Tensor, weights: Sequence[Tensor]) -> List[float]:
+    """Squared Frobenius norms of the Jacobians by each weight."""
+    squares = [0.] * len(weights)
+    for value in statistic:
+        gradients = torch.autograd.grad(value, weights, retain_graph=True)
+        for i, gradient in enumerate(gradients):
+            squares[i] += gradient.square().sum().item()
+    return squares
+
+
+def gradient_ratios(xs: Sequence[Tensor],
+                    weights: Sequence[Tensor]) -> Dict[str, float]:
+    """Gradients of statistics by earlier layers' weights, CBN's Fig. 6.
+
+    Args:
+        xs (Sequence[Tensor]): Outputs of convolutions that follow each other,
+            each of shape (N, C, H, W), part of one autograd graph.
+        weights (Sequence[Tensor]): The convolutions' weights.
+
+    Returns:
+        dict: For mean and mean square, and one and two layers before, the
+        Frobenius norm of the Jacobian by those weights over that by the own
+        ones, as a mean over layers.
+    """
+    found: Dict[str, List[float]] = {}
+    for layer, x in enumerate(xs):
+        back = min(layer, 2)
+        if not back:
+            continue
+        own = list(weights[layer - back:layer + 1])[::-1]
+        for name, statistic in (('mean', x.mean((0, 2, 3))),
+                                ('mean square', x.square().mean((0, 2, 3)))):
+            whole, *others = _square(statistic, own)
+            for distance, other in enumerate(others, 1):
+                found.setdefault(f'{name}, l - {distance}', []).append(
+                    (other / whole)**0.5)
+    return {name: sum(v) / len(v) for name, v in found.items()}
+
+
+def watch_gradients(regime: Regime, seed: int,
+                    images: int = 2) -> Dict[str, Dict[str, float]]:
+    """Train with CBN, and look at the gradients on the way.
+
+    Returns:
+        dict: By part of the training in percent, :func:`gradient_ratios`.
+    """
+    setting = setting_of('CBN', images)
+    torch.manual_seed(seed)
+    model = regime.build(setting.norm)
+    per_step = STEP // images
+    # The last batch of a step, whose window holds that step's batches.
+    watched = {int(place / 100 * regime.steps) * per_step + per_step - 1: place
+               for place in _PLACES}
+    found: Dict[str, Dict[str, float]] = {}
+    seen = 0
+
+    def loss_and_ratios(model: nn.Module, batch: Examples) -> Tensor:
+        nonlocal seen
+        place = watched.get(seen)
+        seen += 1
+        if place is None:
+            return regime.loss(model, batch)
+        with _Calls(model, nn.Conv2d) as calls:
+            loss = regime.loss(model, batch)
+        # Those with a bias are followed by no norm.
+        normed = [(x, conv.weight) for x, conv in zip(
+            calls.outputs, calls.modules) if conv.bias is None]
+        found[str(place)] = gradient_ratios(*zip(*normed))
+        return loss
+
+    train(model, regime._replace(loss=loss_and_ratios), setting,
+          regime.splits()[0], images, seed)
+    return found
+
+
+def output_ranges(regime: Regime, images: int, seed: int,
+                  batches: int = 50) -> Dict[str, float]:
+    """Least and largest normalised value in the last BatchNorm.
+
+    Before scale and shift: in training mode over batches, and in evaluation
+    on the validation's images. With m values a channel in a batch, training
+    is bound by plus and minus the root of m - 1 (Four Things,
+    arXiv:1906.03548, Eq. 2, Appendix A).
+    """
+    setting = setting_of('BN', images)
+    examples, val = regime.splits()
+    torch.manual_seed(seed)
+    model = regime.build(setting.norm)
+    train(model, regime, setting, examples, images, seed)
+    model.eval()
+    with torch.no_grad(), _Calls(model, _BatchNorm) as calls:
+        model(val.pixels)
+    norm, x = calls.modules[-1], calls.inputs[-1]
+    mean, var = (v.view(1, -1, 1, 1)
+                 for v in (norm.running_mean, norm.running_var))
+    inference = (x - mean) / (var + norm.eps).sqrt()
+    training = []
+    model.train()
+    indices = order(examples.groups, regime.together, seed)
+    while len(training) < batches:
+        for batch in next(indices).split(images):
+            with torch.no_grad(), _Calls(model, _BatchNorm) as calls:
+                model(examples.pixels[batch])
+            x = calls.inputs[-1]
+            var, mean = torch.var_mean(x, (0, 2, 3), False, keepdim=True)
+            training.append((x - mean) / (var + norm.eps).sqrt())
+    values = training[0].numel() // training[0].size(1)
+    return {
+        'least in training': min(v.min().item() for v in training),
+        'largest in training': max(v.max().item() for v in training),
+        'least in evaluation': inference.min().item(),
+        'largest in evaluation': inference.max().item(),
+        'bound': (values - 1)**0.5
+    }
+
+
+def _gradients(regime: Regime, seed: int) -> Dict[str, Dict[str, float]]:
+    return watch_gradients(regime, seed)
+
+
+def _ranges(regime: Regime, seed: int) -> Dict[str, Dict[str, float]]:
+    return {str(n): output_ranges(regime, n, seed) for n in _BATCHES}
+
+
+# By part, what is measured, and the axes of its picture.
+PARTS: Dict[str, Tuple[Callable[[Regime, int], Dict[str, Dict[str, float]]],
+                       str, str]] = {
+    'gradients': (_gradients, 'part of the training, %',
+                  'norm of the gradient, to the own'),
+    'ranges': (_ranges, 'images of a normalised batch', 'normalised value'),
+}
+
+
+def lines_of(by_seed: Dict[str, Dict[str, Dict[str, float]]]
+             ) -> Dict[str, Dict[str, List[float]]]:
+    """From seed, place and name to name and place."""
+    lines: Dict[str, Dict[str, List[float]]] = {}
+    for places in by_seed.values():
+        for place, values in places.items():
+            for name, value in values.items():
+                lines.setdefault(name, {}).setdefault(place, []).append(value)
+    return lines
+
+
+def tables(results: Dict[str, Any]) -> Dict[str, List[List[str]]]:
+    """Rows of each part that was measured: a head, then a row a name."""
+    found = {}
+    for part, (_, x_label, _) in PARTS.items():
+        if part not in results:
+            continue
+        lines = lines_of(results[part])
+        places = list(next(iter(lines.values())))
+        found[part] = [[x_label, *places], *(
+            [name, *(spread(line[place], 2) for place in places)]
+            for name, line in lines.items())]
+    return found
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Measure what is missing, print the tables, and draw."""
+    args = parse_args(argv)
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    results: Dict[str, Any] = dict(
+        command=f'python tools/analyses.py --regime {json.dumps(args.regime)}',
+        regime=args.regime)
+    with one_line_errors(), Progress() as progress:
+        if out.exists():
+            results = json.loads(out.read_text())
+            if results['regime'] != args.regime:
+                raise SystemExit(f'{out} is of the regime '
+                                 f'{results["regime"]}: give another --out')
+        regime = REGIMES[args.regime]
+        for part in args.parts:
+            measured = results.setdefault(part, {})
+            for seed in progress.track(args.seeds, description=part):
+                if str(seed) not in measured:
+                    measured[str(seed)] = PARTS[part][0](regime, seed)
+                    out.write_text(json.dumps(results, indent=1) + '\n')
+    console = Console()
+    for part, (head, *rows) in tables(results).items():
+        table = Table(*head, title=part)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        save_lines({part: lines_of(results[part])},
+                   out.with_name(f'{part}.png'), *PARTS[part][1:])
+
+
+if __name__ == '__main__':
+    main()
