@@ -7,7 +7,6 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -17,7 +16,7 @@ from ..study.examples import Examples
 from ..study.regimes import REGIMES
 from ..study.settings import setting_of
 from ..study.training import STEP, Regime, order, train
-from .gradient_study import spread
+from ..tables import as_markdown, show, spread
 
 # Parts of the training at which gradients are looked at, in percent.
 _PLACES = (0, 10, 25, 50, 75, 99)
@@ -228,6 +227,15 @@ def tables(results: Dict[str, Any]) -> Dict[str, List[List[str]]]:
     return found
 
 
+def page(results: Dict[str, Any]) -> str:
+    """The tables as a Markdown page."""
+    lines = ["# The papers' analyses, on made data", '',
+             f'Mean and deviation over seeds, by `{results["command"]}`.', '']
+    for part, rows in tables(results).items():
+        lines += [f'## {part.capitalize()}', '', as_markdown(rows), '']
+    return '\n'.join(lines)
+
+
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Measure what is missing, print the tables, and draw."""
     args = parse_args(argv)
@@ -250,13 +258,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                     measured[str(seed)] = PARTS[part][0](regime, seed)
                     out.write_text(json.dumps(results, indent=1) + '\n')
     console = Console()
-    for part, (head, *rows) in tables(results).items():
-        table = Table(*head, title=part)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+    for part, rows in tables(results).items():
+        show(rows, console, part)
         save_lines({part: lines_of(results[part])},
                    out.with_name(f'{part}.png'), *PARTS[part][1:])
+    out.with_suffix('.md').write_text(page(results))
 
 
 if __name__ == '__main__':

@@ -20,6 +20,7 @@ from ..benchmark.cases import (BLOCKS, DEPLOYED, DETECTORS, NORMS, PLACES,
 from ..benchmark.measure import interleave, launches, peak_memory, ratio
 from ..errors import check_known, one_line_errors
 from ..pictures import save_costs
+from ..tables import as_markdown
 
 BASELINE = 'BN'
 LEVELS = ('norm', 'block', 'growth', 'host', 'inference', 'latency',
@@ -216,14 +217,12 @@ def page(result: Dict[str, Any]) -> str:
     where = f'{on["device"]}, {on["threads"]} threads' if (
         on['threads']) else on['device']
     layout = ', channels_last' if on['channels_last'] else ''
-    head, *lines = table(result['rows'])
-    rows = [head, ['---'] * len(head), *lines]
     return '\n'.join([
         f'# Time and memory beside BatchNorm, {on["dtype"]}{layout}', '',
         f'`{result["command"]}` on {where}, PyTorch {on["torch"]}, '
         f'{on["date"]}. Ratios within each round, medians and quartiles over '
         'the rounds; memory is parameters, states and the peak of a step.', '',
-        *(f'| {" | ".join(row)} |' for row in rows), ''
+        as_markdown(table(result['rows'])), ''
     ])
 
 

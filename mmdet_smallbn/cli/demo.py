@@ -23,8 +23,8 @@ from ..layers import suggested_window_size
 from ..norm_report import norm_cfgs
 from ..pictures import (Objects, coco_objects, quiet_coco, save_curves,
                         save_detections)
+from ..tables import spread
 from .benchmark import processor
-from .gradient_study import spread
 from .runtime import (add_config_arguments, add_run_arguments, build_runner,
                       load_config, open_config)
 

@@ -12,7 +12,6 @@ from mmcv.cnn import ConvModule
 from mmengine.hooks import Hook
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -26,6 +25,7 @@ from ..layers.moving_average import SimpleMovingAverage
 from ..layers.statistics import Batch, Statistics
 from ..norm_report import norm_cfgs
 from ..pictures import save_cosines
+from ..tables import show, spread
 from .own_data import use_data
 from .runtime import build_runner, open_config
 from .statistics_error import prepare
@@ -270,21 +270,8 @@ def tables(results: Dict[str, Any]) -> List[List[List[str]]]:
 
 def report(results: Dict[str, Any], console: Console) -> None:
     """Print the tables."""
-    for head, *rows in tables(results):
-        table = Table(*head)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-
-
-def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Mean and deviation of a few values, for a table."""
-    if not values:
-        return ''
-    mean = f'{statistics.mean(values):.{digits}f}'
-    if len(values) == 1:
-        return mean
-    return f'{mean} ± {statistics.stdev(values):.{digits}f}'
+    for rows in tables(results):
+        show(rows, console)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

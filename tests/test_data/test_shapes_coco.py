@@ -111,9 +111,24 @@ def test_an_interrupted_data_set_is_made_again(tmp_path):
     assert (root / 'train' / '000001.jpg').exists()
 
 
+def test_frames_of_a_scene_share_its_condition(tmp_path):
+    """Mean brightness differs less within scenes than between them."""
+    root = make_shapes_coco(tmp_path / 'data', 24, 4, 64, conditions=1.,
+                            frames=4)
+    paths = sorted((root / 'train').iterdir())
+    means = np.array([cv2.imread(str(path)).mean() for path in paths])
+    scenes = means.reshape(6, 4)
+    assert scenes.std(1).mean() < 0.5 * scenes.mean(1).std()
+    alone, _ = make_image((0, 0, 5), 64, 1.)
+    filmed, _ = make_image((0, 0, 5), 64, 1., scene=(1, 2))
+    assert (alone != filmed).any()
+
+
 def test_bad_requests_are_named(tmp_path):
     with pytest.raises(ValueError, match='train=0'):
         make_shapes_coco(tmp_path / 'data', train=0)
+    with pytest.raises(ValueError, match='frames=0'):
+        make_shapes_coco(tmp_path / 'data', frames=0)
     with pytest.raises(ValueError, match='64 pixels, but got 20'):
         make_shapes_coco(tmp_path / 'data', size=20)
     with pytest.raises(ValueError, match='from 0 to 1, but got 1.5'):

@@ -1,0 +1,40 @@
+"""Tables of measured numbers, for the terminal and for pages."""
+import statistics
+from typing import Optional, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+Rows = Sequence[Sequence[str]]
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Mean and standard deviation of a few values, as text.
+
+    Args:
+        values (Sequence[float]): None gives an empty text, one gives a number
+            without a deviation.
+        digits (int): After the point.
+    """
+    if not values:
+        return ''
+    mean = f'{statistics.mean(values):.{digits}f}'
+    if len(values) == 1:
+        return mean
+    return f'{mean} ± {statistics.stdev(values):.{digits}f}'
+
+
+def as_markdown(rows: Rows) -> str:
+    """A Markdown table; the first row is its head."""
+    head, *others = rows
+    return '\n'.join(f'| {" | ".join(row)} |'
+                     for row in (head, ['---'] * len(head), *others))
+
+
+def show(rows: Rows, console: Console, title: Optional[str] = None) -> None:
+    """Print a table; the first row is its head."""
+    head, *others = rows
+    table = Table(*head, title=title)
+    for row in others:
+        table.add_row(*row)
+    console.print(table)
