@@ -435,5 +435,8 @@ def save_lines(panels: Dict[str, Dict[str, Dict[str, Sequence[float]]]],
         ax.grid(alpha=0.25)
         ax.spines[['top', 'right']].set_visible(False)
     if len(names) > 1:
-        axes[0].legend(frameon=False)
+        labelled = {label: handle for ax in axes for handle, label in zip(
+            *ax.get_legend_handles_labels())}
+        figure.legend(labelled.values(), labelled, loc='outside lower center',
+                      ncols=min(len(labelled), 2 * columns), frameon=False)
     figure.savefig(path, dpi=110)

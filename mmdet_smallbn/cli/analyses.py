@@ -2,7 +2,8 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import (Any, Callable, Dict, List, NamedTuple, Optional, Sequence,
+                    Tuple)
 
 import torch
 from rich.console import Console
@@ -193,12 +194,28 @@ def _ranges(regime: Regime, seed: int) -> Dict[str, Dict[str, float]]:
     return {str(n): output_ranges(regime, n, seed) for n in _BATCHES}
 
 
-# By part, what is measured, and the axes of its picture.
-PARTS: Dict[str, Tuple[Callable[[Regime, int], Dict[str, Dict[str, float]]],
-                       str, str]] = {
-    'gradients': (_gradients, 'part of the training, %',
-                  'norm of the gradient, to the own'),
-    'ranges': (_ranges, 'images of a normalised batch', 'normalised value'),
+class Part(NamedTuple):
+    """An analysis.
+
+    Attributes:
+        measure (callable): Takes a regime and a seed, and gives values by
+            place and name.
+        title (str): Of the table and the picture.
+        x_label, y_label (str): Of the picture's axes.
+    """
+    measure: Callable[[Regime, int], Dict[str, Dict[str, float]]]
+    title: str
+    x_label: str
+    y_label: str
+
+
+PARTS: Dict[str, Part] = {
+    'gradients': Part(
+        _gradients, "Statistics' gradients by earlier layers",
+        'part of the training, %', "norm, as a ratio to the own layer's"),
+    'ranges': Part(
+        _ranges, 'Range of the last BatchNorm',
+        'images of a normalised batch', 'normalised value'),
 }
 
 
@@ -214,14 +231,14 @@ def lines_of(by_seed: Dict[str, Dict[str, Dict[str, float]]]
 
 
 def tables(results: Dict[str, Any]) -> Dict[str, List[List[str]]]:
-    """Rows of each part that was measured: a head, then a row a name."""
+    """Rows of each part that was measured, by title; heads first."""
     found = {}
-    for part, (_, x_label, _) in PARTS.items():
-        if part not in results:
+    for name, part in PARTS.items():
+        if name not in results:
             continue
-        lines = lines_of(results[part])
+        lines = lines_of(results[name])
         places = list(next(iter(lines.values())))
-        found[part] = [[x_label, *places], *(
+        found[part.title] = [[part.x_label, *places], *(
             [name, *(spread(line[place], 2) for place in places)]
             for name, line in lines.items())]
     return found
@@ -231,8 +248,8 @@ def page(results: Dict[str, Any]) -> str:
     """The tables as a Markdown page."""
     lines = ["# The papers' analyses, on made data", '',
              f'Mean and deviation over seeds, by `{results["command"]}`.', '']
-    for part, rows in tables(results).items():
-        lines += [f'## {part.capitalize()}', '', as_markdown(rows), '']
+    for title, rows in tables(results).items():
+        lines += [f'## {title}', '', as_markdown(rows), '']
     return '\n'.join(lines)
 
 
@@ -255,13 +272,16 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             measured = results.setdefault(part, {})
             for seed in progress.track(args.seeds, description=part):
                 if str(seed) not in measured:
-                    measured[str(seed)] = PARTS[part][0](regime, seed)
+                    measured[str(seed)] = PARTS[part].measure(regime, seed)
                     out.write_text(json.dumps(results, indent=1) + '\n')
     console = Console()
-    for part, rows in tables(results).items():
-        show(rows, console, part)
-        save_lines({part: lines_of(results[part])},
-                   out.with_name(f'{part}.png'), *PARTS[part][1:])
+    for title, rows in tables(results).items():
+        show(rows, console, title)
+    for name, part in PARTS.items():
+        if name in results:
+            save_lines({part.title: lines_of(results[name])},
+                       out.with_name(f'{name}.png'), part.x_label,
+                       part.y_label)
     out.with_suffix('.md').write_text(page(results))
 
 

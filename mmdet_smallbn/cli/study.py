@@ -29,8 +29,8 @@ from .benchmark import processor
 # 16, the fastest.
 _FIRST = (('BN', 16), ('BN', 2), ('BN', 1), ('MABN', 2), ('CBN', 2),
           ('BN, CenConv', 2), ('MABN', 1), ('GN', 16), ('CBN, CenConv', 2))
-_SECOND = (('BN, frozen late', 2), ('BRN', 2), ('NaiveCBN', 2), ('BGN', 2),
-           ('CBN, released gradient', 2), ('MABN, centred', 2),
+_SECOND = (('BRN', 2), ('BN, CenConv', 1), ('BN, frozen late', 2),
+           ('NaiveCBN', 2), ('BGN', 2), ('CBN, released gradient', 2), ('MABN, centred', 2),
            ('GN, weight standardisation', 16), ('BN, CenConv', 16),
            ('CBN, fresh window', 2), ('BN, frozen', 16), ('BN', 4),
            ('CBN', 4), ('MABN', 4), ('CBN', 1))

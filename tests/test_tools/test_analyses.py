@@ -97,8 +97,8 @@ def test_the_tool_goes_on_and_draws(short, monkeypatch, tmp_path, capsys):
     args = ['--regime', 'plain', '--parts', 'ranges', '--out', str(out)]
     analyses.main([*args, '--seeds', '0'])
     first = json.loads(out.read_text())['ranges']
-    monkeypatch.setitem(analyses.PARTS, 'ranges', (
-        lambda regime, seed: {'1': dict(bound=float(seed))}, '', ''))
+    monkeypatch.setitem(analyses.PARTS, 'ranges', analyses.Part(
+        lambda regime, seed: {'1': dict(bound=float(seed))}, '', '', ''))
     analyses.main([*args, '--seeds', '0', '1'])
     kept = json.loads(out.read_text())['ranges']
     assert kept == dict(first, **{'1': {'1': {'bound': 1.}}})
