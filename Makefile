@@ -8,7 +8,6 @@
 # SIZE     demo: pixels that images are brought to (128; time grows with its square)
 # IMAGES   demo: images in a batch (4; as many are seen in all)
 # SEED     demo: the seed
-# RECORD   demo: a JSON file of runs to put this one into
 # NORM     demo: cbn, naivecbn, mabn, brn, bgn, ghostbn, or bn and gn to compare with
 PYTHON ?= python3
 TOOLBOX ?= openmmlab
@@ -37,7 +36,7 @@ demo: $(VENV)/ready
 	$(RUN) tools/demo.py configs/demo/faster-rcnn_r18_fpn_$(NORM)-all_1xb4_shapes-coco.py \
 		--work-dir $(WORK_DIR) --seed $(SEED) \
 		$(if $(DATA),--data "$(DATA)") $(if $(SIZE),--size $(SIZE)) \
-		$(if $(IMAGES),--images $(IMAGES)) $(if $(RECORD),--record $(RECORD))
+		$(if $(IMAGES),--images $(IMAGES))
 
 test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)

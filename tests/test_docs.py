@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mmdet_smallbn.cli import gradient_study, print_norms, study
+from mmdet_smallbn.cli import analyses, gradient_study, print_norms, study
+from mmdet_smallbn.tables import spread
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -16,6 +17,7 @@ PAGES = [
     ROOT / 'docs' / 'costs.md', ROOT / 'docs' / 'deployment.md',
     ROOT / 'docs' / 'gradient.md', ROOT / 'docs' / 'study.md',
     ROOT / 'docs' / 'results' / 'README.md',
+    ROOT / 'docs' / 'results' / 'analyses.md',
     *sorted((ROOT / 'configs').rglob('README.md'))
 ]
 COMMAND = re.compile(
@@ -160,3 +162,25 @@ def test_the_studys_tables_are_the_results():
     assert (folder / 'README.md').read_text() == study.page(
         study.Results(folder))
     assert len(study.Results(folder).rows) > 50
+
+
+def test_the_analyses_tables_are_the_results():
+    folder = ROOT / 'docs' / 'results'
+    assert (folder / 'analyses.md').read_text() == analyses.page(
+        json.loads((folder / 'analyses.json').read_text()))
+
+
+def test_the_readmes_study_is_the_results():
+    """The columns of its table are settings, after BatchNorm at 16 images."""
+    results = study.Results(ROOT / 'docs' / 'results')
+    page = (ROOT / 'README.md').read_text()
+    head, _, *lines = re.search(r'^\| regime \|.*?\n\n', page,
+                                re.M | re.S)[0].strip().splitlines()
+    columns = [('BN', 16), *((name.strip('`'), 2) for name in
+                             head.strip('| ').split(' | ')[2:])]
+    assert [line.strip('| ').split(' | ')[0] for line in lines] == list(
+        study.REGIMES)
+    for line in lines:
+        regime, *cells = line.strip('| ').split(' | ')
+        assert cells == [spread(results.scores(regime, *column))
+                         for column in columns]

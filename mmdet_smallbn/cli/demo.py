@@ -1,9 +1,7 @@
 """The demo: train a small detector, evaluate it, draw pictures."""
 import argparse
-import datetime
 import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -23,13 +21,9 @@ from ..layers import suggested_window_size
 from ..norm_report import norm_cfgs
 from ..pictures import (Objects, coco_objects, quiet_coco, save_curves,
                         save_detections)
-from ..tables import spread
-from .benchmark import processor
 from .runtime import (add_config_arguments, add_run_arguments, build_runner,
                       load_config, open_config)
 
-# In a checkout: the demo's runs that are kept.
-_RUNS = Path(__file__).resolve().parents[2] / 'docs/results/demo.json'
 _PICTURED = 6
 _MIN_SCORE = 0.5
 _ROWS = (('AP', 'bbox_mAP'), ('AP50', 'bbox_mAP_50'), ('AP75', 'bbox_mAP_75'),
@@ -54,8 +48,6 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         metavar='N',
         help='images in a batch; as many are seen in all')
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument(
-        '--record', metavar='FILE', help='JSON file of runs to put this into')
     return parser.parse_args(argv)
 
 
@@ -126,39 +118,7 @@ def detect(runner: Runner, val: CocoSplit,
     return rows
 
 
-def record(path: Path, config: str, seed: int, ap: float) -> None:
-    """Put a run's AP into a JSON file of runs."""
-    runs = stored_runs(path)
-    runs[f'{config}, seed {seed}'] = dict(
-        config=config, seed=seed, AP=ap,
-        machine=f'{processor()}, {torch.get_num_threads()} threads, '
-        f'torch {torch.__version__}', date=datetime.date.today().isoformat())
-    lines = ',\n'.join(f'  {json.dumps(runs[key])}' for key in sorted(runs))
-    path.write_text(
-        '{"command": "make demo NORM=... SEED=... RECORD=...",\n'
-        f' "runs": [\n{lines}\n]}}\n')
-
-
-def stored_runs(path: Path) -> Dict[str, Dict[str, Any]]:
-    """The runs of a file that :func:`record` wrote; none if there is none."""
-    if not path.exists():
-        return {}
-    return {f'{row["config"]}, seed {row["seed"]}': row
-            for row in json.loads(path.read_text())['runs']}
-
-
-def batch_norms_ap(config: str, path: Path = _RUNS) -> Optional[str]:
-    """A sentence on the stored AP of BatchNorm in a demo config's regime."""
-    same = re.sub(r'_fpn_[a-z]+-all_', '_fpn_bn-all_', config)
-    found = [row['AP'] for row in stored_runs(path).values()
-             if row['config'] == same]
-    if not found:
-        return None
-    return (f'BatchNorm there: AP {spread(found, 3)}, {len(found)} seeds '
-            '(stored in docs/results/demo.json; make demo NORM=bn)')
-
-
-def report(metrics: Dict[str, float], work_dir: Path, batch_norm: Optional[str],
+def report(metrics: Dict[str, float], work_dir: Path,
            console: Console) -> None:
     """Print the AP table, what was written, and what to run next."""
     table = Table(title='Validation images, COCO metrics')
@@ -169,8 +129,6 @@ def report(metrics: Dict[str, float], work_dir: Path, batch_norm: Optional[str],
         value = metrics.get(f'coco/{key}', -1)
         table.add_row(label, f'{value:.3f}' if value >= 0 else '-')
     console.print(table)
-    if batch_norm is not None:
-        console.print(batch_norm, soft_wrap=True, highlight=False)
     console.print(
         f'In {work_dir}: the checkpoint, metrics.json, curves.png, '
         'detections.png',
@@ -193,8 +151,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the demo."""
     args = parse_args(argv)
     with one_line_errors():
-        own_data = args.data is not None
-        if not own_data:
+        if args.data is None:
             args.data = str(
                 make_shapes_coco(**open_config(args.config).shapes_coco))
         cfg = load_config(args)
@@ -224,13 +181,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     save_detections(
         detect(runner, val, _PICTURED), val.classes,
         work_dir / 'detections.png')
-    config = Path(args.config).stem
-    if args.record:
-        record(Path(args.record), config, args.seed,
-               metrics.get('coco/bbox_mAP', 0.))
-    as_is = not (own_data or args.size or args.images or args.cfg_options)
-    report(metrics, work_dir, batch_norms_ap(config) if as_is else None,
-           Console())
+    report(metrics, work_dir, Console())
 
 
 if __name__ == '__main__':

@@ -144,10 +144,11 @@ def test_a_fall_within_the_deviation_is_not_closed(tmp_path):
 def test_ablations_run_in_their_regimes_alone(made_up, tmp_path):
     name = 'MABN, EMA, batch'
     study.main(['--settings', name, '--seeds', '1', '--out', str(tmp_path)])
-    assert {cell.regime for cell in made_up} == {'video', 'head'}
+    assert {cell.regime for cell in made_up} == {
+        'video', 'head', 'detector'}
     title = next(iter(study.ABLATIONS))
     assert study.ablation(study.Results(tmp_path), title)[1:] == [
-        ['4: EMA, batch, yes', '60.0', '60.0']]
+        ['4: EMA, batch, yes', *['60.0'] * 3]]
 
 
 @pytest.mark.slow
