@@ -395,7 +395,6 @@ def save_lines(panels: Dict[str, Dict[str, Dict[str, Sequence[float]]]],
                path: Union[str, Path],
                x_label: str,
                y_label: str,
-               columns: int = 3,
                steady: Optional[str] = None) -> None:
     """Draw means and deviations over evenly spaced places, a panel a title.
 
@@ -404,10 +403,9 @@ def save_lines(panels: Dict[str, Dict[str, Dict[str, Sequence[float]]]],
             place without values is left out.
         path (str | Path): Image file to write.
         x_label, y_label (str): Of the axes.
-        columns (int): Panels beside each other.
         steady (str, optional): A line whose only place stands for all.
     """
-    columns = min(columns, len(panels))
+    columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(
         figsize=(4.2 * columns, 3.4 * rows), layout='constrained')

@@ -307,8 +307,8 @@ def report(results: Results, console: Console) -> None:
             '': {text.split(':')[0]: results.scores(regime, *where)
                  for where, text in rows.items()}
         } for title, rows in ABLATIONS.items() for regime in _ABLATED}
-    save_lines(ablated, results.folder / 'ablations.png', 'row',
-               'score, %', columns=2)
+    save_lines(
+        ablated, results.folder / 'ablations.png', 'row', 'score, %')
 
 
 def _score_at(weight: str) -> Score:
