@@ -42,6 +42,7 @@ _LAST = tuple(dict.fromkeys(
 _ABLATED = ('video', 'head', 'detector')
 LINES = (_FIRST, _SECOND, _LAST)
 IMAGES = (16, 4, 2, 1)  # the columns of a table
+COUNTS = 4.  # points beyond the deviation that make a fall one
 
 Score = Callable[[Dict[str, Any]], float]
 # Other evaluations of what was trained: the setting, and its score.
@@ -242,7 +243,7 @@ def summary(results: Results) -> List[List[str]]:
             closed = []
             for name in names:
                 found = results.scores(regime, name, images)
-                closed.append('' if beyond <= 0 or not found else '{:.0f}%'.
+                closed.append('' if beyond < COUNTS or not found else '{:.0f}%'.
                               format(100 * (statistics.mean(found)
                                             - statistics.mean(low)) / fall))
             rows.append([regime, str(images), spread(whole), spread(low),
