@@ -395,7 +395,8 @@ def save_lines(panels: Dict[str, Dict[str, Dict[str, Sequence[float]]]],
                path: Union[str, Path],
                x_label: str,
                y_label: str,
-               steady: Optional[str] = None) -> None:
+               steady: Optional[str] = None,
+               joined: bool = True) -> None:
     """Draw means and deviations over evenly spaced places, a panel a title.
 
     Args:
@@ -404,6 +405,7 @@ def save_lines(panels: Dict[str, Dict[str, Dict[str, Sequence[float]]]],
         path (str | Path): Image file to write.
         x_label, y_label (str): Of the axes.
         steady (str, optional): A line whose only place stands for all.
+        joined (bool): Whether a line joins its places.
     """
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
@@ -427,7 +429,8 @@ def save_lines(panels: Dict[str, Dict[str, Dict[str, Sequence[float]]]],
                     list(known), [np.mean(v) for v in known.values()],
                     [np.std(v, ddof=1) if len(v) > 1 else 0
                      for v in known.values()],
-                    marker='o', ms=4, capsize=2, **style)
+                    marker='o', ms=4, capsize=2,
+                    ls='-' if joined else 'none', **style)
         ax.set(title=title, xlabel=x_label, ylabel=y_label)
         ax.set_xticks(range(len(places)), places)
         ax.grid(alpha=0.25)

@@ -309,7 +309,8 @@ def report(results: Results, console: Console) -> None:
                  for where, text in rows.items()}
         } for title, rows in ABLATIONS.items() for regime in _ABLATED}
     save_lines(
-        ablated, results.folder / 'ablations.png', 'row', 'score, %')
+        ablated, results.folder / 'ablations.png', 'row', 'score, %',
+        joined=False)
 
 
 def _score_at(weight: str) -> Score:
