@@ -19,21 +19,23 @@ from ..study.settings import setting_of
 from ..study.training import STEP, Regime, order, train
 from ..tables import as_markdown, show, spread
 
-# Parts of the training at which gradients are looked at, in percent.
-_PLACES = (0, 10, 25, 50, 75, 99)
+# Its convolutions follow each other, without a shortcut.
+_REGIME = 'head'
+# Parts of the training at which gradients are looked at, in percent; CBN's
+# burn-in is over at the first.
+_PLACES = (10, 25, 50, 75, 99)
 _BATCHES = (16, 4, 2, 1)
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """Flags of the tool."""
     parser = argparse.ArgumentParser(
-        description="Repeat the papers' analyses on made data: how much of a "
+        description="Repeat the papers' analyses on the study's head: how much of a "
         "statistic's gradient is that of earlier layers (CBN, Fig. 6), and "
         'how far the outputs of BatchNorm reach in training and in '
         'evaluation (Four Things, Fig. 6)')
     parser.add_argument('--parts', nargs='+', choices=list(PARTS),
                         default=list(PARTS))
-    parser.add_argument('--regime', choices=list(REGIMES), default='head')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--out', default='docs/results/analyses.json',
                         help='JSON file; the pictures are beside it')
@@ -146,44 +148,48 @@ def watch_gradients(regime: Regime, seed: int,
 
 
 def output_ranges(regime: Regime, images: int, seed: int,
-                  batches: int = 50) -> Dict[str, float]:
+                  steps: int = 50) -> Dict[str, float]:
     """Least and largest normalised value in the last BatchNorm.
 
-    Before scale and shift: in training mode over batches, and in evaluation
-    on the validation's images. With m values a channel in a batch, training
+    Before scale and shift, in training mode and in evaluation, on the same
+    images: those of so many steps. With m values a channel in a batch, training
     is bound by plus and minus the root of m - 1 (Four Things,
     arXiv:1906.03548, Eq. 2, Appendix A).
     """
     setting = setting_of('BN', images)
-    examples, val = regime.splits()
+    examples = regime.splits()[0]
     torch.manual_seed(seed)
     model = regime.build(setting.norm)
     train(model, regime, setting, examples, images, seed)
+    indices = order(examples.groups, regime.together, seed)
+    batches = [examples.pixels[batch] for _ in range(steps)
+               for batch in next(indices).split(images)]
+
+    def inputs() -> Tuple[nn.Module, List[Tensor]]:
+        with torch.no_grad(), _Calls(model, _BatchNorm) as calls:
+            for batch in batches:
+                model(batch)
+        last = calls.modules[-1]
+        return last, [x for norm, x in zip(calls.modules, calls.inputs)
+                      if norm is last]
+
     model.eval()
-    with torch.no_grad(), _Calls(model, _BatchNorm) as calls:
-        model(val.pixels)
-    norm, x = calls.modules[-1], calls.inputs[-1]
+    norm, xs = inputs()
     mean, var = (v.view(1, -1, 1, 1)
                  for v in (norm.running_mean, norm.running_var))
-    inference = (x - mean) / (var + norm.eps).sqrt()
-    training = []
+    evaluation = [(x - mean) / (var + norm.eps).sqrt() for x in xs]
     model.train()
-    indices = order(examples.groups, regime.together, seed)
-    while len(training) < batches:
-        for batch in next(indices).split(images):
-            with torch.no_grad(), _Calls(model, _BatchNorm) as calls:
-                model(examples.pixels[batch])
-            x = calls.inputs[-1]
-            var, mean = torch.var_mean(x, (0, 2, 3), False, keepdim=True)
-            training.append((x - mean) / (var + norm.eps).sqrt())
-    values = training[0].numel() // training[0].size(1)
-    return {
-        'least in training': min(v.min().item() for v in training),
-        'largest in training': max(v.max().item() for v in training),
-        'least in evaluation': inference.min().item(),
-        'largest in evaluation': inference.max().item(),
-        'bound': (values - 1)**0.5
-    }
+    training = []
+    for x in inputs()[1]:
+        var, mean = torch.var_mean(
+            x, (0, 2, 3), unbiased=False, keepdim=True)
+        training.append((x - mean) / (var + norm.eps).sqrt())
+    values = xs[0].numel() // xs[0].size(1)
+    found = {'bound': (values - 1)**0.5}
+    for name, parts in (('training', training), ('evaluation', evaluation)):
+        found[f'least in {name}'] = min(v.min().item() for v in parts)
+        found[f'largest in {name}'] = max(v.max().item() for v in parts)
+    return found
 
 
 def _gradients(regime: Regime, seed: int) -> Dict[str, Dict[str, float]]:
@@ -258,22 +264,19 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    results: Dict[str, Any] = dict(
-        command=f'python tools/analyses.py --regime {json.dumps(args.regime)}',
-        regime=args.regime)
+    results: Dict[str, Any] = dict(command='python tools/analyses.py')
+    if out.exists():
+        results = json.loads(out.read_text())
+    whole = out.with_suffix('.part')
     with one_line_errors(), Progress() as progress:
-        if out.exists():
-            results = json.loads(out.read_text())
-            if results['regime'] != args.regime:
-                raise SystemExit(f'{out} is of the regime '
-                                 f'{results["regime"]}: give another --out')
-        regime = REGIMES[args.regime]
+        regime = REGIMES[_REGIME]
         for part in args.parts:
             measured = results.setdefault(part, {})
             for seed in progress.track(args.seeds, description=part):
                 if str(seed) not in measured:
                     measured[str(seed)] = PARTS[part].measure(regime, seed)
-                    out.write_text(json.dumps(results, indent=1) + '\n')
+                    whole.write_text(json.dumps(results, indent=1) + '\n')
+                    whole.replace(out)
     console = Console()
     for title, rows in tables(results).items():
         show(rows, console, title)

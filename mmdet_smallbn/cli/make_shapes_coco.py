@@ -29,8 +29,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         "and haze of its own, as a car's camera has by day, at dusk, in fog")
     parser.add_argument(
         '--frames', type=int, default=1, metavar='N',
-        help='images that follow each other under one condition, as those of '
-        'a film do')
+        help='with --conditions: images that follow each other under one '
+        'condition, as those of a film do')
     parser.add_argument('--workers', type=int, help='drawing processes')
     return parser.parse_args(argv)
 
@@ -40,8 +40,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     with one_line_errors():
         root = make_shapes_coco(args.root, args.train, args.val, args.size,
-                                args.seed, args.conditions, args.frames,
-                                args.workers)
+                                args.seed, args.conditions, args.workers,
+                                args.frames)
         split = find_coco_split(root, 'train')
         sheet = Path(root) / 'sheet.png'
         save_sheet(split.ann_file, split.image_dir, sheet)

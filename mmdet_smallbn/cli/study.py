@@ -50,10 +50,6 @@ EVALUATIONS: Dict[str, Tuple[str, Score]] = {
     'BN, PreciseBN': ('BN', itemgetter('precise')),
     'BN, the best example weight': (
         'BN', lambda row: max(row['score'], *row['weighted'].values())),
-    'CBN, PreciseBN': ('CBN', itemgetter('precise')),
-    # A rehearsal moves the running statistics four times as fast.
-    'CBN, fresh window, PreciseBN': (
-        'CBN, fresh window', itemgetter('precise')),
 }
 
 
@@ -129,18 +125,22 @@ class Results:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.rows: Dict[Cell, Dict[str, Any]] = {}
         for regime in REGIMES:
-            path = self._path(regime)
-            if path.exists():
-                for row in json.loads(path.read_text())['runs']:
-                    self.rows[_cell(row)] = row
+            self._read(regime)
+
+    def _read(self, regime: str) -> None:
+        path = self._path(regime)
+        if path.exists():
+            for row in json.loads(path.read_text())['runs']:
+                self.rows[_cell(row)] = row
 
     def _path(self, regime: str) -> Path:
         return self.folder / f'{regime.replace(" ", "_")}.json'
 
     def add(self, row: Dict[str, Any]) -> None:
         """Keep a training, in memory and on disk."""
-        self.rows[_cell(row)] = row
         regime = row['regime']
+        self._read(regime)  # another process may have been here
+        self.rows[_cell(row)] = row
         runs = [self.rows[cell] for cell in sorted(self.rows)
                 if cell.regime == regime]
         command = f'python tools/study.py --regimes {json.dumps(regime)}'
@@ -154,8 +154,14 @@ class Results:
     def scores(self, regime: str, setting: str, images: int,
                score: Score = itemgetter('score')) -> List[float]:
         """Scores of the seeds, in percent."""
-        return [score(row) for cell, row in sorted(self.rows.items())
-                if cell[:3] == (regime, setting, images)]
+        return list(self.by_seed(regime, setting, images, score).values())
+
+    def by_seed(self, regime: str, setting: str, images: int,
+                score: Score = itemgetter('score')) -> Dict[int, float]:
+        """The same, by seed."""
+        return {cell.seed: score(row)
+                for cell, row in sorted(self.rows.items())
+                if cell[:3] == (regime, setting, images)}
 
 
 def _cell(row: Dict[str, Any]) -> Cell:
@@ -190,7 +196,8 @@ def train_all(todo: List[Cell], results: Results, jobs: int,
             if not waiting:
                 break
             done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in done:
+            # One that failed is raised after the others are kept.
+            for future in sorted(done, key=lambda f: f.exception() is not None):
                 row = future.result()
                 results.add(row)
                 progress.update(
@@ -220,34 +227,49 @@ def ablation(results: Results, title: str) -> List[List[str]]:
         if any(results.scores(regime, *where) for regime in _ABLATED))]
 
 
-def _fall(whole: List[float], low: List[float]) -> Tuple[float, float]:
-    """Fall of the mean, and what of it is beyond the deviation."""
-    fall = statistics.mean(whole) - statistics.mean(low)
-    deviation = sum(statistics.variance(scores) for scores in (whole, low)
-                    if len(scores) > 1)**0.5
-    return fall, fall - deviation
+def _beyond(whole: List[float], low: List[float]) -> float:
+    """What of the fall of a mean is beyond the deviation; 0 if unknown."""
+    if min(len(whole), len(low)) < 2:
+        return 0.
+    deviation = (statistics.variance(whole) + statistics.variance(low))**0.5
+    return max(
+        statistics.mean(whole) - statistics.mean(low) - deviation, 0.)
+
+
+def closed(results: Results, regime: str, name: str, images: int) -> str:
+    """Part of BatchNorm's fall that a setting takes back, in percent.
+
+    Of the seeds that all three have run with; their number is beside it.
+    """
+    whole, low, found = (results.by_seed(regime, *where) for where in (
+        ('BN', 16), ('BN', images), (name, images)))
+    seeds = whole.keys() & low.keys() & found.keys()
+    if not seeds:
+        return ''
+    gain = sum(found[seed] - low[seed] for seed in seeds)
+    fall = sum(whole[seed] - low[seed] for seed in seeds)
+    return f'{100 * gain / fall:.0f}% ({len(seeds)})'
 
 
 def summary(results: Results) -> List[List[str]]:
     """A row for each regime and small batch: the fall, and what closes it."""
     names = ('CBN', 'MABN', 'BN, CenConv', 'CBN, CenConv')
     rows = [['regime', 'images', 'BN at 16', 'BN', 'fall',
-             'beyond the deviation', *(f'{name} closes' for name in names)]]
+             'beyond the deviation',
+             *(f'{name} closes (seeds)' for name in names)]]
     for regime in REGIMES:
         whole = results.scores(regime, 'BN', 16)
         for images in (2, 1):
             low = results.scores(regime, 'BN', images)
             if not (whole and low):
                 continue
-            fall, beyond = _fall(whole, low)
-            closed = []
-            for name in names:
-                found = results.scores(regime, name, images)
-                closed.append('' if beyond < COUNTS or not found else '{:.0f}%'.
-                              format(100 * (statistics.mean(found)
-                                            - statistics.mean(low)) / fall))
-            rows.append([regime, str(images), spread(whole), spread(low),
-                         f'{fall:.1f}', f'{max(beyond, 0):.1f}', *closed])
+            fall = statistics.mean(whole) - statistics.mean(low)
+            beyond = _beyond(whole, low)
+            rows.append([
+                regime, str(images), spread(whole), spread(low), f'{fall:.1f}',
+                f'{beyond:.1f}',
+                *('' if beyond < COUNTS else closed(
+                    results, regime, name, images) for name in names)])
     return rows
 
 
@@ -276,21 +298,14 @@ def page(results: Results) -> str:
     return '\n'.join(lines)
 
 
-def report(results: Results, console: Console) -> None:
-    """Print the tables, and put them and a picture beside the results."""
-    tables = all_tables(results)
-    for title, rows in tables.items():
-        show(rows, console, title)
-    if not tables:
-        return
-    (results.folder / 'README.md').write_text(page(results))
+def _draw_regimes(results: Results, regimes: List[str]) -> None:
     save_lines(
         {regime: {
             setting: {
                 str(n): results.scores(regime, setting, n)
                 for n in reversed(IMAGES)
             } for setting in ('BN', 'GN', 'CBN', 'MABN')
-        } for regime in REGIMES if regime in tables},
+        } for regime in regimes},
         results.folder / 'study.png', 'images of a normalised batch',
         'score, %', steady='GN')
     save_lines(
@@ -300,9 +315,22 @@ def report(results: Results, console: Console) -> None:
                     regime, 'BN', n, _score_at(weight))
                 for weight in ('0', *map('{:g}'.format, EXAMPLE_WEIGHTS))
             } for n in reversed(IMAGES)
-        } for regime in REGIMES if regime in tables},
+        } for regime in regimes},
         results.folder / 'example_weight.png', 'weight of the example',
         'score, %')
+
+
+def report(results: Results, console: Console) -> None:
+    """Print the tables, and put them and a picture beside the results."""
+    tables = all_tables(results)
+    for title, rows in tables.items():
+        show(rows, console, title)
+    if not tables:
+        return
+    (results.folder / 'README.md').write_text(page(results))
+    regimes = [regime for regime in REGIMES if regime in tables]
+    if regimes:
+        _draw_regimes(results, regimes)
     ablated = {
         f'{title.split(":")[0]}, {regime}': {
             '': {text.split(':')[0]: results.scores(regime, *where)

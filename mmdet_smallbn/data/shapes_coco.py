@@ -15,8 +15,8 @@ from .shapes import CLASSES, VERSION, make_image
 
 def _write_image(index: int, folder: Path, seed: Sequence[int],
                  size: int, conditions: float, frames: int) -> List[Dict]:
-    # An image's seed has one number less.
-    scene = None if frames == 1 else (*seed, index // frames, 0)
+    # Not an image's seed, also if numpy pads that with zeros.
+    scene = None if frames == 1 else (*seed, index // frames, 1)
     image, annotations = make_image((*seed, index), size, conditions, scene)
     cv2.imwrite(
         str(folder / _file_name(index)), image,
@@ -83,8 +83,8 @@ def make_shapes_coco(root: Union[str, Path],
                      size: int = 192,
                      seed: int = 0,
                      conditions: float = 0.,
-                     frames: int = 1,
-                     workers: Optional[int] = None) -> Path:
+                     workers: Optional[int] = None,
+                     frames: int = 1) -> Path:
     """Write a data set, or keep it where the same one already is.
 
     Another ShapesCOCO in the folder is replaced, anything else is not touched.
@@ -100,9 +100,9 @@ def make_shapes_coco(root: Union[str, Path],
         seed (int): The data set is a function of these numbers alone.
         conditions (float): How much images differ in light and weather, from
             0 to 1; see :func:`mmdet_smallbn.data.shapes.make_image`.
+        workers (int, optional): Processes that draw. None: one a core.
         frames (int): Images that follow each other under one condition, as
             the frames of a scene do.
-        workers (int, optional): Processes that draw. None: one a core.
 
     Returns:
         Path: The folder.
@@ -120,6 +120,9 @@ def make_shapes_coco(root: Union[str, Path],
     if not 0 <= conditions <= 1:
         raise ValueError('conditions must be a number from 0 to 1, but got '
                          f'{conditions}')
+    if frames > 1 and not conditions:
+        raise ValueError(f'frames={frames} share a condition, and there is '
+                         'none: give conditions above 0')
     root = Path(root)
     recipe = dict(
         version=VERSION,

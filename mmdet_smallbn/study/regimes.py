@@ -40,7 +40,7 @@ def features(strength: float) -> Splits:
 
 EXAMPLE_WEIGHTS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.)
 
-# BatchNorm at 2 images falls from that at 16 in all but the plain ones.
+# BatchNorm at 1 image falls from that at 16 in all but the plain detector.
 REGIMES: Dict[str, Regime] = {
     # Images that are alike: what a few say is what all say.
     'plain': Regime(lambda: classified(0.), build_classifier, 160, 0.05),

@@ -52,8 +52,8 @@ SETTINGS: Dict[str, Setting] = {
     'CBN': _setting('CBN'),
     'CBN, released gradient': _setting('CBN', gradient='released'),
     'CBN, CenConv': _setting('CBN', 'CenConv'),
-    # The window holds the step's batches at today's weights: nothing is
-    # borrowed, and what CBN still lacks is gradient.
+    # The window holds the step's batches at today's weights: what CBN then
+    # lacks is gradient. The last of many layers are nearly there.
     'CBN, fresh window': _setting('CBN', rehearsals=3),
     'MABN': _setting('MABN', 'CenConv'),
     # Batch normalisation with averages over 8 batches in both passes.

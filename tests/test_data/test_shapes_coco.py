@@ -120,8 +120,10 @@ def test_frames_of_a_scene_share_its_condition(tmp_path):
     scenes = means.reshape(6, 4)
     assert scenes.std(1).mean() < 0.5 * scenes.mean(1).std()
     alone, _ = make_image((0, 0, 5), 64, 1.)
-    filmed, _ = make_image((0, 0, 5), 64, 1., scene=(1, 2))
-    assert (alone != filmed).any()
+    # A scene's condition is drawn apart from any image of that number.
+    images = [make_image((0, 0, 5), 64, 1., scene=(0, 0, 5, last))[0]
+              for last in (0, 1)]
+    assert (images[0] != images[1]).any() and (images[1] != alone).any()
 
 
 def test_bad_requests_are_named(tmp_path):
@@ -129,6 +131,8 @@ def test_bad_requests_are_named(tmp_path):
         make_shapes_coco(tmp_path / 'data', train=0)
     with pytest.raises(ValueError, match='frames=0'):
         make_shapes_coco(tmp_path / 'data', frames=0)
+    with pytest.raises(ValueError, match='conditions above 0'):
+        make_shapes_coco(tmp_path / 'data', frames=4)
     with pytest.raises(ValueError, match='64 pixels, but got 20'):
         make_shapes_coco(tmp_path / 'data', size=20)
     with pytest.raises(ValueError, match='from 0 to 1, but got 1.5'):

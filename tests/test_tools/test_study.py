@@ -7,7 +7,7 @@ import torch
 from mmdet_smallbn.cli import study
 from mmdet_smallbn.study import regimes
 from mmdet_smallbn.study.settings import SETTINGS, setting_of
-from mmdet_smallbn.study.training import order
+from mmdet_smallbn.study.training import order, train
 
 
 @pytest.fixture
@@ -121,8 +121,8 @@ def test_the_tables_say_what_was_closed(made_up, tmp_path):
     assert row[:5] == ['plain', '2', '90.5 ± 0.7', '70.5 ± 0.7', '20.0']
     # Less the deviation of a difference: the root of 0.7² + 0.7².
     assert row[head.index('beyond the deviation')] == '19.0'
-    assert row[head.index('CBN closes')] == '75%'
-    assert row[head.index('MABN closes')] == ''
+    assert row[head.index('CBN closes (seeds)')] == '75% (2)'
+    assert row[head.index('MABN closes (seeds)')] == ''
     rows = {name: cells for name, *cells in study.table(results, 'plain')}
     assert rows['CBN'] == ['', *['85.5 ± 0.7'] * 3]
     assert rows['BN, PreciseBN'][0] == '91.0 ± 0.0'
@@ -138,7 +138,7 @@ def test_a_fall_within_the_deviation_is_not_closed(tmp_path):
                                  images=images, seed=seed, score=score))
     head, two, one = study.summary(results)
     assert two[4:] == ['1.0', '0.0', '', '', '', '']
-    assert one[head.index('CBN closes')] == '0%'
+    assert one[head.index('CBN closes (seeds)')] == '0% (2)'
 
 
 def test_ablations_run_in_their_regimes_alone(made_up, tmp_path):
@@ -151,12 +151,43 @@ def test_ablations_run_in_their_regimes_alone(made_up, tmp_path):
         ['4: EMA, batch, yes', *['60.0'] * 3]]
 
 
+def test_what_is_closed_is_of_the_same_seeds(tmp_path):
+    results = study.Results(tmp_path)
+    scores = {('BN', 16): (90., 80.), ('BN', 2): (50., 10.), ('CBN', 2): (70.,)}
+    for (setting, images), values in scores.items():
+        for seed, score in enumerate(values):
+            results.add(dict(regime='plain', setting=setting, images=images,
+                             seed=seed, score=score))
+    assert study.closed(results, 'plain', 'CBN', 2) == '50% (1)'
+    assert study.closed(results, 'plain', 'MABN', 2) == ''
+
+
+def test_two_processes_keep_each_others_trainings(tmp_path):
+    first, second = study.Results(tmp_path), study.Results(tmp_path)
+    for seed, results in enumerate((first, second, first)):
+        results.add(dict(regime='plain', setting='BN', images=2, seed=seed,
+                         score=1.))
+    assert len(study.Results(tmp_path).rows) == 3
+
+
 @pytest.mark.slow
 def test_frozen_norms_keep_their_statistics(short):
     """Frozen from the start they are the identity, and no batch matters."""
     scores = {regimes.run('plain', 'BN, frozen', n, 0)['score']
               for n in (16, 4)}
     assert len(scores) == 1
+
+
+@pytest.mark.slow
+def test_late_frozen_norms_train_until_then(short):
+    regime = regimes.REGIMES['plain']._replace(steps=8)
+    for name, batches in (('BN, frozen late', 24), ('BN', 32)):
+        setting = setting_of(name, 4)
+        model = regime.build(setting.norm)
+        train(model, regime, setting, regime.splits()[0], 4, 0)
+        seen = [value.item() for key, value in model.state_dict().items()
+                if key.endswith('num_batches_tracked')]
+        assert len(seen) == 11 and set(seen) == {batches}
 
 
 @pytest.mark.slow
@@ -171,8 +202,8 @@ def test_what_is_gathered_before_a_step_changes_the_training(
 
 def test_unknown_names_are_said(capsys):
     with pytest.raises(SystemExit):
-        study.main(['--regimes', 'plane'])
-    assert "--regimes 'plane' is not known. Did you mean plain?" in (
+        study.main(['--regimes', 'heads'])
+    assert "--regimes 'heads' is not known. Did you mean head?" in (
         capsys.readouterr().err)
     with pytest.raises(SystemExit):
         study.main(['--jobs', '0'])
