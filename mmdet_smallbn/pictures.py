@@ -423,7 +423,8 @@ def save_lines(panels: Dict[str, Dict[str, Dict[str, Sequence[float]]]],
             known = {places.index(p): v for p, v in line.items() if len(v)}
             style = dict(label=name, color=colours[name])
             if name == steady and known:
-                ax.axhline(np.mean(next(iter(known.values()))), ls='--', lw=1.2, **style)
+                value, = known.values()
+                ax.axhline(np.mean(value), ls='--', lw=1.2, **style)
             elif known:
                 ax.errorbar(
                     list(known), [np.mean(v) for v in known.values()],

@@ -1,6 +1,6 @@
 """Tables of measured numbers, for the terminal and for pages."""
 import statistics
-from typing import Optional, Sequence
+from typing import Mapping, Optional, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -29,6 +29,13 @@ def as_markdown(rows: Rows) -> str:
     head, *others = rows
     return '\n'.join(f'| {" | ".join(row)} |'
                      for row in (head, ['---'] * len(head), *others))
+
+
+def as_sections(tables: Mapping[str, Rows]) -> str:
+    """Markdown tables, each under its title."""
+    return '\n'.join(f'## {title[:1].upper()}{title[1:]}\n\n'
+                     f'{as_markdown(rows)}\n'
+                     for title, rows in tables.items())
 
 
 def show(rows: Rows, console: Console, title: Optional[str] = None) -> None:

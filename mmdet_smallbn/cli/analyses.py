@@ -6,18 +6,20 @@ from typing import (Any, Callable, Dict, List, NamedTuple, Optional, Sequence,
                     Tuple)
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import one_line_errors
+from ..files import write_whole
 from ..pictures import save_lines
 from ..study.examples import Examples
 from ..study.regimes import REGIMES
 from ..study.settings import setting_of
-from ..study.training import STEP, Regime, order, train
-from ..tables import as_markdown, show, spread
+from ..study.training import STEP, Regime, order, trained
+from ..tables import as_sections, show, spread
 
 # Its convolutions follow each other, without a shortcut.
 _REGIME = 'head'
@@ -30,9 +32,9 @@ _BATCHES = (16, 4, 2, 1)
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """Flags of the tool."""
     parser = argparse.ArgumentParser(
-        description="Repeat the papers' analyses on the study's head: how much of a "
-        "statistic's gradient is that of earlier layers (CBN, Fig. 6), and "
-        'how far the outputs of BatchNorm reach in training and in '
+        description="Repeat the papers' analyses on the study's head: how "
+        "much of a statistic's gradient is that of earlier layers (CBN, "
+        'Fig. 6), and how far the outputs of BatchNorm reach in training and in '
         'evaluation (Four Things, Fig. 6)')
     parser.add_argument('--parts', nargs='+', choices=list(PARTS),
                         default=list(PARTS))
@@ -118,9 +120,6 @@ def watch_gradients(regime: Regime, seed: int,
     Returns:
         dict: By part of the training in percent, :func:`gradient_ratios`.
     """
-    setting = setting_of('CBN', images)
-    torch.manual_seed(seed)
-    model = regime.build(setting.norm)
     per_step = STEP // images
     # The last batch of a step, whose window holds that step's batches.
     watched = {int(place / 100 * regime.steps) * per_step + per_step - 1: place
@@ -142,8 +141,8 @@ def watch_gradients(regime: Regime, seed: int,
         found[str(place)] = gradient_ratios(*zip(*normed))
         return loss
 
-    train(model, regime._replace(loss=loss_and_ratios), setting,
-          regime.splits()[0], images, seed)
+    trained(regime._replace(loss=loss_and_ratios), setting_of('CBN', images),
+            images, seed)
     return found
 
 
@@ -152,15 +151,12 @@ def output_ranges(regime: Regime, images: int, seed: int,
     """Least and largest normalised value in the last BatchNorm.
 
     Before scale and shift, in training mode and in evaluation, on the same
-    images: those of so many steps. With m values a channel in a batch, training
-    is bound by plus and minus the root of m - 1 (Four Things,
+    images: those of so many steps. With m values a channel in a batch,
+    training is bound by plus and minus the root of m - 1 (Four Things,
     arXiv:1906.03548, Eq. 2, Appendix A).
     """
-    setting = setting_of('BN', images)
     examples = regime.splits()[0]
-    torch.manual_seed(seed)
-    model = regime.build(setting.norm)
-    train(model, regime, setting, examples, images, seed)
+    model = trained(regime, setting_of('BN', images), images, seed)
     indices = order(examples.groups, regime.together, seed)
     batches = [examples.pixels[batch] for _ in range(steps)
                for batch in next(indices).split(images)]
@@ -175,25 +171,17 @@ def output_ranges(regime: Regime, images: int, seed: int,
 
     model.eval()
     norm, xs = inputs()
-    mean, var = (v.view(1, -1, 1, 1)
-                 for v in (norm.running_mean, norm.running_var))
-    evaluation = [(x - mean) / (var + norm.eps).sqrt() for x in xs]
+    evaluation = [F.batch_norm(x, norm.running_mean, norm.running_var,
+                               eps=norm.eps) for x in xs]
     model.train()
-    training = []
-    for x in inputs()[1]:
-        var, mean = torch.var_mean(
-            x, (0, 2, 3), unbiased=False, keepdim=True)
-        training.append((x - mean) / (var + norm.eps).sqrt())
+    training = [F.batch_norm(x, None, None, training=True, eps=norm.eps)
+                for x in inputs()[1]]
     values = xs[0].numel() // xs[0].size(1)
     found = {'bound': (values - 1)**0.5}
     for name, parts in (('training', training), ('evaluation', evaluation)):
         found[f'least in {name}'] = min(v.min().item() for v in parts)
         found[f'largest in {name}'] = max(v.max().item() for v in parts)
     return found
-
-
-def _gradients(regime: Regime, seed: int) -> Dict[str, Dict[str, float]]:
-    return watch_gradients(regime, seed)
 
 
 def _ranges(regime: Regime, seed: int) -> Dict[str, Dict[str, float]]:
@@ -217,7 +205,7 @@ class Part(NamedTuple):
 
 PARTS: Dict[str, Part] = {
     'gradients': Part(
-        _gradients, "Statistics' gradients by earlier layers",
+        watch_gradients, "Statistics' gradients by earlier layers",
         'part of the training, %', "norm, as a ratio to the own layer's"),
     'ranges': Part(
         _ranges, 'Range of the last BatchNorm',
@@ -254,9 +242,7 @@ def page(results: Dict[str, Any]) -> str:
     """The tables as a Markdown page."""
     lines = ["# The papers' analyses, on made data", '',
              f'Mean and deviation over seeds, by `{results["command"]}`.', '']
-    for title, rows in tables(results).items():
-        lines += [f'## {title}', '', as_markdown(rows), '']
-    return '\n'.join(lines)
+    return '\n'.join([*lines, as_sections(tables(results))])
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -267,7 +253,6 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     results: Dict[str, Any] = dict(command='python tools/analyses.py')
     if out.exists():
         results = json.loads(out.read_text())
-    whole = out.with_suffix('.part')
     with one_line_errors(), Progress() as progress:
         regime = REGIMES[_REGIME]
         for part in args.parts:
@@ -275,8 +260,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             for seed in progress.track(args.seeds, description=part):
                 if str(seed) not in measured:
                     measured[str(seed)] = PARTS[part].measure(regime, seed)
-                    whole.write_text(json.dumps(results, indent=1) + '\n')
-                    whole.replace(out)
+                    write_whole(out, json.dumps(results, indent=1) + '\n')
     console = Console()
     for title, rows in tables(results).items():
         show(rows, console, title)

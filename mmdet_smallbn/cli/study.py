@@ -18,10 +18,11 @@ from rich.progress import (BarColumn, MofNCompleteColumn, Progress,
                            TextColumn, TimeRemainingColumn)
 
 from ..errors import check_known, one_line_errors
+from ..files import write_whole
 from ..pictures import save_lines
 from ..study.regimes import EXAMPLE_WEIGHTS, REGIMES, run
 from ..study.settings import ABLATIONS, SETTINGS
-from ..tables import as_markdown, show, spread
+from ..tables import as_sections, show, spread
 from .benchmark import processor
 
 # Settings, and images of a batch that is normalised, in an order in which
@@ -44,12 +45,19 @@ LINES = (_FIRST, _SECOND, _LAST)
 IMAGES = (16, 4, 2, 1)  # the columns of a table
 COUNTS = 4.  # points beyond the deviation that make a fall one
 
+
+
+def _by_weight(row: Dict[str, Any]) -> Dict[str, float]:
+    """Scores by the example's weight; at 0 it is BatchNorm's own."""
+    return {'0': row['score'], **row['weighted']}
+
+
 Score = Callable[[Dict[str, Any]], float]
 # Other evaluations of what was trained: the setting, and its score.
 EVALUATIONS: Dict[str, Tuple[str, Score]] = {
     'BN, PreciseBN': ('BN', itemgetter('precise')),
     'BN, the best example weight': (
-        'BN', lambda row: max(row['score'], *row['weighted'].values())),
+        'BN', lambda row: max(_by_weight(row).values())),
 }
 
 
@@ -145,11 +153,9 @@ class Results:
                 if cell.regime == regime]
         command = f'python tools/study.py --regimes {json.dumps(regime)}'
         lines = ',\n'.join(f'  {json.dumps(run)}' for run in runs)
-        path = self._path(regime)
-        whole = path.with_suffix('.part')
-        whole.write_text(f'{{"command": {json.dumps(command)},\n'
-                         f' "runs": [\n{lines}\n]}}\n')
-        whole.replace(path)
+        write_whole(self._path(regime),
+                    f'{{"command": {json.dumps(command)},\n'
+                    f' "runs": [\n{lines}\n]}}\n')
 
     def scores(self, regime: str, setting: str, images: int,
                score: Score = itemgetter('score')) -> List[float]:
@@ -197,7 +203,8 @@ def train_all(todo: List[Cell], results: Results, jobs: int,
                 break
             done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
             # One that failed is raised after the others are kept.
-            for future in sorted(done, key=lambda f: f.exception() is not None):
+            for future in sorted(
+                    done, key=lambda f: f.exception() is not None):
                 row = future.result()
                 results.add(row)
                 progress.update(
@@ -292,10 +299,7 @@ def page(results: Results) -> str:
         'batch. Made by `python tools/study.py`, on made data. '
         f'{"; ".join(machines)}.', ''
     ]
-    for title, rows in all_tables(results).items():
-        lines += [f'## {title[0].upper()}{title[1:]}', '', as_markdown(rows),
-                  '']
-    return '\n'.join(lines)
+    return '\n'.join([*lines, as_sections(all_tables(results))])
 
 
 def _draw_regimes(results: Results, regimes: List[str]) -> None:
@@ -312,7 +316,7 @@ def _draw_regimes(results: Results, regimes: List[str]) -> None:
         {regime: {
             f'BN at {n}': {
                 weight: results.scores(
-                    regime, 'BN', n, _score_at(weight))
+                    regime, 'BN', n, lambda row: _by_weight(row)[weight])
                 for weight in ('0', *map('{:g}'.format, EXAMPLE_WEIGHTS))
             } for n in reversed(IMAGES)
         } for regime in regimes},
@@ -339,11 +343,6 @@ def report(results: Results, console: Console) -> None:
     save_lines(
         ablated, results.folder / 'ablations.png', 'row', 'score, %',
         joined=False)
-
-
-def _score_at(weight: str) -> Score:
-    return lambda row: row['score'] if weight == '0' else (
-        row['weighted'][weight])
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

@@ -3,7 +3,6 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -19,6 +18,7 @@ from rich.progress import (BarColumn, MofNCompleteColumn, Progress, TextColumn,
 from rich.table import Table
 
 from ..errors import SetupError, one_line_errors
+from ..files import write_whole
 from ..hooks import bare_model, calibrate
 from ..layers import (check_example_weight, check_positive_int,
                       lacks_averages, set_example_weight, weights_as_trained)
@@ -107,10 +107,8 @@ class Results:
             dict(weight=w, **self.metrics[w]) for w in sorted(self.metrics)
         ]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix('.part')
-        unfinished.write_text(
-            json.dumps(dict(self.identity, weights=rows), indent=2))
-        os.replace(unfinished, self.path)
+        write_whole(self.path, json.dumps(
+            dict(self.identity, weights=rows), indent=2))
 
 
 class _Tick(Hook):

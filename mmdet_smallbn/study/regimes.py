@@ -13,7 +13,7 @@ from .examples import (Splits, classified, classified_by_class, filmed,
                        segmented, with_boxes)
 from .models import build_head, build_segmenter, mean_iou
 from .settings import SETTINGS, setting_of
-from .training import STEP, Regime, make_precise, train
+from .training import STEP, Regime, make_precise, train, trained
 
 
 @lru_cache(maxsize=None)
@@ -85,11 +85,9 @@ def run(regime: str, setting: str, images: int, seed: int) -> dict:
     """
     rules = REGIMES[regime]
     examples, val = rules.splits()
-    torch.manual_seed(seed)
     how = setting_of(setting, images)
-    model = rules.build(how.norm)
     start = time.perf_counter()
-    train(model, rules, how, examples, images, seed)
+    model = trained(rules, how, images, seed)
     seconds = time.perf_counter() - start
 
     def score() -> float:

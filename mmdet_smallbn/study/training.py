@@ -101,6 +101,16 @@ def train(model: nn.Module, regime: Regime, setting: Setting,
     loop.release()
 
 
+def trained(regime: Regime, setting: Setting, images: int,
+            seed: int) -> nn.Module:
+    """A model of the regime, trained on its examples."""
+    examples = regime.splits()[0]
+    torch.manual_seed(seed)
+    model = regime.build(setting.norm)
+    train(model, regime, setting, examples, images, seed)
+    return model
+
+
 @torch.no_grad()
 def make_precise(model: nn.Module, regime: Regime, examples: Examples,
                  images: int, batches: int = 100) -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from mmdet_smallbn.cli import analyses
 from mmdet_smallbn.study import regimes
 from mmdet_smallbn.study.settings import setting_of
+from mmdet_smallbn.study.training import train
 
 
 @pytest.fixture
@@ -73,8 +74,8 @@ def test_looking_at_gradients_changes_no_training(short):
                     calls.outputs, [c.weight for c in calls.modules])
             return value
 
-        analyses.train(model, regime._replace(loss=loss, steps=4), setting,
-                       regime.splits()[0], 4, 0)
+        train(model, regime._replace(loss=loss, steps=4), setting,
+              regime.splits()[0], 4, 0)
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     assert (weights(short, True) == weights(short, False)).all()

@@ -153,7 +153,8 @@ def test_ablations_run_in_their_regimes_alone(made_up, tmp_path):
 
 def test_what_is_closed_is_of_the_same_seeds(tmp_path):
     results = study.Results(tmp_path)
-    scores = {('BN', 16): (90., 80.), ('BN', 2): (50., 10.), ('CBN', 2): (70.,)}
+    scores = {('BN', 16): (90., 80.), ('BN', 2): (50., 10.),
+              ('CBN', 2): (70., )}
     for (setting, images), values in scores.items():
         for seed, score in enumerate(values):
             results.add(dict(regime='plain', setting=setting, images=images,
