@@ -90,9 +90,12 @@ def filmed(strength: float) -> Splits:
     return _filmed(750, 0, strength), _filmed(250, 1, strength)
 
 
-def _tiled(count: int, seed: int, strength: float,
-           per_scene: int) -> Tuple[Examples, Tensor]:
-    """Images of up to four shapes: with classes of pixels, and with boxes."""
+def _tiled(count: int, seed: int,
+           strength: float) -> Tuple[Examples, Tensor]:
+    """Images of up to four shapes: with classes of pixels, and with boxes.
+
+    Four of a scene follow each other, under one condition.
+    """
     rng = np.random.default_rng(seed)
     size = 2 * SIZE
     pixels = np.empty((count, size, size, 3), np.float32)
@@ -113,7 +116,7 @@ def _tiled(count: int, seed: int, strength: float,
                 SIZE * x + xs.min(), SIZE * y + ys.min(),
                 SIZE * x + xs.max() + 1, SIZE * y + ys.max() + 1, kind
             ])
-    scenes = torch.arange(count) // per_scene
+    scenes = torch.arange(count) // 4
     pixels = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
     return Examples(
         under_conditions(pixels, scenes, strength, seed),
@@ -121,21 +124,18 @@ def _tiled(count: int, seed: int, strength: float,
 
 
 @lru_cache(maxsize=None)
-def segmented(strength: float, per_scene: int = 1) -> Splits:
-    """Images of up to four shapes, to be segmented at half their size.
-
-    Those of a scene are under one condition.
-    """
+def segmented(strength: float) -> Splits:
+    """Images of up to four shapes, to be segmented at half their size."""
     return tuple(
-        _tiled(count, seed, strength, per_scene)[0]
+        _tiled(count, seed, strength)[0]
         for count, seed in ((2000, 0), (400, 1)))
 
 
 @lru_cache(maxsize=None)
-def with_boxes(strength: float, per_scene: int = 1) -> Splits:
+def with_boxes(strength: float) -> Splits:
     """The same, to be detected."""
     found = []
     for count, seed in ((2000, 0), (400, 1)):
-        examples, boxes = _tiled(count, seed, strength, per_scene)
+        examples, boxes = _tiled(count, seed, strength)
         found.append(examples._replace(labels=boxes))
     return tuple(found)

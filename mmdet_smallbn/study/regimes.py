@@ -43,51 +43,65 @@ EXAMPLE_WEIGHTS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.)
 # BatchNorm at 1 image falls from that at 16 in all but the plain detector.
 REGIMES: Dict[str, Regime] = {
     # Images that are alike: what a few say is what all say.
-    'plain': Regime(lambda: classified(0.), build_classifier, 160, 0.05),
+    'plain': Regime(classified, 0., build_classifier, 160, 0.05),
     # Every image has a condition of its own.
     'conditions': Regime(
-        lambda: classified(1.), build_classifier, 240, 0.05),
+        classified, 1., build_classifier, 240, 0.05),
     # Four images of each of the four classes follow each other.
     'one class a batch': Regime(
-        lambda: classified_by_class(0.), build_classifier, 160, 0.05,
+        classified_by_class, 0., build_classifier, 160, 0.05,
         together=4),
     # Four frames of each of four scenes follow each other.
     'video': Regime(
-        lambda: segmented(1., 4), build_segmenter, 200, 1e-2, adam=True,
+        segmented, 1., build_segmenter, 200, 1e-2, adam=True,
         together=4, score=mean_iou),
     # The same, with norms in the head alone.
     'head': Regime(
-        lambda: features(1.5), build_head, 400, 0.02, together=4),
+        features, 1.5, build_head, 400, 0.02, together=4),
     # A detector with norms everywhere, on images that are alike.
     'plain detector': Regime(
-        lambda: with_boxes(0., 4), build_detector, 200, 3e-3, adam=True,
+        with_boxes, 0., build_detector, 200, 3e-3, adam=True,
         together=4, loss=detection_loss, score=average_precision),
     # The same, on scenes under conditions.
     'detector': Regime(
-        lambda: with_boxes(1.5, 4), build_detector, 200, 3e-3, adam=True,
+        with_boxes, 1.5, build_detector, 200, 3e-3, adam=True,
         together=4, loss=detection_loss, score=average_precision),
 }
 
 
-def run(regime: str, setting: str, images: int, seed: int) -> dict:
-    """Train one cell of the study.
+def asked(regime: str, setting: str, images: int, seed: int) -> dict:
+    """What a training is asked to be: all that its scores depend on.
 
     Args:
         regime (str): One of ``REGIMES``.
         setting (str): One of ``SETTINGS``.
         images (int): Of a batch that is normalised; divides 16.
         seed (int): Of the weights and the order of the images.
+    """
+    rules = REGIMES[regime]
+    return dict(
+        regime=regime,
+        setting=setting,
+        images=images,
+        seed=seed,
+        strength=rules.strength,
+        steps=rules.steps,
+        lr=rules.lr,
+        **setting_of(setting, images)._asdict())
+
+
+def run(regime: str, setting: str, images: int, seed: int) -> dict:
+    """Train what :func:`asked` says.
 
     Returns:
-        dict: The score in percent, also with precise running statistics, and
-        of BatchNorm with example weights; the seconds of the training; and
-        what was run.
+        dict: What was asked; the score in percent; the seconds of the
+        training; and of BatchNorm the scores with precise running
+        statistics, and with example weights.
     """
     rules = REGIMES[regime]
     examples, val = rules.splits()
-    how = setting_of(setting, images)
     start = time.perf_counter()
-    model = trained(rules, how, images, seed)
+    model = trained(rules, setting_of(setting, images), images, seed)
     seconds = time.perf_counter() - start
 
     def score() -> float:
@@ -95,20 +109,15 @@ def run(regime: str, setting: str, images: int, seed: int) -> dict:
         return 100 * rules.score(model, val)
 
     found = dict(
-        regime=regime,
-        setting=setting,
-        images=images,
-        seed=seed,
+        asked(regime, setting, images, seed),
         score=score(),
-        seconds=round(seconds, 1),
-        steps=rules.steps,
-        lr=rules.lr,
-        **how._asdict())
+        seconds=round(seconds, 1))
     if setting == 'BN':
-        found['weighted'] = {}
+        weighted = {}
         for weight in EXAMPLE_WEIGHTS:
             set_example_weight(model, weight)
-            found['weighted'][f'{weight:g}'] = score()
+            weighted[f'{weight:g}'] = score()
         set_example_weight(model, None)
-    make_precise(model, rules, examples, images)
-    return dict(found, precise=score())
+        make_precise(model, rules, examples, images)
+        found.update(weighted=weighted, precise=score())
+    return found

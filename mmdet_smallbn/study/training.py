@@ -1,5 +1,6 @@
 """How a model of the study is trained."""
-from typing import Callable, Iterator, List, NamedTuple
+from collections import defaultdict
+from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 import numpy as np
 import torch
@@ -18,7 +19,9 @@ class Regime(NamedTuple):
     """What is trained, on what, and how.
 
     Attributes:
-        splits (callable): Gives examples for training and validation.
+        examples (callable): Takes the strength of the conditions, and gives
+            examples for training and validation.
+        strength (float): Of the conditions that images are under.
         build (callable): Takes ``norm_cfg`` and ``conv_cfg`` as a dict, and
             gives the model.
         steps (int): Of the optimizer, 16 images each.
@@ -29,7 +32,8 @@ class Regime(NamedTuple):
         score (callable): Takes the model and the validation's examples, and
             gives a part of 1.
     """
-    splits: Callable[[], Splits]
+    examples: Callable[[float], Splits]
+    strength: float
     build: Callable[[dict], nn.Module]
     steps: int
     lr: float
@@ -37,6 +41,10 @@ class Regime(NamedTuple):
     together: int = 1
     loss: Callable[[nn.Module, Examples], Tensor] = loss_of
     score: Callable[[nn.Module, Examples], float] = accuracy
+
+    def splits(self) -> Splits:
+        """Examples for training and validation."""
+        return self.examples(self.strength)
 
 
 def order(groups: Tensor, together: int, seed: int) -> Iterator[Tensor]:
@@ -114,18 +122,30 @@ def trained(regime: Regime, setting: Setting, images: int,
 @torch.no_grad()
 def make_precise(model: nn.Module, regime: Regime, examples: Examples,
                  images: int, batches: int = 100) -> None:
-    """Take running statistics anew, as means over batches (PreciseBN)."""
-    norms = _batch_norms(model)
+    """Take running statistics anew, over batches (PreciseBN).
+
+    The variance is that of all their values, in a batch and between batches
+    (arXiv:2105.07576, Sec. 3).
+    """
+    moments: Dict[nn.Module, List[Tensor]] = defaultdict(list)
+
+    def gather(norm: nn.Module, inputs: Tuple[Tensor]) -> None:
+        dims = [0, *range(2, inputs[0].dim())]
+        moments[norm].append(torch.stack(
+            [inputs[0].mean(dims), inputs[0].square().mean(dims)]))
+
+    handles = [norm.register_forward_pre_hook(gather)
+               for norm in _batch_norms(model)]
     indices = order(examples.groups, regime.together, 0)
     model.train()
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
     seen = 0
     while seen < batches:
         for batch in next(indices).split(images):
             regime.loss(model, examples.of(batch))
             seen += 1
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum = momentum
+    for handle in handles:
+        handle.remove()
+    for norm, found in moments.items():
+        mean, square = torch.stack(found).mean(0)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(square - mean.square())

@@ -16,7 +16,8 @@ def short():
     """The head's regime with few steps, on few images."""
     train, val = regimes.REGIMES['head'].splits()
     few = train.of(torch.arange(200)), val.of(torch.arange(40))
-    return regimes.REGIMES['head']._replace(splits=lambda: few, steps=20)
+    return regimes.REGIMES['head']._replace(
+        examples=lambda strength: few, steps=20)
 
 
 def test_ratios_are_those_of_jacobians():

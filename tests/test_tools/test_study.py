@@ -18,7 +18,7 @@ def short(monkeypatch):
         few = train.of(torch.arange(400)), val.of(torch.arange(40))
         monkeypatch.setitem(
             regimes.REGIMES, name,
-            regime._replace(splits=lambda few=few: few, steps=3))
+            regime._replace(examples=lambda strength, few=few: few, steps=3))
 
 
 @pytest.mark.slow
@@ -59,7 +59,7 @@ def _made_up(cell):
     regime, setting, images, seed = cell
     score = 90. if images == 16 else {'BN': 70., 'CBN': 85.}.get(setting, 60.)
     weighted = {f'{w:g}': score + w for w in regimes.EXAMPLE_WEIGHTS}
-    return dict(cell._asdict(), score=score + seed, precise=score + 1,
+    return dict(regimes.asked(*cell), score=score + seed, precise=score + 1,
                 weighted=weighted, machine='a machine', date='2026-01-01')
 
 
@@ -110,7 +110,7 @@ def test_it_goes_on_where_it_stopped(made_up, tmp_path, capsys):
     assert len(kept['runs']) == 2 * first
     for picture in ('study', 'example_weight', 'ablations'):
         assert (tmp_path / f'{picture}.png').stat().st_size > 5000
-    assert '| CBN |  | 85.' in (tmp_path / 'README.md').read_text()
+    assert '| CBN |  |  | 85.' in (tmp_path / 'README.md').read_text()
 
 
 def test_the_tables_say_what_was_closed(made_up, tmp_path):
@@ -124,7 +124,7 @@ def test_the_tables_say_what_was_closed(made_up, tmp_path):
     assert row[head.index('CBN closes (seeds)')] == '75% (2)'
     assert row[head.index('MABN closes (seeds)')] == ''
     rows = {name: cells for name, *cells in study.table(results, 'plain')}
-    assert rows['CBN'] == ['', *['85.5 ± 0.7'] * 3]
+    assert rows['CBN'] == ['', '', *['85.5 ± 0.7'] * 2]
     assert rows['BN, PreciseBN'][0] == '91.0 ± 0.0'
     assert rows['BN, the best example weight'][0] == '91.0 ± 0.0'
 
@@ -145,10 +145,10 @@ def test_ablations_run_in_their_regimes_alone(made_up, tmp_path):
     name = 'MABN, EMA, batch'
     study.main(['--settings', name, '--seeds', '1', '--out', str(tmp_path)])
     assert {cell.regime for cell in made_up} == {
-        'video', 'head', 'detector'}
+        'head', 'detector'}
     title = next(iter(study.ABLATIONS))
     assert study.ablation(study.Results(tmp_path), title)[1:] == [
-        ['4: EMA, batch, yes', *['60.0'] * 3]]
+        ['4: EMA, batch, yes', *['60.0'] * 2]]
 
 
 def test_what_is_closed_is_of_the_same_seeds(tmp_path):
@@ -199,6 +199,29 @@ def test_what_is_gathered_before_a_step_changes_the_training(
     fresh, borrowed = (regimes.run('video', name, 4, 0)['score'] for name in (
         'CBN, fresh window', 'CBN'))
     assert fresh != borrowed
+
+
+def test_a_training_of_another_regime_is_not_kept(made_up, tmp_path,
+                                                  monkeypatch):
+    """The name is the same, what it stands for is not."""
+    args = ['--regimes', 'plain', '--settings', 'CBN', '--seeds', '1', '--out',
+            str(tmp_path)]
+    study.main(args)
+    first = len(made_up)
+    study.main(args)
+    assert len(made_up) == first
+    monkeypatch.setitem(regimes.REGIMES, 'plain',
+                        regimes.REGIMES['plain']._replace(steps=99))
+    study.main(args)
+    assert len(made_up) == 2 * first
+
+
+def test_in_short_each_small_batch_has_a_row(made_up, tmp_path):
+    study.main(['--regimes', 'plain', '--settings', 'BN', 'CBN', '--seeds',
+                '1', '--out', str(tmp_path)])
+    head, two, one = study.in_short(study.Results(tmp_path))
+    assert two == ['plain, 2', '90.0', '70.0', '71.0', '', '', '85.0', '']
+    assert one[0] == 'plain, 1' and len(head) == len(one)
 
 
 def test_unknown_names_are_said(capsys):
