@@ -33,7 +33,7 @@ $(VENV)/ready: setup.cfg
 	$(MAKE) setup
 
 demo: $(VENV)/ready
-	$(RUN) tools/demo.py configs/demo/faster-rcnn_r18_fpn_$(NORM)-all_1xb4_shapes-coco.py \
+	$(RUN) tools/demo.py configs/demo/faster-rcnn_r18_fpn_$(NORM)-all_1xb2_shapes-coco.py \
 		--work-dir $(WORK_DIR) --seed $(SEED) \
 		$(if $(DATA),--data "$(DATA)") $(if $(SIZE),--size $(SIZE)) \
 		$(if $(IMAGES),--images $(IMAGES))

@@ -9,14 +9,15 @@ check_versions()
 
 from .deploy import fuse_norm  # noqa: E402
 from .hooks import (BurnInHook, ExampleWeightHook,  # noqa: E402
-                    SmallBatchNormHook, StatisticsHook)
+                    FreezeStatisticsHook, SmallBatchNormHook,
+                    StatisticsHook)
 from .layers import (BRN, CBN, MABN, BatchGroupNorm,  # noqa: E402
                      CenConv2d, GhostBN, NaiveCBN, calibrate_group_norms,
                      set_example_weight, suggested_window_size)
 
 __all__ = [
     'BRN', 'BatchGroupNorm', 'BurnInHook', 'CBN', 'CenConv2d',
-    'ExampleWeightHook', 'GhostBN', 'MABN', 'NaiveCBN',
+    'ExampleWeightHook', 'FreezeStatisticsHook', 'GhostBN', 'MABN', 'NaiveCBN',
     'SmallBatchNormHook', 'StatisticsHook',
     '__version__', 'calibrate_group_norms', 'fuse_norm',
     'set_example_weight', 'suggested_window_size'

@@ -106,7 +106,8 @@ class Intent(NamedTuple):
         in_roi_head = module_name.startswith('roi_head')
         in_mask_head = module_name.startswith('roi_head.mask_head')
         groups = 8 if self.demo else 32
-        ghost = 2 if self.demo else 4
+        # In the demo's backbone and neck each image is by itself.
+        ghost = (2 if in_roi_head else 1) if self.demo else 4
         if in_mask_head:
             ghost *= per_mask
         elif in_roi_head:
@@ -137,7 +138,10 @@ class Intent(NamedTuple):
                 examples_per_group=2 * (per_image if in_roi_head else 1),
                 example_weight=0. if in_roi_head else 1.),
             'ghostbn':
-            dict(ghost_size=ghost, sync=not self.demo, example_weight=0.),
+            dict(
+                ghost_size=ghost,
+                sync=not self.demo,
+                example_weight=float(self.demo and not in_roi_head)),
         }[self.norm]
 
     def counts(self):

@@ -7,8 +7,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+from mmengine.config import Config
 
-from mmdet_smallbn.cli import analyses, gradient_study, print_norms, study
+from mmdet_smallbn.cli import (analyses, demo, gradient_study, print_norms,
+                               study)
 from mmdet_smallbn.tables import as_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,7 +25,7 @@ PAGES = [
 COMMAND = re.compile(
     r'^(?:[A-Z_]+=\S+ )*(?:python )?(tools/\w+\.(?:py|sh)) (.*)$', re.M)
 # What stands for a user's own.
-OWN = {'CONFIG': 'configs/demo/faster-rcnn_r18_fpn_bn-all_1xb4_shapes-coco.py'}
+OWN = {'CONFIG': 'configs/demo/faster-rcnn_r18_fpn_bn-all_1xb2_shapes-coco.py'}
 
 
 def _commands(page):
@@ -162,6 +164,15 @@ def test_the_studys_tables_are_the_results():
     assert (folder / 'README.md').read_text() == study.page(
         study.Results(folder))
     assert len(study.Results(folder).rows) > 50
+
+
+def test_the_demos_table_is_its_results():
+    runs = demo.read_results(ROOT / 'docs' / 'results' / 'demo.json')
+    page = (ROOT / 'configs' / 'demo' / 'README.md').read_text()
+    assert as_markdown(demo.results_table(runs)) in page
+    # What make demo compares with is there.
+    cfg = Config.fromfile(ROOT / OWN['CONFIG'])
+    assert demo.batch_norms(runs, demo.trained_as(cfg, None))
 
 
 def test_the_analyses_tables_are_the_results():

@@ -1,15 +1,15 @@
 """Minutes on a CPU: iterations, so that the time does not hang on the data."""
 _base_ = 'mmdet::_base_/default_runtime.py'
-max_iters = 1000
+max_iters = 1200
 custom_imports = dict(imports=['mmdet_smallbn'], allow_failed_imports=False)
 custom_hooks = [dict(type='BurnInHook', iters=250)]
 train_cfg = dict(
-    type='IterBasedTrainLoop', max_iters=max_iters, val_interval=250)
+    type='IterBasedTrainLoop', max_iters=max_iters, val_interval=300)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=7e-4, weight_decay=0.05),
     clip_grad=dict(max_norm=35, norm_type=2))
 log_processor = dict(by_epoch=False)
 default_hooks = dict(

@@ -1,8 +1,10 @@
 """ShapesCOCO at a size that a CPU can train."""
 dataset_type = 'CocoDataset'
 data_root = 'data/shapes_coco/'
-# What tools/demo.py makes when no other data is given.
-shapes_coco = dict(root=data_root, train=1200, val=150, size=192)
+# What tools/demo.py makes when no other data is given: each image has its own
+# exposure, white balance, gamma and haze.
+shapes_coco = dict(
+    root=data_root, train=1200, val=150, size=192, conditions=1.)
 metainfo = dict(
     classes=('circle', 'square', 'triangle', 'star', 'cross', 'heart',
              'crescent'))
@@ -25,7 +27,7 @@ test_pipeline = [
                    'scale_factor'))
 ]
 train_dataloader = dict(
-    batch_size=4,
+    batch_size=2,
     num_workers=1,
     persistent_workers=True,
     sampler=dict(type='InfiniteSampler', shuffle=True),

@@ -1,4 +1,4 @@
-_base_ = './faster-rcnn_r18_fpn_mabn-all_1xb4_shapes-coco.py'
+_base_ = './faster-rcnn_r18_fpn_mabn-all_1xb2_shapes-coco.py'
 # One image a batch and a step for every 8: small batch and large one are of
 # the same weights.
 train_dataloader = dict(batch_size=1)

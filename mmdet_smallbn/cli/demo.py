@@ -1,8 +1,11 @@
 """The demo: train a small detector, evaluate it, draw pictures."""
 import argparse
+import datetime
 import json
 import os
 import sys
+import time
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -12,15 +15,17 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.runner import Runner
 from rich.console import Console
-from rich.table import Table
 
 from ..data.coco_folder import CocoSplit, find_coco_split
 from ..data.shapes_coco import make_shapes_coco
 from ..errors import SetupError, one_line_errors
+from ..files import write_whole
 from ..layers import suggested_window_size
 from ..norm_report import norm_cfgs
 from ..pictures import (Objects, coco_objects, quiet_coco, save_curves,
                         save_detections)
+from ..tables import show, spread
+from .benchmark import processor
 from .runtime import (add_config_arguments, add_run_arguments, build_runner,
                       load_config, open_config)
 
@@ -48,6 +53,14 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         metavar='N',
         help='images in a batch; as many are seen in all')
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument(
+        '--results',
+        default='docs/results/demo.json',
+        metavar='FILE',
+        help="trainings on the demo's own data: BatchNorm's are shown beside "
+        'the result')
+    parser.add_argument(
+        '--record', action='store_true', help='add this one to them')
     return parser.parse_args(argv)
 
 
@@ -92,6 +105,58 @@ def use_images(cfg: Config, images: int) -> None:
             norm_cfg['window_size'] = suggested_window_size(images)
 
 
+def trained_as(cfg: Config, size: Optional[int]) -> Dict[str, Any]:
+    """What trainings have in common that are compared, on the demo's data."""
+    recipe = {key: value for key, value in cfg.shapes_coco.items()
+              if key != 'root'}
+    return dict(
+        data=recipe,
+        size=size or max(cfg.scale),
+        images=cfg.train_dataloader.batch_size,
+        iterations=cfg.train_cfg.max_iters)
+
+
+def read_results(path: Path) -> List[Dict[str, Any]]:
+    """The trainings of a file; none if there is no file."""
+    return json.loads(path.read_text())['runs'] if path.exists() else []
+
+
+def record(path: Path, run: Dict[str, Any]) -> None:
+    """Add a training to a file, in place of one of the same name and seed."""
+    def key(run):
+        return run['norm'], json.dumps(run['trained_as']), run['seed']
+
+    runs = {key(old): old for old in (*read_results(path), run)}
+    lines = ',\n'.join(f'  {json.dumps(runs[k])}' for k in sorted(runs))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, f'{{"runs": [\n{lines}\n]}}\n')
+
+
+def batch_norms(runs: Sequence[Dict[str, Any]],
+                trained: Dict[str, Any]) -> str:
+    """What BatchNorm has, trained in the same way, with the command."""
+    found = [run for run in runs
+             if (run['norm'], run['trained_as']) == ('BN', trained)]
+    if not found:
+        return ''
+    aps = spread([run['ap'] for run in found], 3)
+    seeds = '1 seed' if len(found) == 1 else f'{len(found)} seeds'
+    return (f'BatchNorm, trained in the same way: {aps} AP '
+            f'({seeds}, {found[0]["command"]})')
+
+
+def results_table(runs: Sequence[Dict[str, Any]]) -> List[List[str]]:
+    """A row a norm and number of images: the seeds' AP, and their mean."""
+    rows = [['norm', 'images', 'iterations', 'AP of seeds 0, 1, …', 'mean']]
+    for (norm, images, iterations), group in groupby(
+            runs, key=lambda run: (run['norm'], run['trained_as']['images'],
+                                   run['trained_as']['iterations'])):
+        aps = [run['ap'] for run in group]
+        rows.append([norm, str(images), str(iterations),
+                     ', '.join(f'{ap:.3f}' for ap in aps), spread(aps, 3)])
+    return rows
+
+
 def read_scalars(runner: Runner) -> List[Dict[str, Any]]:
     """The records that mmengine's local backend wrote in this run."""
     path = Path(runner.log_dir) / 'vis_data' / 'scalars.json'
@@ -118,17 +183,17 @@ def detect(runner: Runner, val: CocoSplit,
     return rows
 
 
-def report(metrics: Dict[str, float], work_dir: Path,
+def report(metrics: Dict[str, float], beside: str, work_dir: Path,
            console: Console) -> None:
-    """Print the AP table, what was written, and what to run next."""
-    table = Table(title='Validation images, COCO metrics')
-    table.add_column('metric')
-    table.add_column('value', justify='right')
-    for label, key in _ROWS:
-        # COCO's -1: there are no objects of this size.
-        value = metrics.get(f'coco/{key}', -1)
-        table.add_row(label, f'{value:.3f}' if value >= 0 else '-')
-    console.print(table)
+    """Print the AP table, BatchNorm's, what was written, and what to run."""
+    # COCO's -1: there are no objects of this size.
+    values = {label: metrics.get(f'coco/{key}', -1) for label, key in _ROWS}
+    show([('metric', 'value'),
+          *((label, f'{value:.3f}' if value >= 0 else '-')
+            for label, value in values.items())],
+         console, 'COCO metrics')
+    if beside:
+        console.print(beside, soft_wrap=True, highlight=False)
     console.print(
         f'In {work_dir}: the checkpoint, metrics.json, curves.png, '
         'detections.png',
@@ -150,8 +215,13 @@ def report(metrics: Dict[str, float], work_dir: Path,
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the demo."""
     args = parse_args(argv)
+    results = Path(args.results)
     with one_line_errors():
-        if args.data is None:
+        own = args.data is not None
+        if own and args.record:
+            raise SetupError('--record takes trainings on the data of the '
+                             'demo, not on that of --data')
+        if not own:
             args.data = str(
                 make_shapes_coco(**open_config(args.config).shapes_coco))
         cfg = load_config(args)
@@ -165,7 +235,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         if args.images is not None:
             use_images(cfg, args.images)
         runner = build_runner(cfg)
+        begun = time.perf_counter()
         runner.train()
+    seconds = time.perf_counter() - begun
     work_dir = Path(cfg.work_dir)
     scalars = read_scalars(runner)
     # A model that finds nothing at all has no metrics.
@@ -181,7 +253,24 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     save_detections(
         detect(runner, val, _PICTURED), val.classes,
         work_dir / 'detections.png')
-    report(metrics, work_dir, Console())
+    beside = ''
+    if not own:
+        trained = trained_as(cfg, args.size)
+        if args.record:
+            record(results, dict(
+                norm=', '.join(sorted(
+                    {norm['type'] for _, norm in norm_cfgs(cfg.model, '')})),
+                seed=args.seed,
+                ap=metrics.get('coco/bbox_mAP', 0.),
+                trained_as=trained,
+                seconds=round(seconds),
+                command=f'python tools/demo.py {args.config}' + (
+                    f' --images {args.images}' if args.images else ''),
+                machine=f'{processor()}, {torch.get_num_threads()} threads, '
+                f'torch {torch.__version__}',
+                date=datetime.date.today().isoformat()))
+        beside = batch_norms(read_results(results), trained)
+    report(metrics, beside, work_dir, Console())
 
 
 if __name__ == '__main__':

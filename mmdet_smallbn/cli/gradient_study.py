@@ -33,7 +33,7 @@ from .statistics_error import prepare
 WINDOW = 8
 # What results in one file have in common.
 _SETTINGS = ('steps', 'lr', 'train', 'val')
-_DEMO = 'configs/demo/faster-rcnn_r18_fpn_cbn-all_1xb4_shapes-coco.py'
+_DEMO = 'configs/demo/faster-rcnn_r18_fpn_cbn-all_1xb2_shapes-coco.py'
 
 
 class AveragedCBN(CBN, nn.BatchNorm2d, _BatchNorm):

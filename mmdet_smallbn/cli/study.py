@@ -76,6 +76,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
                         help='all, if not given')
     parser.add_argument('--settings', nargs='+', metavar='NAME',
                         help='all, if not given')
+    parser.add_argument('--images', nargs='+', type=int, choices=IMAGES,
+                        help='of a normalised batch; all, if not given')
     parser.add_argument('--seeds', type=int, default=5, help='from 0 on')
     parser.add_argument('--jobs', type=int, default=1,
                         help='trainings at the same time, a thread each')
@@ -114,8 +116,9 @@ def cells(args: argparse.Namespace) -> List[Cell]:
     return [
         Cell(regime, setting, images, seed) for line in LINES
         for seed in range(args.seeds) for setting, images in line
-        for regime in regimes if setting in settings and (
-            line is not _LAST or regime in _ABLATED)
+        for regime in regimes if setting in settings
+        and (args.images is None or images in args.images)
+        and (line is not _LAST or regime in _ABLATED)
     ]
 
 
@@ -233,17 +236,21 @@ def table(results: Results, regime: str) -> List[List[str]]:
 
 
 def in_short(results: Results) -> List[List[str]]:
-    """What most readers look for, a row for each regime and small batch."""
+    """What most readers look for, a row for each regime and small batch.
+
+    GroupNorm is the same at any number of images, and trained at 16.
+    """
     names = ('BN', 'BN, the best example weight', 'BN, frozen late',
-             'BN, CenConv', 'CBN', 'MABN')
+             'BN, CenConv', 'CBN', 'MABN', 'GN, weight standardisation')
     rows = [['regime, images', 'BN at 16 images', *names]]
     for regime in REGIMES:
         head, *others = table(results, regime)
-        cells = {name: dict(zip(head[1:], values))
-                 for name, *values in others}
+        cells = {(name, images): cell for name, *values in others
+                 for images, cell in zip(head[1:], values)}
         rows.extend(
-            [f'{regime}, {images}', cells.get('BN', {}).get('16', ''),
-             *(cells.get(name, {}).get(images, '') for name in names)]
+            [f'{regime}, {images}', cells.get(('BN', '16'), ''),
+             *(cells.get((name, '16' if name.startswith('GN') else images), '')
+               for name in names)]
             for images in ('2', '1') if cells)
     return rows
 

@@ -8,8 +8,8 @@ from mmengine.registry import HOOKS, MODELS
 from torch import Tensor, nn
 
 from ..errors import SetupError
-from ..hooks import (ExampleWeightHook, SmallBatchNormHook,
-                     StatisticsHook)
+from ..hooks import (ExampleWeightHook, FreezeStatisticsHook,
+                     SmallBatchNormHook, StatisticsHook)
 from ..layers import SmallBatchNorm
 from ..layers.cen_conv import CenConv2d, effective_weight
 from .difference import difference
@@ -89,8 +89,8 @@ def _drop_hooks(cfg: Config, changes: List[str]) -> None:
                     f'{cls.__name__} gives examples the weight '
                     f'{hook["weight"]} in evaluation, which no BatchNorm can '
                     f'do. Remove it from {key}, and evaluate without it first')
-            if _is(cls, (SmallBatchNormHook, ExampleWeightHook,
-                         StatisticsHook)):
+            if _is(cls, (ExampleWeightHook, FreezeStatisticsHook,
+                         SmallBatchNormHook, StatisticsHook)):
                 changes.append(f'{key}: without {cls.__name__}')
             else:
                 kept[name] = hook

@@ -1,11 +1,13 @@
 """Hooks: what the training loop tells the layers."""
 from .burn_in_hook import BurnInHook
 from .example_weight_hook import ExampleWeightHook
+from .freeze_statistics_hook import FreezeStatisticsHook
 from .model import asleep_note, bare_model, calibrate, kept_asleep
 from .norm_hook import SmallBatchNormHook
 from .statistics_hook import StatisticsHook
 
 __all__ = [
-    'BurnInHook', 'ExampleWeightHook', 'SmallBatchNormHook', 'StatisticsHook',
-    'asleep_note', 'bare_model', 'calibrate', 'kept_asleep'
+    'BurnInHook', 'ExampleWeightHook', 'FreezeStatisticsHook',
+    'SmallBatchNormHook', 'StatisticsHook', 'asleep_note', 'bare_model',
+    'calibrate', 'kept_asleep'
 ]

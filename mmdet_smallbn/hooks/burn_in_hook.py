@@ -9,7 +9,7 @@ from torch import nn
 from ..errors import SetupError
 from ..layers import (CBN, SmallBatchNorm, is_under,
                       suggested_window_size)
-from .model import asleep_note, kept_asleep
+from .model import asleep_note, kept_asleep, one_unit
 from .norm_hook import SmallBatchNormHook
 
 
@@ -59,14 +59,7 @@ class BurnInHook(SmallBatchNormHook):
                  prefix: Union[str, Sequence[str], None] = None,
                  save_states: bool = True) -> None:
         super().__init__(save_states)
-        if (epochs is None) == (iters is None):
-            raise ValueError('BurnInHook takes exactly one of epochs and '
-                             f'iters, but got epochs={epochs}, iters={iters}')
-        self.unit = 'epochs' if iters is None else 'iters'
-        self.length = epochs if iters is None else iters
-        if not isinstance(self.length, int) or self.length < 0:
-            raise ValueError(f'BurnInHook: {self.unit} must be an integer of '
-                             f'at least 0, but got {self.length!r}')
+        self.unit, self.length = one_unit('BurnInHook', epochs, iters)
         self.prefixes = (prefix, ) if isinstance(prefix, str) else prefix
         self._layers: Dict[str, SmallBatchNorm] = {}
         self._burning: Optional[bool] = None

@@ -1,5 +1,6 @@
 """What hooks and tools ask a runner for."""
-from typing import Callable, Dict, List, Sequence, Union
+from typing import (Callable, Dict, List, Optional, Sequence, Tuple,
+                    Union)
 
 import torch
 from mmengine.dist import get_world_size
@@ -18,6 +19,23 @@ def bare_model(runner: Runner) -> nn.Module:
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     return model
+
+
+def one_unit(hook: str, epochs: Optional[int],
+             iters: Optional[int]) -> Tuple[str, int]:
+    """The unit and the number, of a hook that takes one of the two.
+
+    Raises:
+        ValueError: If not exactly one is given, or it is no count.
+    """
+    if (epochs is None) == (iters is None):
+        raise ValueError(f'{hook} takes exactly one of epochs and iters, but '
+                         f'got epochs={epochs}, iters={iters}')
+    unit, number = ('iters', iters) if epochs is None else ('epochs', epochs)
+    if not isinstance(number, int) or number < 0:
+        raise ValueError(f'{hook}: {unit} must be an integer of at least 0, '
+                         f'but got {number!r}')
+    return unit, number
 
 
 def norms_of_teachers(model: nn.Module) -> Dict[str, nn.Module]:

@@ -63,8 +63,12 @@ REGIMES: Dict[str, Regime] = {
         with_boxes, 0., build_detector, 200, 3e-3, adam=True,
         together=4, loss=detection_loss, score=average_precision),
     # The same, on scenes under conditions.
-    'detector': Regime(
+    'hasty detector': Regime(
         with_boxes, 1.5, build_detector, 200, 3e-3, adam=True,
+        together=4, loss=detection_loss, score=average_precision),
+    # And with more and smaller steps: the weights move less in a window.
+    'detector': Regime(
+        with_boxes, 1.5, build_detector, 600, 1e-3, adam=True,
         together=4, loss=detection_loss, score=average_precision),
 }
 

@@ -21,7 +21,7 @@ from mmdet_smallbn.errors import SetupError
 from mmdet_smallbn.layers import SmallBatchNorm
 from tests.small_training import model_cfg
 
-DEMO = 'configs/demo/faster-rcnn_r18_fpn_cbn-all_1xb4_shapes-coco.py'
+DEMO = 'configs/demo/faster-rcnn_r18_fpn_cbn-all_1xb2_shapes-coco.py'
 SMALL = [
     'model.backbone.base_channels=4', 'model.neck.in_channels=[4,8,16,32]',
     'model.neck.out_channels=8', 'model.rpn_head.in_channels=8',

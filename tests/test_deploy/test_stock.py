@@ -22,7 +22,7 @@ from mmdet_smallbn.errors import SetupError
 from tests.test_deploy.models import NORMS, build, retinanet, train
 
 ROOT = Path(__file__).resolve().parents[2]
-DEMO = 'configs/demo/faster-rcnn_r18_fpn_{}-all_1xb4_shapes-coco.py'
+DEMO = 'configs/demo/faster-rcnn_r18_fpn_{}-all_1xb2_shapes-coco.py'
 TRAINED = ('cbn', 'mabn', 'brn', 'bgn', 'ghostbn')
 # What an engineer's process does: mmengine and mmdet, without this package.
 STOCK = '''
@@ -228,6 +228,7 @@ def test_what_a_config_becomes():
                 dict(type='BurnInHook', iters=3),
                 dict(type='EMAHook'),
                 dict(type='ExampleWeightHook', weight=0.),
+                dict(type='FreezeStatisticsHook', epochs=9),
             ],
             model=dict(
                 type='FasterRCNN',

@@ -11,7 +11,7 @@ from mmdet_smallbn.benchmark.measure import (interleave, launches,
 from mmdet_smallbn.cli import benchmark, statistics_error
 
 CPU = torch.device('cpu')
-DEMO = 'configs/demo/faster-rcnn_r18_fpn_cbn-all_1xb4_shapes-coco.py'
+DEMO = 'configs/demo/faster-rcnn_r18_fpn_cbn-all_1xb2_shapes-coco.py'
 
 
 def test_all_run_in_each_round():

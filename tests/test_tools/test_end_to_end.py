@@ -15,7 +15,7 @@ from tests.test_deploy.test_stock import STOCK
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-DEMO = 'configs/demo/faster-rcnn_r18_fpn_cbn-all_1xb4_shapes-coco.py'
+DEMO = 'configs/demo/faster-rcnn_r18_fpn_cbn-all_1xb2_shapes-coco.py'
 ITERS = 120
 INTERVAL = 60
 
@@ -62,6 +62,8 @@ def options(one_class):
     """Overrides that make the demo config a matter of seconds."""
     changes = {
         'model.roi_head.bbox_head.conv_out_channels': 16,
+        'train_dataloader.batch_size': 4,
+        'optim_wrapper.optimizer.lr': 1e-3,
         'train_cfg.max_iters': ITERS,
         'train_cfg.val_interval': INTERVAL,
         'param_scheduler.0.end': 10,
@@ -111,11 +113,11 @@ def test_training_learns_and_evaluates(trained):
     assert losses[-1] < 0.5 * losses[0]
     assert _scores(records)['coco/bbox_mAP_50'] > 0.02
     assert 'burn-in is over' in out
-    assert '32 CBN layers: 4 iterations x 4 images = 16 examples' in out
+    assert '32 CBN layers: 8 iterations x 4 images = 32 examples' in out
     table = out[out.index('Norms of the model'):].splitlines()[1:6]
     assert table[0].startswith('part ')
     assert table[1].startswith('backbone ')
-    assert re.search('4 iterations x 4 images = 16 +20 iters ', table[1])
+    assert re.search('8 iterations x 4 images = 32 +20 iters ', table[1])
     assert table[4] == 'No norm in rpn_head.'
 
 
@@ -240,9 +242,9 @@ def test_two_processes_train_on_the_cpu(options, tmp_path, sync):
     assert 'at iteration 2, epoch 0: burn-in is over' in out
     # One of the processes says it.
     assert out.count('Norms of the model') == 1
-    assert ('4 iterations x 4 images x 2 GPUs' in out) == sync
+    assert ('8 iterations x 4 images x 2 GPUs' in out) == sync
     images = 8 if sync else 4
-    assert f'32 CBN layers: 4 iterations x {images} images' in out
+    assert f'32 CBN layers: 8 iterations x {images} images' in out
     losses = [r['loss'] for r in _scalars(tmp_path) if 'loss' in r]
     assert len(losses) == 3 and all(loss > 0 for loss in losses)
     assert (tmp_path / 'iter_6.pth').exists()
@@ -279,6 +281,33 @@ def test_demo_on_a_folder_of_ones_own(one_class, tmp_path):
     assert list(tmp_path.glob('*.pth'))
     assert 'of 1 classes' in out and 'AP50' in out
     assert 'make demo DATA=' in out
+
+
+def test_demo_shows_what_batch_norm_has_in_the_same_training(tmp_path):
+    data = dict(root=str(tmp_path / 'data'), train=8, val=4, size=64)
+    config = tmp_path / 'small.py'
+    config.write_text(
+        f"_base_ = '{ROOT / DEMO.replace('cbn-all', 'bn-all')}'\n"
+        f'shapes_coco = {dict(data, _delete_=True)}\n')
+    results = tmp_path / 'results' / 'demo.json'
+    command = [
+        sys.executable, 'tools/demo.py', str(config), '--results',
+        str(results), '--size', '64', '--work-dir', str(tmp_path / 'work'),
+        '--cfg-options', 'train_cfg.max_iters=4', 'train_cfg.val_interval=4',
+        'default_hooks.logger.interval=2'
+    ]
+    assert 'BatchNorm, trained in' not in _run(*command)
+    assert not results.exists()
+    out = _run(*command, '--record')
+    run, = json.loads(results.read_text())['runs']
+    said = ('BatchNorm, trained in the same way: '
+            f'{run["ap"]:.3f} AP (1 seed, python tools/demo.py {config})')
+    assert said in out
+    assert run['norm'] == 'BN' and run['trained_as'] == dict(
+        data=dict(train=8, val=4, size=64), size=64, images=2, iterations=4)
+    assert said in _run(*command)
+    longer = [*command, 'train_cfg.max_iters=6']
+    assert 'BatchNorm, trained in' not in _run(*longer)
 
 
 def test_stock_mmdet_finds_what_was_found_here(trained, options, tmp_path):

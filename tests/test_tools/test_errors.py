@@ -10,7 +10,7 @@ from mmengine.runner import BaseLoop
 from mmdet_smallbn.errors import SetupError, describe, one_line_errors
 
 ROOT = Path(__file__).resolve().parents[2]
-DEMO = 'configs/demo/faster-rcnn_r18_fpn_cbn-all_1xb4_shapes-coco.py'
+DEMO = 'configs/demo/faster-rcnn_r18_fpn_cbn-all_1xb2_shapes-coco.py'
 
 
 def _run(tool, *arguments):

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FASTER = 'configs/cbn/faster-rcnn_r50_fpn_4conv1fc_cbn-head_1xb2-1x_coco.py'
 MASK = 'configs/cbn/mask-rcnn_r50_fpn_4conv1fc_cbn-head_4xb4-1x_coco.py'
 RETINA = 'configs/cbn/retinanet_r50_fpn_cbn-head_4xb4-1x_coco.py'
-DEMO = 'configs/demo/faster-rcnn_r18_fpn_cbn-all_1xb4_shapes-coco.py'
+DEMO = 'configs/demo/faster-rcnn_r18_fpn_cbn-all_1xb2_shapes-coco.py'
 
 
 @pytest.fixture

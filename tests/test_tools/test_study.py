@@ -220,7 +220,8 @@ def test_in_short_each_small_batch_has_a_row(made_up, tmp_path):
     study.main(['--regimes', 'plain', '--settings', 'BN', 'CBN', '--seeds',
                 '1', '--out', str(tmp_path)])
     head, two, one = study.in_short(study.Results(tmp_path))
-    assert two == ['plain, 2', '90.0', '70.0', '71.0', '', '', '85.0', '']
+    assert two == ['plain, 2', '90.0', '70.0', '71.0', '', '', '85.0', '',
+                   '']
     assert one[0] == 'plain, 1' and len(head) == len(one)
 
 

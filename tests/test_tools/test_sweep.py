@@ -52,7 +52,7 @@ def test_the_report_names_the_best_and_how_to_use_it():
         report(metrics, 'coco/segm_mAP', 0.1, [], console)
 
 
-CONFIG = ('configs/demo/faster-rcnn_r18_fpn_bn-all_1xb4_shapes-coco.py', )
+CONFIG = ('configs/demo/faster-rcnn_r18_fpn_bn-all_1xb2_shapes-coco.py', )
 
 
 def test_what_the_results_depend_on():

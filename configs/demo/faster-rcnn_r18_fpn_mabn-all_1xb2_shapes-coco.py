@@ -1,4 +1,4 @@
-_base_ = './faster-rcnn_r18_fpn_cbn-all_1xb4_shapes-coco.py'
+_base_ = '../_base_/demo_faster-rcnn_r18_fpn.py'
 norm_cfg = dict(type='MABN')
 part = dict(conv_cfg=dict(type='CenConv'), norm_cfg=norm_cfg)
 model = dict(backbone=part, neck=part, roi_head=dict(bbox_head=part))

@@ -1,5 +1,6 @@
-_base_ = './faster-rcnn_r18_fpn_cbn-all_1xb4_shapes-coco.py'
-norm_cfg = dict(type='GhostBN', ghost_size=2)
+_base_ = '../_base_/demo_faster-rcnn_r18_fpn.py'
+# Each image by itself, in training and at inference.
+norm_cfg = dict(type='GhostBN', ghost_size=1, example_weight=1.)
 part = dict(norm_cfg=norm_cfg)
 # In the head examples are regions: those of two images, 32 each.
 head = dict(norm_cfg=dict(type='GhostBN', ghost_size=64))

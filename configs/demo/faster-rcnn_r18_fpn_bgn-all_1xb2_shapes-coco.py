@@ -1,4 +1,4 @@
-_base_ = './faster-rcnn_r18_fpn_cbn-all_1xb4_shapes-coco.py'
+_base_ = '../_base_/demo_faster-rcnn_r18_fpn.py'
 norm_cfg = dict(type='BGN', num_groups=8, examples_per_group=2)
 part = dict(norm_cfg=norm_cfg)
 # In the head examples are regions: those of two images, 32 each. One of them

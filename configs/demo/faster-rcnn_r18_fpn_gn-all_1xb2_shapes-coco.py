@@ -1,5 +1,5 @@
-_base_ = './faster-rcnn_r18_fpn_cbn-all_1xb4_shapes-coco.py'
-norm_cfg = dict(type='BN')
+_base_ = '../_base_/demo_faster-rcnn_r18_fpn.py'
+norm_cfg = dict(type='GN', num_groups=8)
 part = dict(norm_cfg=norm_cfg)
 model = dict(backbone=part, neck=part, roi_head=dict(bbox_head=part))
 custom_hooks = []  # no burn-in

@@ -1,0 +1,86 @@
+"""Running statistics in the last part of a training."""
+from typing import List, Optional, Sequence, Union
+
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..errors import SetupError
+from ..layers import SmallBatchNorm, is_under
+from .model import bare_model, one_unit
+
+
+@HOOKS.register_module()
+class FreezeStatisticsHook(Hook):
+    """Train with running statistics from some point of the training on.
+
+    What ``norm_eval=True`` does to a backbone's norms, but late, and in any
+    part of the model. The norms go into evaluation mode: they use the running
+    statistics, as they will at inference, and change them no more. Scale,
+    shift and all other weights train on, and get used to these statistics.
+    It costs nothing, and BatchNorm folds afterwards. ``docs/study.md`` shows
+    where it helps.
+
+    Example:
+        >>> custom_hooks = [dict(type='FreezeStatisticsHook', epochs=9)]
+
+    Args:
+        epochs (int, optional): From this epoch on, counted from 0.
+        iters (int, optional): From this iteration on. Exactly one of the two.
+        prefix (str | Sequence[str], optional): Modules of the model whose
+            norms are meant, such as ``'roi_head'``. None: the whole model.
+
+    Raises:
+        ValueError: If not exactly one of ``epochs`` and ``iters`` is given,
+            or it is negative.
+        SetupError: At the start of training, if there is no norm with running
+            statistics in the model, or under a prefix.
+    """
+
+    def __init__(self,
+                 epochs: Optional[int] = None,
+                 iters: Optional[int] = None,
+                 prefix: Union[str, Sequence[str], None] = None) -> None:
+        self.unit, self.begin = one_unit(type(self).__name__, epochs, iters)
+        self.prefixes = (prefix, ) if isinstance(prefix, str) else prefix
+        self._norms: List[nn.Module] = []
+
+    def before_train(self, runner) -> None:
+        """Find the norms."""
+        norms = {
+            name: module
+            for name, module in bare_model(runner).named_modules()
+            if isinstance(module, (_BatchNorm, SmallBatchNorm))
+        }
+        if self.prefixes is None:
+            self._norms = list(norms.values())
+        else:
+            for prefix in self.prefixes:
+                if not any(is_under(name, prefix) for name in norms):
+                    parts = sorted({name.split('.')[0] for name in norms})
+                    raise SetupError(
+                        f'FreezeStatisticsHook: prefix={prefix!r} fits no '
+                        f'norm with running statistics; such norms are in '
+                        f'{", ".join(parts) or "no part of the model"}')
+            self._norms = [
+                module for name, module in norms.items()
+                if any(is_under(name, prefix) for prefix in self.prefixes)
+            ]
+        if not self._norms:
+            raise SetupError('FreezeStatisticsHook: the model holds no norm '
+                             'with running statistics. Remove the hook')
+        self._told = False
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        """Into evaluation mode; validation and epochs end it each time."""
+        now = runner.epoch if self.unit == 'epochs' else runner.iter
+        if now < self.begin:
+            return
+        for norm in self._norms:
+            norm.eval()
+        if not self._told:
+            self._told = True
+            runner.logger.info(
+                f'{len(self._norms)} norms keep their running statistics from '
+                f'iteration {runner.iter}, epoch {runner.epoch} on')
