@@ -6,9 +6,9 @@
 # TOOLBOX  openmmlab, or onedl for the maintained forks
 # DATA     demo: a COCO-format folder of your own
 # SIZE     demo: pixels that images are brought to (128; time grows with its square)
-# IMAGES   demo: images in a batch (4; as many are seen in all)
+# IMAGES   demo: images in a batch (2; as many are seen in all)
 # SEED     demo: the seed
-# NORM     demo: cbn, naivecbn, mabn, brn, bgn, ghostbn, or bn and gn to compare with
+# NORM     demo: ghostbn, cbn, naivecbn, mabn, brn, bgn, or bn and gn to compare with
 PYTHON ?= python3
 TOOLBOX ?= openmmlab
 VENV := $(if $(filter openmmlab,$(TOOLBOX)),.venv,.venv-$(TOOLBOX))
@@ -16,12 +16,12 @@ VENV := $(if $(filter openmmlab,$(TOOLBOX)),.venv,.venv-$(TOOLBOX))
 RUN := $(VENV)/bin/python -W ignore::DeprecationWarning -W ignore::FutureWarning \
 	-W ignore:pkg_resources:UserWarning
 SEED ?= 0
-NORM ?= cbn
-NORMS := cbn naivecbn mabn brn bgn ghostbn bn gn
+NORM ?= ghostbn
+NORMS := ghostbn cbn naivecbn mabn brn bgn bn gn
 ifeq ($(filter $(NORM),$(NORMS)),)
 $(error NORM=$(NORM) is none of $(NORMS))
 endif
-WORK_DIR ?= work_dirs/demo$(if $(filter-out cbn,$(NORM)),_$(NORM))
+WORK_DIR ?= work_dirs/demo$(if $(filter-out ghostbn,$(NORM)),_$(NORM))
 
 .PHONY: setup demo test clean
 

@@ -172,7 +172,7 @@ def test_the_demos_table_is_its_results():
     assert as_markdown(demo.results_table(runs)) in page
     # What make demo compares with is there.
     cfg = Config.fromfile(ROOT / OWN['CONFIG'])
-    assert demo.batch_norms(runs, demo.trained_as(cfg, None))
+    assert demo.batch_norm_note(runs, demo.trained_as(cfg, cfg.shapes_coco))
 
 
 def test_the_analyses_tables_are_the_results():

@@ -3,6 +3,7 @@ import argparse
 import datetime
 import json
 import os
+import shlex
 import sys
 import time
 from itertools import groupby
@@ -105,15 +106,25 @@ def use_images(cfg: Config, images: int) -> None:
             norm_cfg['window_size'] = suggested_window_size(images)
 
 
-def trained_as(cfg: Config, size: Optional[int]) -> Dict[str, Any]:
-    """What trainings have in common that are compared, on the demo's data."""
-    recipe = {key: value for key, value in cfg.shapes_coco.items()
-              if key != 'root'}
+def trained_as(cfg: Config, recipe: Dict[str, Any],
+               options: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
+    """Two trainings are compared if this is the same.
+
+    Args:
+        cfg (Config): Of the training.
+        recipe (dict): What the data set was drawn from.
+        options (dict, optional): Entries that were overridden.
+    """
+    size, = {max(transform.scale)
+             for transform in cfg.train_dataloader.dataset.pipeline
+             if transform.type == 'Resize'}
     return dict(
-        data=recipe,
-        size=size or max(cfg.scale),
+        data={key: recipe[key] for key in recipe if key != 'root'},
+        size=size,
         images=cfg.train_dataloader.batch_size,
-        iterations=cfg.train_cfg.max_iters)
+        iterations=cfg.train_cfg.max_iters,
+        lr=cfg.optim_wrapper.optimizer.lr,
+        options={key: str(value) for key, value in (options or {}).items()})
 
 
 def read_results(path: Path) -> List[Dict[str, Any]]:
@@ -121,10 +132,15 @@ def read_results(path: Path) -> List[Dict[str, Any]]:
     return json.loads(path.read_text())['runs'] if path.exists() else []
 
 
+def _same(run: Dict[str, Any]) -> str:
+    return json.dumps(run['trained_as'], sort_keys=True)
+
+
 def record(path: Path, run: Dict[str, Any]) -> None:
-    """Add a training to a file, in place of one of the same name and seed."""
+    """Add a training to a file, in place of the same one."""
+
     def key(run):
-        return run['norm'], json.dumps(run['trained_as']), run['seed']
+        return run['norm'], _same(run), run['seed']
 
     runs = {key(old): old for old in (*read_results(path), run)}
     lines = ',\n'.join(f'  {json.dumps(runs[k])}' for k in sorted(runs))
@@ -132,9 +148,12 @@ def record(path: Path, run: Dict[str, Any]) -> None:
     write_whole(path, f'{{"runs": [\n{lines}\n]}}\n')
 
 
-def batch_norms(runs: Sequence[Dict[str, Any]],
+def batch_norm_note(runs: Sequence[Dict[str, Any]],
                 trained: Dict[str, Any]) -> str:
-    """What BatchNorm has, trained in the same way, with the command."""
+    """What BatchNorm has, trained in the same way, with the command.
+
+    Empty if that is not known.
+    """
     found = [run for run in runs
              if (run['norm'], run['trained_as']) == ('BN', trained)]
     if not found:
@@ -146,14 +165,17 @@ def batch_norms(runs: Sequence[Dict[str, Any]],
 
 
 def results_table(runs: Sequence[Dict[str, Any]]) -> List[List[str]]:
-    """A row a norm and number of images: the seeds' AP, and their mean."""
-    rows = [['norm', 'images', 'iterations', 'AP of seeds 0, 1, …', 'mean']]
-    for (norm, images, iterations), group in groupby(
-            runs, key=lambda run: (run['norm'], run['trained_as']['images'],
-                                   run['trained_as']['iterations'])):
-        aps = [run['ap'] for run in group]
-        rows.append([norm, str(images), str(iterations),
-                     ', '.join(f'{ap:.3f}' for ap in aps), spread(aps, 3)])
+    """A row for the seeds of a norm, trained in the same way."""
+    rows = [['norm', 'images', 'iterations', 'AP (seed)', 'mean']]
+    for (norm, _), group in groupby(
+            runs, key=lambda run: (run['norm'], _same(run))):
+        same = list(group)
+        how = same[0]['trained_as']
+        rows.append([
+            norm, str(how['images']), str(how['iterations']),
+            ', '.join(f'{run["ap"]:.3f} ({run["seed"]})' for run in same),
+            spread([run['ap'] for run in same], 3)
+        ])
     return rows
 
 
@@ -212,18 +234,30 @@ def report(metrics: Dict[str, float], beside: str, work_dir: Path,
         highlight=False)
 
 
+def _command(args: argparse.Namespace) -> str:
+    words = ['python', 'tools/demo.py', args.config]
+    for flag in ('size', 'images'):
+        if getattr(args, flag) is not None:
+            words += [f'--{flag}', str(getattr(args, flag))]
+    if args.cfg_options:
+        words += ['--cfg-options', *(f'{key}={value}' for key, value in
+                                     args.cfg_options.items())]
+    return shlex.join(words)
+
+
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the demo."""
     args = parse_args(argv)
     results = Path(args.results)
     with one_line_errors():
-        own = args.data is not None
-        if own and args.record:
+        given = args.data is not None
+        if given and args.record:
             raise SetupError('--record takes trainings on the data of the '
                              'demo, not on that of --data')
-        if not own:
-            args.data = str(
-                make_shapes_coco(**open_config(args.config).shapes_coco))
+        recipe = open_config(args.config).get('shapes_coco')
+        if not given:
+            args.data = str(make_shapes_coco(**recipe))
+            read_results(results)  # before it is needed
         cfg = load_config(args)
         cfg.randomness = dict(seed=args.seed)
         splits = [find_coco_split(args.data, s) for s in ('train', 'val')]
@@ -254,8 +288,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         detect(runner, val, _PICTURED), val.classes,
         work_dir / 'detections.png')
     beside = ''
-    if not own:
-        trained = trained_as(cfg, args.size)
+    if not given:
+        trained = trained_as(cfg, recipe, args.cfg_options)
         if args.record:
             record(results, dict(
                 norm=', '.join(sorted(
@@ -264,12 +298,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                 ap=metrics.get('coco/bbox_mAP', 0.),
                 trained_as=trained,
                 seconds=round(seconds),
-                command=f'python tools/demo.py {args.config}' + (
-                    f' --images {args.images}' if args.images else ''),
-                machine=f'{processor()}, {torch.get_num_threads()} threads, '
-                f'torch {torch.__version__}',
+                command=_command(args),
+                machine=f'{processor()}, torch {torch.__version__}, '
+                f'{torch.get_num_threads()} of its threads',
                 date=datetime.date.today().isoformat()))
-        beside = batch_norms(read_results(results), trained)
+            show(results_table(read_results(results)), Console())
+        beside = batch_norm_note(read_results(results), trained)
     report(metrics, beside, work_dir, Console())
 
 

@@ -109,7 +109,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         help='orthogonality: of gradient and weight, in the demo; needs '
         '--data')
     parser.add_argument(
-        '--data', metavar='DIR', help='ShapesCOCO, as the demo makes it')
+        '--data', metavar='DIR', help='ShapesCOCO')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument(
         '--steps', type=int, default=160, help='of 16 images, in training')

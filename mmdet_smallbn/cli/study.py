@@ -44,16 +44,15 @@ IMAGES = (16, 4, 2, 1)  # the columns of a table
 COUNTS = 4.  # points beyond the deviation that make a fall one
 
 
-
 def _by_weight(row: Dict[str, Any]) -> Dict[str, float]:
     """Scores by the example's weight; at 0 it is BatchNorm's own."""
     return {'0': row['score'], **row['weighted']}
 
 
-Score = Callable[[Dict[str, Any]], float]
+Score = Callable[[Dict[str, Any]], Optional[float]]
 # Other evaluations of what was trained: the setting, and its score.
 EVALUATIONS: Dict[str, Tuple[str, Score]] = {
-    'BN, PreciseBN': ('BN', itemgetter('precise')),
+    'BN, PreciseBN': ('BN', lambda row: row.get('precise')),
     'BN, the best example weight': (
         'BN', lambda row: max(_by_weight(row).values())),
 }
@@ -159,13 +158,15 @@ class Results:
                     f' "runs": [\n{lines}\n]}}\n')
 
     def has(self, cell: Cell) -> bool:
-        """Whether a training is there, with all that it is asked to be.
+        """Whether a training is there, with all that is asked of it.
 
-        One of other steps, say, is trained anew.
+        One of other steps, say, or without an evaluation, is trained anew.
         """
         kept = self.rows.get(cell, {})
         now = json.loads(json.dumps(asked(*cell)))
-        return all(kept.get(name) == value for name, value in now.items())
+        scores = ('weighted', 'precise') if cell.setting == 'BN' else ()
+        return (all(kept.get(name) == value for name, value in now.items())
+                and all(name in kept for name in scores))
 
     def scores(self, regime: str, setting: str, images: int,
                score: Score = itemgetter('score')) -> List[float]:
@@ -175,9 +176,11 @@ class Results:
     def by_seed(self, regime: str, setting: str, images: int,
                 score: Score = itemgetter('score')) -> Dict[int, float]:
         """The same, by seed."""
-        return {cell.seed: score(row)
-                for cell, row in sorted(self.rows.items())
-                if cell[:3] == (regime, setting, images)}
+        found = {cell.seed: score(row)
+                 for cell, row in sorted(self.rows.items())
+                 if cell[:3] == (regime, setting, images)}
+        return {seed: value for seed, value in found.items()
+                if value is not None}
 
 
 def _cell(row: Dict[str, Any]) -> Cell:
@@ -245,13 +248,15 @@ def in_short(results: Results) -> List[List[str]]:
     rows = [['regime, images', 'BN at 16 images', *names]]
     for regime in REGIMES:
         head, *others = table(results, regime)
-        cells = {(name, images): cell for name, *values in others
-                 for images, cell in zip(head[1:], values)}
+        if not others:
+            continue
+        found = {(name, images): text for name, *texts in others
+                 for images, text in zip(head[1:], texts)}
         rows.extend(
-            [f'{regime}, {images}', cells.get(('BN', '16'), ''),
-             *(cells.get((name, '16' if name.startswith('GN') else images), '')
+            [f'{regime}, {images}', found.get(('BN', '16'), ''),
+             *(found.get((name, '16' if name.startswith('GN') else images), '')
                for name in names)]
-            for images in ('2', '1') if cells)
+            for images in ('2', '1'))
     return rows
 
 

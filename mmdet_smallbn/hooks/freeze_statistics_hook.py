@@ -1,8 +1,10 @@
 """Running statistics in the last part of a training."""
 from typing import List, Optional, Sequence, Union
 
+from mmengine.dist import all_reduce_params
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from mmengine.runner import EpochBasedTrainLoop
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -16,11 +18,11 @@ class FreezeStatisticsHook(Hook):
     """Train with running statistics from some point of the training on.
 
     What ``norm_eval=True`` does to a backbone's norms, but late, and in any
-    part of the model. The norms go into evaluation mode: they use the running
-    statistics, as they will at inference, and change them no more. Scale,
-    shift and all other weights train on, and get used to these statistics.
-    It costs nothing, and BatchNorm folds afterwards. ``docs/study.md`` shows
-    where it helps.
+    part of the model. The norms go into evaluation mode: they normalise as at
+    inference, and change their running statistics no more. Scale, shift and
+    all other weights train on, and get used to these statistics.
+    ``docs/study.md`` shows where it helps. Several processes take the mean of
+    theirs first.
 
     Example:
         >>> custom_hooks = [dict(type='FreezeStatisticsHook', epochs=9)]
@@ -35,7 +37,8 @@ class FreezeStatisticsHook(Hook):
         ValueError: If not exactly one of ``epochs`` and ``iters`` is given,
             or it is negative.
         SetupError: At the start of training, if there is no norm with running
-            statistics in the model, or under a prefix.
+            statistics in the model, or under a prefix, or if the training
+            ends before.
     """
 
     def __init__(self,
@@ -52,6 +55,7 @@ class FreezeStatisticsHook(Hook):
             name: module
             for name, module in bare_model(runner).named_modules()
             if isinstance(module, (_BatchNorm, SmallBatchNorm))
+            and getattr(module, 'running_mean', None) is not None
         }
         if self.prefixes is None:
             self._norms = list(norms.values())
@@ -70,17 +74,38 @@ class FreezeStatisticsHook(Hook):
         if not self._norms:
             raise SetupError('FreezeStatisticsHook: the model holds no norm '
                              'with running statistics. Remove the hook')
-        self._told = False
+        self._frozen = False
+        self._check_begin(runner)
+
+    def _check_begin(self, runner) -> None:
+        by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
+        if self.unit == 'epochs' and not by_epoch:
+            raise SetupError(
+                f'FreezeStatisticsHook: epochs={self.begin}, but the training '
+                'loop counts iterations. Use iters')
+        total = (runner.max_epochs if self.unit == 'epochs' else
+                 runner.max_iters)
+        if self.begin >= total:
+            raise SetupError(
+                f'FreezeStatisticsHook: {self.unit}={self.begin}, but the '
+                f'training is over after {total}. Take fewer, or remove the '
+                'hook')
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        """Into evaluation mode; validation and epochs end it each time."""
+        """Into evaluation mode, each time anew: the loop puts them out of it.
+        """
         now = runner.epoch if self.unit == 'epochs' else runner.iter
         if now < self.begin:
             return
+        if not self._frozen:
+            self._frozen = True
+            # Not those that norm_eval or a teacher keeps in evaluation mode.
+            self._norms = [norm for norm in self._norms if norm.training]
+            all_reduce_params(
+                [buffer for norm in self._norms for buffer in norm.buffers()
+                 if buffer.is_floating_point()], op='mean')
+            runner.logger.info(
+                f'{len(self._norms)} norms keep their running statistics at '
+                f'iteration {runner.iter}, epoch {runner.epoch}')
         for norm in self._norms:
             norm.eval()
-        if not self._told:
-            self._told = True
-            runner.logger.info(
-                f'{len(self._norms)} norms keep their running statistics from '
-                f'iteration {runner.iter}, epoch {runner.epoch} on')

@@ -74,7 +74,7 @@ REGIMES: Dict[str, Regime] = {
 
 
 def asked(regime: str, setting: str, images: int, seed: int) -> dict:
-    """What a training is asked to be: all that its scores depend on.
+    """What a training is asked to be.
 
     Args:
         regime (str): One of ``REGIMES``.

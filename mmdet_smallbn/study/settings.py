@@ -56,9 +56,6 @@ SETTINGS: Dict[str, Setting] = {
     # lacks is gradient. The last of many layers are nearly there.
     'CBN, fresh window': _setting('CBN', rehearsals=3),
     'MABN': _setting('MABN', 'CenConv'),
-    # Batch normalisation with averages over 8 batches in both passes.
-    'MABN, centred': _setting(
-        'MABN', centered=True, forward_statistics='sma', buffer_size=8),
     # What the papers took apart: a burn-in of other lengths, other averages.
     'CBN, burn-in 0%': _setting('CBN', burn_in=0.),
     'CBN, burn-in 30%': _setting('CBN', burn_in=0.3),

@@ -148,4 +148,4 @@ def make_precise(model: nn.Module, regime: Regime, examples: Examples,
     for norm, found in moments.items():
         mean, square = torch.stack(found).mean(0)
         norm.running_mean.copy_(mean)
-        norm.running_var.copy_(square - mean.square())
+        norm.running_var.copy_((square - mean.square()).clamp(min=0))

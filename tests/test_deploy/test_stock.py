@@ -102,7 +102,7 @@ def scores(shapes, folder):
         build_runner(copy.deepcopy(cfg)).train()
         checkpoint = f'{cfg.work_dir}/iter_12.pth'
         weights = []
-        if name == 'bgn':
+        if name in ('bgn', 'ghostbn'):
             weights = ['--example-weight', '0']
             for part in (cfg.model.backbone, cfg.model.neck,
                          cfg.model.roi_head.bbox_head):

@@ -23,10 +23,10 @@ class Watch(Hook):
         self.scales.append(norms[0].weight.detach().clone())
 
 
-def _train(tmp_path, hook, norm=nn.BatchNorm2d, by_epoch=False, **kwargs):
+def _train(tmp_path, hook, norm=nn.BatchNorm2d, by_epoch=False):
     watch = Watch()
     toy_runner(tmp_path, [dict(type='FreezeStatisticsHook', **hook), watch],
-               Toy(norm), by_epoch, **kwargs).train()
+               Toy(norm), by_epoch).train()
     return watch
 
 
@@ -38,8 +38,8 @@ def test_statistics_stay_and_scales_train_on(tmp_path, norm):
     assert torch.equal(before, last)
     assert not torch.equal(seen.means[2], before)
     assert not torch.equal(seen.scales[3], seen.scales[5])
-    assert ('2 norms keep their running statistics from iteration 4, epoch 0 '
-            'on') in read_log(tmp_path)
+    assert ('2 norms keep their running statistics at iteration 4, epoch 0'
+            in read_log(tmp_path))
 
 
 def test_an_epoch_does_not_wake_them(tmp_path):
@@ -47,6 +47,16 @@ def test_an_epoch_does_not_wake_them(tmp_path):
     seen = _train(tmp_path, dict(epochs=1, prefix='head'), by_epoch=True)
     assert seen.training == 2 * [[True, True]] + 4 * [[True, False]]
     assert read_log(tmp_path).count('keep their running statistics') == 1
+
+
+def test_a_resumed_training_is_the_uninterrupted_one(tmp_path):
+    hook = [dict(type='FreezeStatisticsHook', iters=2)]
+    whole, resumed = Toy(), Toy()
+    toy_runner(tmp_path, hook, whole, False).train()
+    toy_runner(tmp_path, hook, resumed, False, resume=True,
+               load_from=str(tmp_path / 'iter_4.pth')).train()
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key])
 
 
 def test_averages_of_mabn_stay_too(tmp_path):
@@ -71,6 +81,8 @@ def test_averages_of_mabn_stay_too(tmp_path):
      "prefix='neck' fits no norm with running statistics; such norms are in "
      'backbone, head'),
     (nn.Identity, dict(iters=1), 'the model holds no norm with running'),
+    (nn.BatchNorm2d, dict(epochs=1), 'counts iterations. Use iters'),
+    (nn.BatchNorm2d, dict(iters=6), 'the training is over after 6'),
 ])
 def test_where_there_is_none_it_says_so(tmp_path, norm, hook, said):
     model = Toy(lambda channels: norm(channels))

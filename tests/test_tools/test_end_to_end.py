@@ -288,26 +288,30 @@ def test_demo_shows_what_batch_norm_has_in_the_same_training(tmp_path):
     config = tmp_path / 'small.py'
     config.write_text(
         f"_base_ = '{ROOT / DEMO.replace('cbn-all', 'bn-all')}'\n"
-        f'shapes_coco = {dict(data, _delete_=True)}\n')
+        f'shapes_coco = {dict(data, _delete_=True)}\n'
+        'train_cfg = dict(max_iters=4, val_interval=4)\n'
+        'param_scheduler = []\n')
     results = tmp_path / 'results' / 'demo.json'
     command = [
         sys.executable, 'tools/demo.py', str(config), '--results',
-        str(results), '--size', '64', '--work-dir', str(tmp_path / 'work'),
-        '--cfg-options', 'train_cfg.max_iters=4', 'train_cfg.val_interval=4',
-        'default_hooks.logger.interval=2'
+        str(results), '--size', '64', '--work-dir', str(tmp_path / 'work')
     ]
     assert 'BatchNorm, trained in' not in _run(*command)
     assert not results.exists()
     out = _run(*command, '--record')
     run, = json.loads(results.read_text())['runs']
     said = ('BatchNorm, trained in the same way: '
-            f'{run["ap"]:.3f} AP (1 seed, python tools/demo.py {config})')
+            f'{run["ap"]:.3f} AP (1 seed, python tools/demo.py {config} '
+            '--size 64)')
     assert said in out
     assert run['norm'] == 'BN' and run['trained_as'] == dict(
-        data=dict(train=8, val=4, size=64), size=64, images=2, iterations=4)
+        data=dict(train=8, val=4, size=64), size=64, images=2, iterations=4,
+        lr=7e-4, options={})
     assert said in _run(*command)
-    longer = [*command, 'train_cfg.max_iters=6']
-    assert 'BatchNorm, trained in' not in _run(*longer)
+    out = _run(*command, '--cfg-options', 'optim_wrapper.optimizer.lr=1e-4')
+    assert 'BatchNorm, trained in' not in out
+    out = _run(*command, '--record', '--data', data['root'], fails=True)
+    assert 'error: --record takes trainings on the data of the demo' in out
 
 
 def test_stock_mmdet_finds_what_was_found_here(trained, options, tmp_path):
