@@ -295,7 +295,7 @@ def closed(results: Results, regime: str, name: str, images: int) -> str:
 
 def summary(results: Results) -> List[List[str]]:
     """A row for each regime and small batch: the fall, and what closes it."""
-    names = ('CBN', 'MABN', 'BN, CenConv', 'CBN, CenConv')
+    names = ('CBN', 'MABN', 'BN, CenConv', 'BN, frozen late')
     rows = [['regime', 'images', 'BN at 16', 'BN', 'fall',
              'beyond the deviation',
              *(f'{name} closes (seeds)' for name in names)]]

@@ -148,9 +148,11 @@ class BatchGroupNorm(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
 class GhostBN(BatchGroupNorm, nn.BatchNorm2d, _BatchNorm):
     """Ghost Batch Normalization (arXiv:1705.08741; arXiv:1906.03548, Eq. 4).
 
-    Batch normalisation of each ``ghost_size`` examples by themselves, a
-    regulariser for batches that are large enough: Batch-Group normalisation
-    with one channel a group. Evaluation is batch normalisation.
+    Batch normalisation of each ``ghost_size`` examples by themselves:
+    Batch-Group normalisation with one channel a group. It is a regulariser
+    for batches that are large enough, and evaluates as batch normalisation.
+    With ``ghost_size=1`` and ``example_weight=1`` each image is normalised by
+    itself, in training and in evaluation.
 
     Args:
         num_features (int): Channels C.

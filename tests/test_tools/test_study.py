@@ -3,11 +3,12 @@ import json
 
 import pytest
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdet_smallbn.cli import study
 from mmdet_smallbn.study import regimes
 from mmdet_smallbn.study.settings import SETTINGS, setting_of
-from mmdet_smallbn.study.training import order, train
+from mmdet_smallbn.study.training import make_precise, order, train
 
 
 @pytest.fixture
@@ -46,6 +47,25 @@ def test_every_split_of_a_step_sees_the_same_images():
     # Those of a group follow each other.
     assert (groups[first].view(4, 4) == groups[first][::4, None]).all()
     assert (first != next(order(groups, 4, 4))).any()
+
+
+def test_precise_statistics_are_those_of_all_values(short):
+    """Of the first norm: its input depends on no other."""
+    regime = regimes.REGIMES['video']
+    torch.manual_seed(0)
+    model = regime.build(SETTINGS['BN'].norm)
+    examples = regime.splits()[0]
+    make_precise(model, regime, examples, images=2, batches=40)
+    steps = order(examples.groups, regime.together, 0)
+    seen = torch.cat([next(steps) for _ in range(5)])
+    norm = next(m for m in model.modules() if isinstance(m, _BatchNorm))
+    inputs = []
+    norm.register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
+    with torch.no_grad():
+        model(examples.of(seen).pixels)
+    assert norm.running_mean.allclose(inputs[0].mean((0, 2, 3)), atol=1e-5)
+    assert norm.running_var.allclose(
+        inputs[0].var((0, 2, 3), unbiased=False), rtol=1e-4)
 
 
 def test_the_window_is_the_papers():
@@ -99,6 +119,8 @@ def test_it_goes_on_where_it_stopped(made_up, tmp_path, capsys):
     study.main([*args, '--seeds', '1'])
     first = len(made_up)
     assert first == _cells('BN', 'CBN')
+    assert len(study.cells(study.parse_args(
+        [*args, '--images', '16', '--seeds', '1']))) == 1
     study.main([*args, '--seeds', '2'])
     assert len(made_up) == len(set(made_up)) == 2 * first
     assert f'0 of {2 * first} trainings' in capsys.readouterr().out
