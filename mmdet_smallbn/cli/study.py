@@ -40,6 +40,7 @@ _LAST = tuple(dict.fromkeys(
     if where not in _FIRST + _SECOND))
 _ABLATED = ('head', 'detector')
 LINES = (_FIRST, _SECOND, _LAST)
+_STEADY = 'GN, weight standardisation'  # the same at any number of images
 IMAGES = (16, 4, 2, 1)  # the columns of a table
 COUNTS = 4.  # points beyond the deviation that make a fall one
 
@@ -344,10 +345,10 @@ def _draw_regimes(results: Results, regimes: List[str]) -> None:
             setting: {
                 str(n): results.scores(regime, setting, n)
                 for n in reversed(IMAGES)
-            } for setting in ('BN', 'GN', 'CBN', 'MABN')
+            } for setting in ('BN', _STEADY, 'CBN', 'MABN')
         } for regime in regimes},
         results.folder / 'study.png', 'images of a normalised batch',
-        'score, %', steady='GN')
+        'score, %', steady=_STEADY)
     save_lines(
         {regime: {
             f'BN at {n}': {
@@ -375,10 +376,14 @@ def report(results: Results, console: Console) -> None:
         f'{title.split(":")[0]}, {regime}': {
             '': {text.split(':')[0]: results.scores(regime, *where)
                  for where, text in rows.items()}
-        } for title, rows in ABLATIONS.items() for regime in _ABLATED}
-    save_lines(
-        ablated, results.folder / 'ablations.png', 'row', 'score, %',
-        joined=False)
+        } for title, rows in ABLATIONS.items() for regime in _ABLATED
+        # Of a few rows nothing is to be seen.
+        if 2 * sum(bool(results.scores(regime, *where)) for where in rows
+                   ) > len(rows)}
+    if ablated:
+        save_lines(
+            ablated, results.folder / 'ablations.png', 'row', 'score, %',
+            joined=False)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

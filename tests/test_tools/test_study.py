@@ -130,7 +130,7 @@ def test_it_goes_on_where_it_stopped(made_up, tmp_path, capsys):
     assert f'{first} of {3 * first} trainings' in capsys.readouterr().out
     kept = json.loads((tmp_path / 'plain.json').read_text())
     assert len(kept['runs']) == 2 * first
-    for picture in ('study', 'example_weight', 'ablations'):
+    for picture in ('study', 'example_weight'):
         assert (tmp_path / f'{picture}.png').stat().st_size > 5000
     assert '| CBN |  |  | 85.' in (tmp_path / 'README.md').read_text()
 
@@ -169,6 +169,10 @@ def test_ablations_run_in_their_regimes_alone(made_up, tmp_path):
     assert {cell.regime for cell in made_up} == {
         'head', 'detector'}
     title = next(iter(study.ABLATIONS))
+    assert not (tmp_path / 'ablations.png').exists()  # of one row
+    study.main(['--settings', *SETTINGS, '--regimes', 'head', '--seeds', '1',
+                '--out', str(tmp_path / 'all')])
+    assert (tmp_path / 'all' / 'ablations.png').stat().st_size > 5000
     assert study.ablation(study.Results(tmp_path), title)[1:] == [
         ['4: EMA, batch, yes', *['60.0'] * 2]]
 
