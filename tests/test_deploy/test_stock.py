@@ -248,7 +248,7 @@ def test_what_a_config_becomes():
     assert backbone.conv_cfg == dict(type='Conv2d')
     assert stock.model.roi_head.bbox_head[0].norm_cfg == dict(type='BN')
     assert stock.model_wrapper_cfg.type == 'MMDistributedDataParallel'
-    assert len(changes) == 6
+    assert len(changes) == 7
     assert 'model.roi_head.bbox_head[0].norm_cfg: CBN -> BN' in changes
     cfg = Config(
         dict(
