@@ -4,7 +4,7 @@ max_iters = 1200
 custom_imports = dict(imports=['mmdet_smallbn'], allow_failed_imports=False)
 custom_hooks = [dict(type='BurnInHook', iters=250)]
 train_cfg = dict(
-    type='IterBasedTrainLoop', max_iters=max_iters, val_interval=300)
+    type='IterBasedTrainLoop', max_iters=max_iters, val_interval=400)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(

@@ -61,7 +61,7 @@ def test_other_batch_sizes_of_the_demo_see_as_many_images(norm, window):
     use_images(cfg, 4)
     assert cfg.train_dataloader.batch_size == 4
     assert cfg.train_cfg.max_iters == 600
-    assert cfg.train_cfg.val_interval == 150
+    assert cfg.train_cfg.val_interval == 200
     assert cfg.param_scheduler[1].end == 600
     assert cfg.default_hooks.checkpoint.interval == 600
     assert cfg.custom_hooks[0].iters == 125
