@@ -1,6 +1,8 @@
 """Files that a stop leaves whole."""
+import json
 import os
 from pathlib import Path
+from typing import Any, Dict, Iterable
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -8,3 +10,14 @@ def write_whole(path: Path, text: str) -> None:
     unfinished = path.with_suffix('.part')
     unfinished.write_text(text)
     os.replace(unfinished, path)
+
+
+def write_runs(path: Path, runs: Iterable[Dict[str, Any]],
+               **head: Any) -> None:
+    """Write trainings as JSON, a line each, after the entries of ``head``."""
+    lines = ',\n'.join(f'  {json.dumps(run)}' for run in runs)
+    entries = [f'{json.dumps(name)}: {json.dumps(value)}'
+               for name, value in head.items()]
+    entries.append(f'"runs": [\n{lines}\n]')
+    text = ',\n '.join(entries)
+    write_whole(path, f'{{{text}}}\n')

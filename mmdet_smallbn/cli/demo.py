@@ -20,7 +20,7 @@ from rich.console import Console
 from ..data.coco_folder import CocoSplit, find_coco_split
 from ..data.shapes_coco import make_shapes_coco
 from ..errors import SetupError, one_line_errors
-from ..files import write_whole
+from ..files import write_runs
 from ..layers import suggested_window_size
 from ..norm_report import norm_cfgs
 from ..pictures import (Objects, coco_objects, quiet_coco, save_curves,
@@ -143,9 +143,8 @@ def record(path: Path, run: Dict[str, Any]) -> None:
         return run['norm'], _same(run), run['seed']
 
     runs = {key(old): old for old in (*read_results(path), run)}
-    lines = ',\n'.join(f'  {json.dumps(runs[k])}' for k in sorted(runs))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, f'{{"runs": [\n{lines}\n]}}\n')
+    write_runs(path, (runs[k] for k in sorted(runs)))
 
 
 def batch_norm_note(runs: Sequence[Dict[str, Any]],

@@ -18,7 +18,7 @@ from rich.progress import (BarColumn, MofNCompleteColumn, Progress,
                            TextColumn, TimeRemainingColumn)
 
 from ..errors import check_known, one_line_errors
-from ..files import write_whole
+from ..files import write_runs
 from ..pictures import save_lines
 from ..study.regimes import EXAMPLE_WEIGHTS, REGIMES, asked, run
 from ..study.settings import ABLATIONS, SETTINGS
@@ -153,10 +153,7 @@ class Results:
         runs = [self.rows[cell] for cell in sorted(self.rows)
                 if cell.regime == regime]
         command = f'python tools/study.py --regimes {json.dumps(regime)}'
-        lines = ',\n'.join(f'  {json.dumps(run)}' for run in runs)
-        write_whole(self._path(regime),
-                    f'{{"command": {json.dumps(command)},\n'
-                    f' "runs": [\n{lines}\n]}}\n')
+        write_runs(self._path(regime), runs, command=command)
 
     def has(self, cell: Cell) -> bool:
         """Whether a training is there, with all that is asked of it.

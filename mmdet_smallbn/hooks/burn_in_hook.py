@@ -9,7 +9,7 @@ from torch import nn
 from ..errors import SetupError
 from ..layers import (CBN, SmallBatchNorm, is_under,
                       suggested_window_size)
-from .model import asleep_note, kept_asleep, one_unit
+from .model import asleep_note, check_unit, kept_asleep, one_unit
 from .norm_hook import SmallBatchNormHook
 
 
@@ -157,10 +157,7 @@ class BurnInHook(SmallBatchNormHook):
             SetupError: If the units differ, or burn-in is as long as the
                 training.
         """
-        if self.unit == 'epochs' and not by_epoch:
-            raise SetupError(
-                f'BurnInHook: epochs={self.length}, but the training loop '
-                'counts iterations. Use iters')
+        check_unit('BurnInHook', self.unit, self.length, by_epoch)
         total = max_epochs if self.unit == 'epochs' else max_iters
         if self.length and total and self.length >= total:
             raise SetupError(

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import SetupError
 from ..layers import SmallBatchNorm, is_under
-from .model import bare_model, one_unit
+from .model import bare_model, check_unit, one_unit
 
 
 @HOOKS.register_module()
@@ -78,11 +78,8 @@ class FreezeStatisticsHook(Hook):
         self._check_begin(runner)
 
     def _check_begin(self, runner) -> None:
-        by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
-        if self.unit == 'epochs' and not by_epoch:
-            raise SetupError(
-                f'FreezeStatisticsHook: epochs={self.begin}, but the training '
-                'loop counts iterations. Use iters')
+        check_unit('FreezeStatisticsHook', self.unit, self.begin,
+                   isinstance(runner.train_loop, EpochBasedTrainLoop))
         total = (runner.max_epochs if self.unit == 'epochs' else
                  runner.max_iters)
         if self.begin >= total:

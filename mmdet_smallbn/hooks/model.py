@@ -38,6 +38,17 @@ def one_unit(hook: str, epochs: Optional[int],
     return unit, number
 
 
+def check_unit(hook: str, unit: str, number: int, by_epoch: bool) -> None:
+    """Refuse epochs where the training loop counts iterations.
+
+    Raises:
+        SetupError: If it does.
+    """
+    if unit == 'epochs' and not by_epoch:
+        raise SetupError(f'{hook}: epochs={number}, but the training loop '
+                         'counts iterations. Use iters')
+
+
 def norms_of_teachers(model: nn.Module) -> Dict[str, nn.Module]:
     """Norms in a frozen detector within the model, as of a mean teacher.
 
