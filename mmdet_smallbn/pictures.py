@@ -442,3 +442,29 @@ def save_lines(panels: Dict[str, Dict[str, Dict[str, Sequence[float]]]],
         figure.legend(labelled.values(), labelled, loc='outside lower center',
                       ncols=min(len(labelled), 2 * columns), frameon=False)
     figure.savefig(path, dpi=110)
+
+
+def save_check(parts: Dict[str, Sequence[Tuple[str, float, float]]],
+               path: Union[str, Path]) -> None:
+    """Draw falls of BatchNorm over the agreement of its gradients.
+
+    Args:
+        parts (dict): By title, the name, agreement and fall of each cell.
+        path (str | Path): Image file to write.
+    """
+    figure = Figure(figsize=(8, 4.6), layout='constrained')
+    ax = figure.subplots()
+    for (title, cells), colour in zip(parts.items(), ('#8a8a8a', '#c0392b')):
+        if not cells:
+            continue
+        names, agreements, falls = zip(*cells)
+        ax.scatter(agreements, falls, s=22, color=colour, label=title)
+        for name, x, y in cells:
+            ax.annotate(name, (x, y), xytext=(4, 2), fontsize=6.5,
+                        textcoords='offset points', color=_INK)
+    ax.set(xlabel='agreement with the gradient of 16 images',
+           ylabel='fall of BatchNorm from 16 images, points')
+    ax.grid(alpha=0.25)
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.legend(frameon=False)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,253 @@
+"""Hold the norm doctor against the trainings of the study."""
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence
+
+import torch
+from mmengine.optim import OptimWrapper
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from ..doctor import Diagnosis, Layer, Task, advise, diagnose, verdict_of
+from ..doctor.advice import agreement_of
+from ..errors import one_line_errors
+from ..files import write_whole
+from ..pictures import save_check
+from ..study.detector import detection_loss
+from ..study.regimes import REGIMES
+from ..study.settings import SETTINGS
+from ..study.training import STEP, Regime, order
+from ..tables import as_markdown, show, spread
+from .study import EVALUATIONS, Results, chosen
+
+# The thresholds were set on these; the others judge them.
+CALIBRATION = ('plain', 'video', 'hasty detector')
+IMAGES = (4, 2, 1)
+STEPS = 40  # of the optimizer, before the weights stand still
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Flags of the tool."""
+    parser = argparse.ArgumentParser(
+        description="Diagnose the study's models, and compare with what "
+        'their trainings came to')
+    parser.add_argument('--results', default='docs/results',
+                        help="folder of the study's results")
+    parser.add_argument('--regimes', nargs='+', metavar='NAME',
+                        help='all, if not given')
+    parser.add_argument('--seeds', type=int, default=2, help='from 0 on')
+    parser.add_argument('--report', action='store_true',
+                        help='diagnose nothing: print the tables, and draw')
+    return parser.parse_args(argv)
+
+
+class StudyTask(Task):
+    """A regime of the study; batches are indices of its images."""
+
+    def __init__(self, regime: Regime) -> None:
+        self.regime = regime
+        self.examples = regime.splits()[0]
+
+    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
+        return self.regime.loss(model, self.examples.of(batch))
+
+    def batches(self, images: int, seed: int) -> Iterator[Tensor]:
+        """The order of the study's trainings, with another seed."""
+        for step in order(self.examples.groups, self.regime.together, seed):
+            yield from step.split(images)
+
+
+def examine(name: str, images: int, seed: int) -> Diagnosis:
+    """Diagnose BatchNorm in a regime of the study."""
+    regime = REGIMES[name]
+    task = StudyTask(regime)
+
+    def optimizer(model: nn.Module) -> OptimWrapper:
+        kind = torch.optim.AdamW if regime.adam else torch.optim.SGD
+        more = {} if regime.adam else dict(momentum=0.9)
+        return OptimWrapper(
+            kind(model.parameters(), regime.lr, **more),
+            accumulative_counts=STEP // images)
+
+    torch.manual_seed(seed)
+    model = regime.build(SETTINGS['BN'].norm)
+    return diagnose(model, task.batches(images, 1000 + seed), optimizer, task,
+                    reference=STEP, iters=STEPS * STEP // images)
+
+
+def as_json(diagnosis: Diagnosis) -> Dict[str, Any]:
+    """The diagnosis in JSON's types."""
+    return dict(diagnosis._asdict(),
+                layers=[layer._asdict() for layer in diagnosis.layers])
+
+
+def _read(row: Dict[str, Any]) -> Diagnosis:
+    values = {name: row[name] for name in Diagnosis._fields}
+    for name in ('agreement', 'windows'):
+        values[name] = {int(k): v for k, v in values[name].items()}
+    values['layers'] = [Layer(**layer) for layer in values['layers']]
+    return Diagnosis(**values)
+
+
+class _Cell:
+    """A regime and a number of images: diagnosed, and trained.
+
+    Args:
+        rows (list[dict]): Diagnoses of the seeds.
+        results (Results): The study's trainings.
+    """
+
+    def __init__(self, rows: List[Dict[str, Any]], results: Results) -> None:
+        self.regime, self.images = rows[0]['regime'], rows[0]['images']
+        self.results = results
+        self.found = [_read(row) for row in rows]
+        # As if the seeds were blocks of one diagnosis.
+        first = self.found[0]
+        self.whole = first._replace(agreement={
+            size: [v for d in self.found for v in d.agreement[size]]
+            for size in first.agreement})
+        low = results.by_seed(self.regime, 'BN', self.images)
+        high = results.by_seed(self.regime, 'BN', 16)
+        self.fall = statistics.mean(
+            high[seed] - low[seed] for seed in high.keys() & low.keys())
+
+    def scores(self, setting: str) -> List[float]:
+        name, *score = EVALUATIONS.get(setting, (setting, ))
+        images = 16 if name.startswith('GN') else self.images
+        return self.results.scores(self.regime, name, images, *score)
+
+    def best(self, folds: bool) -> str:
+        """The setting with the best mean."""
+        names = [*SETTINGS, *([] if folds else EVALUATIONS)]
+        fit = [name for name in names if self.scores(name) and not (
+            folds and (name.startswith('GN') or name == 'BGN'))]
+        return max(fit, key=lambda n: statistics.mean(self.scores(n)))
+
+    def pick(self, folds: bool) -> str:
+        """The first advice that folds, or that need not."""
+        detects = REGIMES[self.regime].loss is detection_loss
+        found = [a for a in advise(self.whole, detects) if a.setting
+                 and a.folds == folds]
+        return found[0].setting if found else 'BN'
+
+    def is_within(self, folds: bool) -> Optional[bool]:
+        """Whether the pick is within a deviation of the best.
+
+        The deviation is that of the difference. None if the pick was not
+        trained, or nothing but BatchNorm was.
+        """
+        best, own = (self.scores(name) for name in (
+            self.best(folds), self.pick(folds)))
+        if not own or self.images == 4:
+            return None
+        deviation = math.sqrt(sum(statistics.variance(v) for v in (best, own)
+                                  if len(v) > 1))
+        return statistics.mean(best) - statistics.mean(own) <= deviation
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's, without ties."""
+    ranks = [torch.tensor(v).argsort().argsort().float() for v in (a, b)]
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+
+def _table(cells: List[_Cell]) -> List[List[str]]:
+    rows = [['regime, images', 'agreement', 'verdict', 'fall of BatchNorm',
+             'pick that folds', 'best that folds', 'within', 'pick', 'best',
+             'within']]
+    said = {True: 'yes', False: '**no**', None: ''}
+    for cell in cells:
+        mean, error = agreement_of(cell.whole)
+        row = [f'{cell.regime}, {cell.images}', f'{mean:.2f} ± {error:.2f}',
+               verdict_of(cell.whole), f'{cell.fall:.1f}']
+        for folds in (True, False):
+            for name in (cell.pick(folds), cell.best(folds)):
+                row.append(f'{name} {spread(cell.scores(name))}'.strip())
+            row.append(said[cell.is_within(folds)])
+        rows.append(row)
+    return rows
+
+
+def _in_sum(cells: List[_Cell]) -> List[str]:
+    """What the tables come to, a line each."""
+    lines = []
+    for title, chosen_cells in (
+            ('all', cells),
+            ('calibration', [c for c in cells if c.regime in CALIBRATION]),
+            ('judging', [c for c in cells if c.regime not in CALIBRATION])):
+        if len(chosen_cells) < 3:
+            continue
+        rho = rank_correlation([c.fall for c in chosen_cells], [
+            -agreement_of(c.whole)[0] for c in chosen_cells])
+        noise = rank_correlation([c.fall for c in chosen_cells], [
+            statistics.mean(layer.mean_noise for d in c.found
+                            for layer in d.layers) for c in chosen_cells])
+        line = (f'- {title}: {len(chosen_cells)} cells. Rank correlation of '
+                f'1 - agreement with the fall {rho:.2f}; of the noise of the '
+                f'mean {noise:.2f}.')
+        for folds, name in ((True, 'Picks that fold'),
+                            (False, 'Picks that need not fold')):
+            within = [w for w in (c.is_within(folds) for c in chosen_cells)
+                      if w is not None]
+            line += f' {name}: {sum(within)} of {len(within)} within.'
+        lines.append(line)
+    return lines
+
+
+def report(rows: List[Dict[str, Any]], results: Results, folder: Path,
+           console: Console) -> None:
+    """Print the tables, and put a page and a picture into the folder."""
+    by_cell: Dict[tuple, List[Dict[str, Any]]] = {}
+    for row in rows:
+        by_cell.setdefault((row['regime'], row['images']), []).append(row)
+    cells = [_Cell(by_cell[name, images], results) for name in REGIMES
+             for images in IMAGES if (name, images) in by_cell]
+    parts = {
+        'Regimes that set the threshold': [
+            c for c in cells if c.regime in CALIBRATION],
+        'Regimes that judge': [
+            c for c in cells if c.regime not in CALIBRATION]
+    }
+    lines = ['# The norm doctor, held against the study', '',
+             'Made by `python tools/check_doctor.py`.', '', *_in_sum(cells),
+             '']
+    for title, own in parts.items():
+        if own:
+            show(_table(own), console, title)
+            lines += [f'## {title}', '', as_markdown(_table(own)), '']
+    console.print('\n'.join(_in_sum(cells)))
+    write_whole(folder / 'doctor.md', '\n'.join(lines))
+    save_check({
+        title: [(f'{c.regime}, {c.images}', agreement_of(c.whole)[0], c.fall)
+                for c in own] for title, own in parts.items()
+    }, folder / 'doctor.png')
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Diagnose, compare, report."""
+    args = parse_args(argv)
+    torch.set_num_threads(1)
+    folder = Path(args.results)
+    path = folder / 'doctor.json'
+    with one_line_errors():
+        names = chosen(args.regimes, list(REGIMES), '--regimes')
+        rows = json.loads(path.read_text()) if path.exists() else []
+        known = {(r['regime'], r['images'], r['seed']) for r in rows}
+        todo = [(name, images, seed) for seed in range(args.seeds)
+                for name in names for images in IMAGES
+                if (name, images, seed) not in known]
+        for name, images, seed in track([] if args.report else todo):
+            rows.append(dict(regime=name, seed=seed, steps=STEPS,
+                             **as_json(examine(name, images, seed))))
+            write_whole(path, '[\n' + ',\n'.join(map(json.dumps, rows)) +
+                        '\n]\n')
+        report(rows, Results(folder), folder, Console(width=200))
+        print(f'In {folder}: doctor.md, doctor.json, doctor.png')
+
+
+if __name__ == '__main__':
+    main()

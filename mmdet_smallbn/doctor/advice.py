@@ -1,0 +1,265 @@
+"""What to do about a model's batch norms, with the numbers behind it."""
+import math
+import statistics
+from typing import List, NamedTuple, Optional, Tuple
+
+from .diagnose import Diagnosis
+
+# Below this agreement BatchNorm lost more than 4 points beyond the deviation
+# in the regimes plain, video and hasty detector of the study, above it not.
+# docs/doctor.md holds it against the others.
+THRESHOLD = 0.4
+FINE, HURTS, UNSURE = 'fine', 'hurts', 'cannot tell'
+# A window is worth its memory if its error is below this part of BatchNorm's.
+WORTH = 0.7
+
+
+class Advice(NamedTuple):
+    """One thing to do.
+
+    Attributes:
+        title (str): What to do, in a few words.
+        reasons (list[str]): Sentences with the numbers behind it.
+        norm_cfg (dict, optional): The norm to put in BatchNorm's place. None:
+            it stays.
+        conv_cfg (dict, optional): The convolutions beside it.
+        hook (str, optional): The hook that it needs: ``'BurnInHook'`` or
+            ``'FreezeStatisticsHook'``.
+        folds (bool): Whether the model folds into plain convolutions.
+        setting (str, optional): Its name in the study.
+    """
+    title: str
+    reasons: List[str]
+    norm_cfg: Optional[dict] = None
+    conv_cfg: Optional[dict] = None
+    hook: Optional[str] = None
+    folds: bool = True
+    setting: Optional[str] = None
+
+
+def agreement_of(diagnosis: Diagnosis) -> Tuple[float, float]:
+    """Agreement of the batch, and its standard error over the blocks."""
+    return mean_and_error(diagnosis.agreement.get(diagnosis.images, []))
+
+
+def mean_and_error(values: List[float]) -> Tuple[float, float]:
+    """Mean and standard error; NaN of nothing."""
+    if not values:
+        return math.nan, math.nan
+    if len(values) < 2:
+        return values[0], math.nan
+    return (statistics.mean(values),
+            statistics.stdev(values) / len(values)**0.5)
+
+
+def verdict_of(diagnosis: Diagnosis) -> str:
+    """Whether the batch hurts BatchNorm: ``fine``, ``hurts`` or ``cannot
+    tell``, if the threshold is within a standard error."""
+    mean, error = agreement_of(diagnosis)
+    if math.isnan(mean):
+        return FINE
+    if abs(mean - THRESHOLD) < error:
+        return UNSURE
+    return FINE if mean > THRESHOLD else HURTS
+
+
+def best_window(diagnosis: Diagnosis) -> Optional[int]:
+    """The window of CBN with the least error; None if none is worth it."""
+    errors = {window: error for window, (_, error)
+              in diagnosis.windows.items() if error is not None and window > 1}
+    if not errors or 1 not in diagnosis.windows:
+        return None
+    best = min(errors, key=lambda window: errors[window])
+    plain = diagnosis.windows[1][0]
+    return best if errors[best] < WORTH * plain else None
+
+
+def _images(number: int) -> str:
+    return f'{number} image{"" if number == 1 else "s"}'
+
+
+def summary_of(diagnosis: Diagnosis) -> List[str]:
+    """The verdict in words: the headline, and the sentences behind it."""
+    if not diagnosis.layers:
+        others = ', '.join(f'{count} {kind}' for kind, count
+                           in sorted(diagnosis.others.items()))
+        return ['The model has no BatchNorm that depends on the batch.',
+                f'Its norms are {others}: they see one image at a time.'
+                if others else 'It has no norms at all.']
+    name = _images(diagnosis.images)
+    whole = diagnosis.reference
+    if not diagnosis.agreement:
+        return [f'A batch of {name} is large enough. Leave the norms as they '
+                'are.',
+                f'The tool compares small batches with {whole} images, and '
+                'this one is no smaller.']
+    mean, error = agreement_of(diagnosis)
+    verdict = verdict_of(diagnosis)
+    asleep = bool(diagnosis.asleep) and len(diagnosis.asleep) >= len(
+        diagnosis.layers)
+    if asleep:
+        head = {
+            FINE: f'BatchNorm could train with {name}, but it is frozen.',
+            HURTS: 'Keep BatchNorm frozen, or take another norm: with '
+                   f'{name} it would train badly.',
+            UNSURE: 'BatchNorm is frozen, and the tool cannot tell whether '
+                    f'it could train with {name}.'
+        }[verdict]
+    else:
+        head = {
+            FINE: f'BatchNorm is fine with {name}.',
+            HURTS: f'BatchNorm suffers with {name}.',
+            UNSURE: f'The tool cannot tell whether {name} are enough for '
+                    'BatchNorm.'
+        }[verdict]
+    said = [head, (
+        f'The gradient of {name} at a time agrees to {mean:.2f} ± {error:.2f} '
+        f'with that of {whole} images at once (1: it is the same). In the '
+        f'study BatchNorm lost accuracy below {THRESHOLD:g}.')]
+    if verdict is UNSURE:
+        said.append('The threshold is within the error. More --images make '
+                    'the error smaller.')
+    if asleep:
+        said.append(
+            f'All {len(diagnosis.asleep)} BatchNorms stay in evaluation mode '
+            '(norm_eval): today the batch does not touch them. They were '
+            'measured as if they trained.')
+    elif diagnosis.asleep:
+        said.append(
+            f'{len(diagnosis.asleep)} other BatchNorms, '
+            f'{diagnosis.asleep[0]} the first of them, stay in evaluation '
+            'mode (norm_eval). The batch does not touch them.')
+    return said + _remarks(diagnosis)
+
+
+def _remarks(diagnosis: Diagnosis) -> List[str]:
+    """What is special about the model or the data."""
+    said = []
+    if diagnosis.alike > 0.5:
+        said.append(
+            'The images of a batch are alike (correlation '
+            f'{diagnosis.alike:.2f}). Shuffle them if you can: that costs '
+            'nothing.')
+    shared = [layer for layer in diagnosis.layers if layer.calls > 1]
+    if shared:
+        said.append(
+            f'{len(shared)} norms, {shared[0].name} the first of them, serve '
+            f'{shared[0].calls} feature maps with one set of running '
+            'statistics. Evaluation changes their outputs by '
+            f'{statistics.mean(s.disagreement for s in shared):.2f} '
+            'deviations. GN or BGN has no running statistics.')
+    if diagnosis.single:
+        said.append(
+            f'{len(diagnosis.single)} norms, {diagnosis.single[0]} the first '
+            'of them, see one value a channel: BatchNorm cannot train there. '
+            'Take GN, or no norm.')
+    return said
+
+
+def advise(diagnosis: Diagnosis,
+           detects: bool = True,
+           trained: bool = False) -> List[Advice]:
+    """What to do, the most promising first.
+
+    Args:
+        diagnosis (Diagnosis): What was measured.
+        detects (bool): Whether the model regresses boxes. Norms of the MABN
+            kind lost in the study's detectors, and won everywhere else.
+        trained (bool): Whether the model is trained already.
+
+    Returns:
+        list[Advice]: Empty, if nothing has to be done.
+    """
+    verdict = verdict_of(diagnosis)
+    if verdict is FINE or not diagnosis.layers:
+        return []
+    frozen = len(diagnosis.asleep) >= len(diagnosis.layers)
+    found = []
+    if frozen:
+        found.append(Advice(
+            'Keep BatchNorm frozen',
+            ['The pretrained statistics do not depend on the batch. That is '
+             'the usual way with a pretrained backbone.'],
+            setting='BN, frozen'))
+    elif trained:
+        found.append(Advice(
+            'Try example weights on the model as it is',
+            ['They need no training: tools/sweep_example_weight.py CONFIG '
+             'CHECKPOINT. In the study they took back most of the fall in '
+             'seven of eight regimes.'],
+            folds=False, setting='BN, the best example weight'))
+    cbn = _cbn(diagnosis)
+    if detects:
+        if not frozen:
+            found.append(_freeze_late())
+        found += [*cbn, _group_norm(diagnosis)]
+    else:
+        found += [_mabn(diagnosis), *cbn, _group_norm(diagnosis)]
+    return [*found, *_sync(diagnosis)]
+
+
+def _freeze_late() -> Advice:
+    return Advice(
+        'Train the last quarter with running statistics',
+        ['BatchNorm stays, and folds. The hook costs nothing. In the '
+         "study's detectors it took back 85 to 117% of the fall, and lost "
+         'nothing where the batch was enough.'],
+        hook='FreezeStatisticsHook', setting='BN, frozen late')
+
+
+def _mabn(diagnosis: Diagnosis) -> Advice:
+    g, psi = (statistics.mean(values) for values in zip(*(
+        (layer.g_noise, layer.psi_noise) for layer in diagnosis.layers)))
+    buffer = min(max(32 // diagnosis.images, 4), 16)
+    return Advice(
+        f'MABN with CenConv, buffer of {buffer} iterations',
+        [f'{100 * g:.0f}% of g and {100 * psi:.0f}% of Psi, the gradient '
+         'statistics of a batch, are noise. MABN averages both. In the '
+         "study's classifiers, segmenter and head it took back 98 to 110% of "
+         'the fall.'],
+        norm_cfg=dict(type='MABN', buffer_size=buffer),
+        conv_cfg=dict(type='CenConv'), hook='BurnInHook', setting='MABN')
+
+
+def _cbn(diagnosis: Diagnosis) -> List[Advice]:
+    window = best_window(diagnosis)
+    if window is None:
+        return []
+    plain, followed = diagnosis.windows[window]
+    reasons = [
+        f'Its statistics change the output by {followed:.3f} deviations, '
+        f'BatchNorm\'s by {diagnosis.windows[1][0]:.3f}. Without following '
+        f'the weights it would be {plain:.3f}.',
+        f'The weights move by {100 * diagnosis.moved:.1f}% in '
+        f'{diagnosis.moved_over} iterations. CBN needs small steps: in the '
+        'study it took back 88% of the fall in a detector at a learning rate '
+        'of 0.001, and nothing at 0.003.'
+    ]
+    return [Advice(
+        f'CBN with a window of {window} iterations', reasons,
+        norm_cfg=dict(type='CBN', window_size=window), hook='BurnInHook',
+        setting='CBN')]
+
+
+def _group_norm(diagnosis: Diagnosis) -> Advice:
+    return Advice(
+        'GroupNorm with weight standardisation',
+        ['It does not depend on the batch. In the study it was about as good '
+         'as BatchNorm with 16 images everywhere. It does not fold, and '
+         'needs pretrained weights of its own.'],
+        norm_cfg=dict(type='GN', num_groups=32),
+        conv_cfg=dict(type='ConvWS'), folds=False,
+        setting='GN, weight standardisation')
+
+
+def _sync(diagnosis: Diagnosis) -> List[Advice]:
+    for size, values in diagnosis.agreement.items():
+        mean, error = mean_and_error(values)
+        if size > diagnosis.images and mean - error > THRESHOLD:
+            return [Advice(
+                f'SyncBN over {size // diagnosis.images} GPUs',
+                [f'{size} images normalised together agree to {mean:.2f}. '
+                 'Accumulating gradients does not help: each batch is still '
+                 'normalised by itself.'],
+                norm_cfg=dict(type='SyncBN'))]
+    return []

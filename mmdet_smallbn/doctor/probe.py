@@ -1,0 +1,196 @@
+"""BatchNorm in the places of a model's batch norms, and what it sees."""
+import enum
+from collections import defaultdict
+from typing import Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..functional import Moments, example_moments, normalize, pool_moments
+from ..layers.conv_call import find_producer
+from ..layers.forward_pass import ForwardPass, current_pass
+from ..layers.moment_window import MomentWindow
+from ..layers.statistics import Batch
+
+Place = Tuple[str, int]  # a norm's name, and which of its calls in a pass
+
+
+class Mode(enum.Enum):
+    """What the norms normalise with.
+
+    Attributes:
+        BATCH: Statistics of the batch, with their gradient: BatchNorm.
+        FIXED: The pooled statistics, as constants: evaluation.
+    """
+    BATCH = 'batch'
+    FIXED = 'fixed'
+
+
+class Seen(NamedTuple):
+    """One batch at one place.
+
+    Attributes:
+        examples (Tensor): Mean of each example, shape (N, C).
+        moments (Moments): Of the batch, shape (C,).
+        gradients (list[Tensor]): One entry after the backward pass: the means
+            of g and of g * x_hat (MABN, arXiv:2001.06838, Eq. 8, 9), shape
+            (2, C).
+    """
+    examples: Tensor
+    moments: Moments
+    gradients: List[Tensor]
+
+
+def pooled(batches: List[Moments]) -> Tuple[Tensor, Tensor]:
+    """Mean and variance, shape (C,), of all values of some batches."""
+    counts = batches[0].mean.new_tensor([b.count for b in batches])
+    return pool_moments(
+        torch.stack([b.mean for b in batches]),
+        torch.stack([b.var for b in batches]), counts[:, None])
+
+
+class Past:
+    """The last iterations of a training, at one place.
+
+    Args:
+        size (int): Iterations.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._ring = MomentWindow(size + 1, positions=32)
+        self._plain: List[Moments] = []
+        self._size = size
+        self._follows = True
+
+    @torch.no_grad()
+    def see(self, x: Tensor, moments: Moments, step: ForwardPass) -> None:
+        """Take in an iteration."""
+        self._plain = [moments, *self._plain][:self._size]
+        with torch.enable_grad():
+            producer = find_producer(x, step)
+        self._follows &= producer.known and producer.call is not None
+        if self._follows:
+            self._ring.enter(Batch(x, moments, moments), producer.call,
+                             whole=False, alone=True)
+
+    def plain(self, window: int) -> Tuple[Tensor, Tensor]:
+        """Pooled moments of the last iterations, as they were."""
+        return pooled(self._plain[:window])
+
+    def followed(self) -> Optional[List[Moments]]:
+        """Moments of each iteration at today's weights, the newest first.
+
+        None if no convolution with a weight that trains made the input.
+        """
+        if not self._follows:
+            return None
+        found = self._ring.replayed()
+        return [Moments(mean, var, now.count) for mean, var, now in zip(
+            found.mean.t(), found.var.t(), self._plain)]
+
+
+def batch_norms(model: nn.Module) -> Dict[str, nn.Module]:
+    """The two-dimensional batch norms of a model, ours among them."""
+    return {
+        name: module for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        and not isinstance(module, (nn.BatchNorm1d, nn.BatchNorm3d))
+    }
+
+
+class Probe:
+    """Makes plain BatchNorm of a model's batch norms, and watches it.
+
+    The forward methods of the norms are replaced, in a copy of the model.
+
+    Args:
+        model (nn.Module): The copy.
+        norms (dict[str, nn.Module]): Those to watch, by name.
+
+    Attributes:
+        seen (dict): Lists of :class:`Seen` by place.
+        filters (dict[str, str]): From a norm to the weight before it.
+        single (set[str]): Norms that saw one value a channel.
+        past (dict): By place; filled while ``remember`` is above 0.
+        remember (int): Iterations that :attr:`past` goes back.
+    """
+
+    def __init__(self, model: nn.Module,
+                 norms: Dict[str, nn.Module]) -> None:
+        self.norms = norms
+        self.mode = Mode.BATCH
+        self.seen: Dict[Place, List[Seen]] = defaultdict(list)
+        self.filters: Dict[str, str] = {}
+        self.single: Set[str] = set()
+        self.past: Dict[Place, Past] = {}
+        self.remember = 0
+        self._fixed: Dict[str, Tuple[Tensor, Tensor]] = {}
+        self._calls: Dict[str, int] = defaultdict(int)
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        for name, norm in self.norms.items():
+            norm.forward = self._forward_of(name, norm)
+
+    def begin(self) -> None:
+        """Before a forward pass of the model."""
+        self._calls.clear()
+
+    def by_name(self) -> Iterator[Tuple[str, List[List[Seen]]]]:
+        """A norm, and what each of its calls saw."""
+        found = defaultdict(list)
+        for (name, _), batches in sorted(self.seen.items(),
+                                         key=lambda item: item[0][1]):
+            found[name].append(batches)
+        for name in self.norms:
+            if name in found:
+                yield name, found[name]
+
+    def fix(self) -> None:
+        """Let the pooled statistics of what was seen be those of FIXED."""
+        for name, calls in self.by_name():
+            self._fixed[name] = pooled(
+                [seen.moments for batches in calls for seen in batches])
+
+    def _forward_of(self, name: str, norm: nn.Module):
+
+        def forward(x: Tensor) -> Tensor:
+            return self._forward(name, norm, x)
+
+        return forward
+
+    def _forward(self, name: str, norm: nn.Module, x: Tensor) -> Tensor:
+        single = x.numel() == x.size(1)
+        if single:
+            self.single.add(name)
+        if single or self.mode is Mode.FIXED:
+            mean, var = self._fixed.get(
+                name, (norm.running_mean, norm.running_var))
+            return F.batch_norm(x, mean, var, norm.weight, norm.bias,
+                                eps=norm.eps)
+        examples = example_moments(x)
+        moments = examples.over_examples()
+        step = current_pass()
+        gradients: List[Tensor] = []
+        if step is not ForwardPass.RECOMPUTED and x.numel():
+            place = name, self._calls[name]
+            self._calls[name] += 1
+            self.seen[place].append(Seen(examples.mean, moments, gradients))
+            self._see_filters(name, x, step)
+            if self.remember:
+                past = self.past.setdefault(place, Past(self.remember))
+                past.see(x, moments, step)
+
+        def keep(mean_g: Tensor, mean_gx: Tensor):
+            gradients[:] = [torch.stack([mean_g, mean_gx])]
+            return mean_g, mean_gx
+
+        return normalize(x, moments.mean, moments.var, norm.weight, norm.bias,
+                         norm.eps, gradient=keep)
+
+    def _see_filters(self, name: str, x: Tensor, step: ForwardPass) -> None:
+        if name in self.filters or not torch.is_grad_enabled():
+            return
+        call = find_producer(x, step).call
+        if call is not None and id(call.filters.weight) in self._names:
+            self.filters[name] = self._names[id(call.filters.weight)]
