@@ -468,3 +468,60 @@ def save_check(parts: Dict[str, Sequence[Tuple[str, float, float]]],
     ax.spines[['top', 'right']].set_visible(False)
     ax.legend(frameon=False)
     figure.savefig(path, dpi=110)
+
+
+def save_diagnosis(agreement: Dict[int, Sequence[float]], reference: int,
+                   windows: Dict[int, Tuple[float, Optional[float]]],
+                   threshold: float, title: str,
+                   path: Union[str, Path]) -> None:
+    """Draw what the norm doctor found.
+
+    Args:
+        agreement (dict): By images that are normalised together, the
+            agreement with the gradient of the large batch, a value a block;
+            the first is the batch.
+        reference (int): Images of the large batch.
+        windows (dict): By window, errors of the statistics: as they were,
+            and followed.
+        threshold (float): Of the agreement.
+        title (str): The verdict.
+        path (str | Path): Image file to write.
+    """
+    panels = 2 if windows else 1
+    figure = Figure(figsize=(5.2 * panels, 4), layout='constrained')
+    figure.suptitle(title)
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    ax = axes[0]
+    sizes = [*agreement, reference]
+    means = [*(np.mean(v) for v in agreement.values()), 1.]
+    errors = [*(np.std(v, ddof=1) / len(v)**0.5 for v in agreement.values()),
+              0.]
+    ax.axhspan(-0.1, threshold, color='#c0392b', alpha=0.1)
+    ax.text(len(sizes) - 1, threshold / 2, 'BatchNorm lost accuracy\nin our '
+            'study', ha='right', va='center', color='#c0392b', fontsize=9)
+    ax.errorbar(range(len(sizes)), means, errors, marker='o', capsize=3,
+                color='#1f5fa8')
+    ax.annotate(f'your batch: {means[0]:.2f}', (0, means[0]), xytext=(8, -4),
+                textcoords='offset points', color='#1f5fa8')
+    ax.set_xticks(range(len(sizes)), sizes)
+    ax.set(ylim=(min(0, *means) - 0.02, 1.05),
+           xlabel='images that are normalised together',
+           ylabel=f'agreement with the gradient of {reference} images')
+    if windows:
+        ax = axes[1]
+        for index, label in ((0, 'as they were'),
+                             (1, 'brought to today\'s weights (CBN)')):
+            points = [(w, e[index]) for w, e in windows.items()
+                      if e[index] is not None]
+            if points:
+                ax.plot(*zip(*points), 'o-', label=label)
+        ax.set_xscale('log', base=2)
+        ax.set_xticks(list(windows), list(windows))
+        ax.set(ylim=(0, None), xlabel='iterations in the statistics '
+               '(1: BatchNorm)', ylabel='error of the layer\'s output, '
+               'deviations')
+        ax.legend(frameon=False)
+    for ax in axes:
+        ax.grid(alpha=0.25)
+        ax.spines[['top', 'right']].set_visible(False)
+    figure.savefig(path, dpi=110)

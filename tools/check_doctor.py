@@ -1,4 +1,4 @@
-"""The small-batch check_doctor; see --help."""
+"""The check of the norm doctor; see --help."""
 import sys
 from pathlib import Path
 

@@ -2,6 +2,7 @@
 import argparse
 import os
 import pickle
+from copy import deepcopy
 from inspect import signature
 from pathlib import Path
 from typing import Any, Optional
@@ -87,6 +88,17 @@ def load_config(args: argparse.Namespace, training: bool = True) -> Config:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
+    return cfg
+
+
+def training_alone(cfg: Config) -> Config:
+    """A copy of a config that trains, without evaluation or checkpoints."""
+    cfg = deepcopy(cfg)
+    for split in ('val', 'test'):
+        for name in ('cfg', 'dataloader', 'evaluator'):
+            cfg[f'{split}_{name}'] = None
+    cfg.setdefault('default_hooks', {})['checkpoint'] = None
+    cfg.log_level = 'WARNING'
     return cfg
 
 

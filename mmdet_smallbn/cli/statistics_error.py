@@ -1,6 +1,5 @@
 """How far a norm's statistics are from those of a large batch."""
 import argparse
-import copy
 import json
 from collections import defaultdict
 from functools import partial
@@ -27,7 +26,7 @@ from ..layers.moving_average import ExponentialMovingAverage
 from ..layers.statistics import Batch
 from ..pictures import save_errors
 from .runtime import (add_config_arguments, add_run_arguments, build_runner,
-                      load_config)
+                      load_config, training_alone)
 
 BN, NAIVE, EXACT, EMA = 'BN', 'NaiveCBN', 'CBN, all positions', 'EMA'
 METRICS = ('mean', 'var', 'mean_square')
@@ -217,21 +216,17 @@ def _errors(mean: Tensor, var: Tensor, truth: Moments) -> Dict[str, float]:
 
 def prepare(cfg: Config, args: argparse.Namespace, factor: float) -> Config:
     """The training that is watched."""
-    cfg = copy.deepcopy(cfg)
+    cfg = training_alone(cfg)
     cfg.train_dataloader.batch_size = args.batch
     cfg.optim_wrapper.optimizer.lr *= factor
     cfg.train_cfg = dict(
         type='IterBasedTrainLoop',
         max_iters=args.iters,
         val_interval=args.iters + 1)
-    cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
-    cfg.test_cfg = cfg.test_dataloader = cfg.test_evaluator = None
     cfg.custom_hooks = [dict(type='BurnInHook', iters=0)]
-    cfg.default_hooks.checkpoint = None
     cfg.randomness = dict(seed=args.seed)
     cfg.work_dir = str(Path(cfg.work_dir) / f'lr_{factor:g}')
     cfg.experiment_name = f'statistics_error_{factor:g}'
-    cfg.log_level = 'WARNING'
     return cfg
 
 

@@ -33,7 +33,8 @@ _FIRST = (('BN', 16), ('BN', 2), ('BN', 1), ('MABN', 2), ('CBN', 2),
 _SECOND = (('BN, frozen late', 2), ('BRN', 2), ('NaiveCBN', 2), ('BGN', 2),
            ('CBN, released gradient', 2), ('GN, weight standardisation', 16),
            ('BN, frozen', 16), ('BN', 4), ('BN, frozen late', 1),
-           ('CBN, fresh window', 2), ('CBN', 1))
+           ('CBN, fresh window', 2), ('CBN', 1), ('MABN', 4), ('CBN', 4),
+           ('BN, frozen late', 4))
 # What ablations need beyond these, in some regimes.
 _LAST = tuple(dict.fromkeys(
     where for rows in ABLATIONS.values() for where in rows

@@ -12,6 +12,10 @@ THRESHOLD = 0.4
 FINE, HURTS, UNSURE = 'fine', 'hurts', 'cannot tell'
 # A window is worth its memory if its error is below this part of BatchNorm's.
 WORTH = 0.7
+# Own statistics help if they lower the loss by more than this part.
+GAIN = 0.1
+# Images by chance stay below this correlation, within two deviations.
+ALIKE = 0.6
 
 
 class Advice(NamedTuple):
@@ -135,7 +139,7 @@ def summary_of(diagnosis: Diagnosis) -> List[str]:
 def _remarks(diagnosis: Diagnosis) -> List[str]:
     """What is special about the model or the data."""
     said = []
-    if diagnosis.alike > 0.5:
+    if diagnosis.alike > ALIKE:
         said.append(
             'The images of a batch are alike (correlation '
             f'{diagnosis.alike:.2f}). Shuffle them if you can: that costs '
@@ -192,10 +196,10 @@ def advise(diagnosis: Diagnosis,
     if detects:
         if not frozen:
             found.append(_freeze_late())
-        found += [*cbn, _group_norm(diagnosis)]
     else:
-        found += [_mabn(diagnosis), *cbn, _group_norm(diagnosis)]
-    return [*found, *_sync(diagnosis)]
+        found.append(_mabn(diagnosis))
+    return [*found, *cbn, _group_norm(diagnosis),
+            *_own_statistics(diagnosis), *_sync(diagnosis)]
 
 
 def _freeze_late() -> Advice:
@@ -230,8 +234,8 @@ def _cbn(diagnosis: Diagnosis) -> List[Advice]:
         f'Its statistics change the output by {followed:.3f} deviations, '
         f'BatchNorm\'s by {diagnosis.windows[1][0]:.3f}. Without following '
         f'the weights it would be {plain:.3f}.',
-        f'The weights move by {100 * diagnosis.moved:.1f}% in '
-        f'{diagnosis.moved_over} iterations. CBN needs small steps: in the '
+        f'The weights move by {100 * diagnosis.moved:.1f}% in 16 '
+        'iterations. CBN needs small steps: in the '
         'study it took back 88% of the fall in a detector at a learning rate '
         'of 0.001, and nothing at 0.003.'
     ]
@@ -247,9 +251,34 @@ def _group_norm(diagnosis: Diagnosis) -> Advice:
         ['It does not depend on the batch. In the study it was about as good '
          'as BatchNorm with 16 images everywhere. It does not fold, and '
          'needs pretrained weights of its own.'],
-        norm_cfg=dict(type='GN', num_groups=32),
+        norm_cfg=dict(type='GN', num_groups=_groups(
+            [layer.channels for layer in diagnosis.layers])),
         conv_cfg=dict(type='ConvWS'), folds=False,
         setting='GN, weight standardisation')
+
+
+def _own_statistics(diagnosis: Diagnosis) -> List[Advice]:
+    batch, whole = (diagnosis.loss[key] for key in ('batch', 'reference'))
+    gain, error = mean_and_error([1 - b / w for b, w in zip(batch, whole)])
+    if gain - error < GAIN:
+        return []
+    return [Advice(
+        'GhostBN of each image by itself, in training and at inference',
+        [f'With statistics of its own batch the loss is {100 * gain:.0f}% '
+         'lower than with those of '
+         f'{diagnosis.reference} images: images differ in what their own '
+         'statistics remove, such as light. A norm with a small batch loses '
+         'that in evaluation.'],
+        norm_cfg=dict(type='GhostBN', ghost_size=1, example_weight=1.),
+        folds=False)]
+
+
+def _groups(channels: List[int]) -> int:
+    """32, or the next power of 2 with two channels in each group."""
+    groups = 32
+    while groups > 1 and any(c % groups or c < 2 * groups for c in channels):
+        groups //= 2
+    return groups
 
 
 def _sync(diagnosis: Diagnosis) -> List[Advice]:

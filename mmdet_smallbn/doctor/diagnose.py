@@ -1,5 +1,6 @@
 """Measure what a small batch does to a model's batch norms."""
 import copy
+import math
 import random
 import statistics
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from .measures import (Layer, alikeness, measure_layer, moments_of,
 from .probe import Mode, Probe, batch_norms
 
 WINDOWS = (2, 4, 8, 16)
+_WARM_UP = 8  # iterations, before windows look back
 
 
 class Task:
@@ -61,6 +63,8 @@ class Diagnosis(NamedTuple):
             images: normalised so, and all ``reference`` images together. Mean
             over the weights of convolutions and linear layers; a value a
             block of ``reference`` images. 1: the small batch does no harm.
+        floor (list[float]): The same with fixed statistics: what losses that
+            count objects, and random regions, do to it.
         loss (dict[str, list[float]]): Of each block, the mean loss
             ``'batch'``: with statistics of each batch, ``'fixed'``: with
             those of all batches, as in evaluation, ``'reference'``: of the
@@ -68,9 +72,8 @@ class Diagnosis(NamedTuple):
         windows (dict[int, tuple]): By window, RMS error of the normalised
             output, mean over layers: past moments as they were, and brought
             to today's weights (None: nowhere possible). 1 is BatchNorm.
-        moved (float): Change of the weights in ``moved_over`` iterations, as
-            a part of their size.
-        moved_over (int): Iterations, 0 if the weights stood still.
+        moved (float): Change of the weights in 16 iterations at the full
+            learning rate, as a part of their size.
         asleep (list[str]): Batch norms that the model keeps in evaluation
             mode. If these are all, they were measured as if they trained.
         alike (float): How alike the images of a batch are, in the first norm:
@@ -83,10 +86,10 @@ class Diagnosis(NamedTuple):
     reference: int
     layers: List[Layer]
     agreement: Dict[int, List[float]]
+    floor: List[float]
     loss: Dict[str, List[float]]
     windows: Dict[int, Tuple[float, Optional[float]]]
     moved: float
-    moved_over: int
     asleep: List[str]
     alike: float
     single: List[str]
@@ -110,26 +113,26 @@ def diagnose(model: nn.Module,
 
     All is done to a copy of the model: parameters, buffers and random state
     stay as they were. Every batch norm, CBN and its like too, is plain
-    BatchNorm there. The copy trains ``iters`` iterations, so that its weights
-    are no longer those of the initialisation. Then the weights stand still,
-    and ``blocks`` of ``reference`` images are shown to it, in batches and
-    joined.
+    BatchNorm there. The copy trains ``iters`` iterations, with warm-up and a
+    cosine schedule, so that its weights are no longer those of the
+    initialisation. Then the weights stand still, and ``blocks`` of
+    ``reference`` images are shown to it, in batches and joined. At last it
+    trains at the full learning rate, for the windows.
 
     Args:
         model (nn.Module): The model, on its device.
         batches (Iterable): Training batches of one size. It is begun again
             where it ends; a batch of another size is left out.
         optimizer (callable, optional): Makes the copy's optimizer, a torch
-            optimizer or mmengine's OptimWrapper. Its learning rates rise from
-            0 over the iterations. None: the weights stand still, and windows
-            are not measured.
+            optimizer or mmengine's OptimWrapper. None: the weights
+            stand still, and windows are not measured.
         task (Task, optional): How the model trains. None: as mmengine's do.
         reference (int): Images of the large batch, which must fit on the
-            device. More than the batch, and a multiple of it.
+            device. The next multiple of the batch is taken.
         blocks (int): Large batches to measure with, at least 2.
-        iters (int): Training iterations; at least 2 if there are any.
+        iters (int): Training iterations before the measurement, at least 2.
         trained (bool): Whether the weights are those of a training: they are
-            measured first, and move afterwards.
+            measured as they are.
         tell (callable): Called with the images seen and those in all.
 
     Returns:
@@ -146,7 +149,7 @@ def diagnose(model: nn.Module,
     task = task or Task()
     with _random_state_kept():
         return _Examination(model, batches, optimizer, task, reference, blocks,
-                            iters, tell).run(trained)
+                            iters, trained, tell).run(trained)
 
 
 @contextmanager
@@ -164,26 +167,28 @@ class _Examination:
     """One diagnosis: the copy, its batches, and what was measured."""
 
     def __init__(self, model, batches, optimizer, task, reference, blocks,
-                 iters, tell) -> None:
+                 iters, trained, tell) -> None:
         self.model = copy.deepcopy(model).train()
         self.task = task
         self.batches = self._endless(batches)
         self.images = task.size(next(self.batches))
-        self.reference = max(reference, self.images)
-        if self.reference % self.images:
-            raise ValueError(
-                f'reference must be a multiple of the batch, {self.images} '
-                f'images, but got {reference}')
+        self.reference = self.images * -(-reference // self.images)
         self.blocks = blocks
-        self.iters = iters if optimizer is not None else 0
+        self.iters = iters
         self.optimizer = optimizer
+        self.wrapper: Optional[OptimWrapper] = None
         norms = batch_norms(self.model)
         awake = {name: n for name, n in norms.items() if n.training}
         self.asleep = [name for name in norms if name not in awake]
         self.probe = Probe(self.model, awake or norms)
-        self.moved, self.done, self.alike = 0., 0, float('nan')
-        self.total = self.images * self.iters + (
-            self.reference * blocks * self._sweeps())
+        self.done, self.alike = 0, float('nan')
+        # Of each block: its batches, larger ones, all at once; then twice with
+        # fixed statistics.
+        sweeps = 3 + len(self._sizes()) if self._sizes() else 1
+        self.total = self.reference * blocks * sweeps
+        if optimizer is not None:
+            self.total += self.reference * blocks + self.images * (
+                _WARM_UP + max(WINDOWS) + (0 if trained else iters))
         self.tell = tell
 
     def _endless(self, batches: Iterable[Any]) -> Iterator[Any]:
@@ -208,37 +213,34 @@ class _Examination:
             size *= 2
         return sizes
 
-    def _sweeps(self) -> int:
-        # One to see the moments; two in evaluation; one a size, and of all.
-        return 4 + len(self._sizes()) if self._sizes() else 1
-
     def run(self, trained: bool) -> Diagnosis:
+        """Train, look, compare; a trained model moves last."""
         if not self.probe.norms:
-            return self._result([], {}, {}, {})
-        if not trained:
-            self._train()
+            return self._result([], {}, [], {}, {}, 0.)
+        if self.optimizer is not None and not trained:
+            warm = max(1, self.iters // 10)
+            self._train(self.iters, lambda turn: min(1, (turn + 1) / warm) * (
+                0.5 + 0.5 * math.cos(math.pi * turn / self.iters)))
         blocks = [[next(self.batches)
                    for _ in range(self.reference // self.images)]
                   for _ in range(self.blocks)]
-        self._look(blocks)
-        self.probe.fix()
+        agreement, by_weight, loss = self._compare(blocks)
         self.alike = alikeness(next(iter(self.probe.seen.values()), []),
                                self.images)
-        layers = dict(self._layers())
-        windows = {} if trained else self._windows()
-        agreement, by_weight, loss = self._compare(blocks)
         layers = [
             layer._replace(agreement=by_weight.get(
-                self.probe.filters.get(name), float('nan')))
-            for name, layer in layers.items()
+                self.probe.filters.get(layer.name), float('nan')))
+            for layer in self._layers()
         ]
-        if trained and self.iters:
-            self._train()
-            self._look(blocks)
-            windows = self._windows()
-        return self._result(layers, agreement, loss, windows)
+        self.probe.fix()
+        floor, loss['fixed'] = self._floor(blocks if agreement else [])
+        moved, windows = 0., {}
+        if self.optimizer is not None:
+            moved, windows = self._move(blocks)
+        return self._result(layers, agreement, floor, loss, windows, moved)
 
-    def _result(self, layers, agreement, loss, windows) -> Diagnosis:
+    def _result(self, layers, agreement, floor, loss, windows,
+                moved) -> Diagnosis:
         watched = set(self.probe.norms.values())
         others: Dict[str, int] = {}
         for module in self.model.modules():
@@ -248,66 +250,71 @@ class _Examination:
                            nn.modules.instancenorm._InstanceNorm)):
                 others[kind.__name__] = others.get(kind.__name__, 0) + 1
         return Diagnosis(
-            self.images, self.reference, layers, agreement, loss, windows,
-            self.moved, min(self.iters, max(WINDOWS)), self.asleep, self.alike,
+            self.images, self.reference, layers, agreement, floor, loss, windows,
+            moved, self.asleep, self.alike,
             sorted(self.probe.single), others)
 
     # The steps.
 
-    def _train(self) -> None:
-        """Move the weights, and remember the last iterations."""
-        wrapper = self.optimizer(self.model) if self.iters else None
-        if wrapper is None:
-            return
+    def _train(self, iters: int, rate: Callable[[int], float]) -> None:
+        """Train, with factors of the learning rates by iteration."""
+        if self.wrapper is None:
+            self.wrapper, self.rates = self._build_optimizer()
+        self.wrapper.initialize_count_status(self.model, 0, iters)
+        for turn in range(iters):
+            for group, highest in zip(self.wrapper.optimizer.param_groups,
+                                      self.rates):
+                group['lr'] = highest * rate(turn)
+            with self.wrapper.optim_context(self.model):
+                loss = self._loss(next(self.batches))
+            if not loss.isfinite():
+                raise SetupError(
+                    f'the loss is {loss.item()} after {turn} iterations of '
+                    'training. Lower the learning rate, or give a checkpoint')
+            self.wrapper.update_params(loss)
+            self.probe.seen.clear()
+        self.wrapper.zero_grad()
+
+    def _build_optimizer(self) -> Tuple[OptimWrapper, List[float]]:
+        wrapper = self.optimizer(self.model)
         if isinstance(wrapper, torch.optim.Optimizer):
             wrapper = OptimWrapper(wrapper)
         if not isinstance(wrapper, OptimWrapper):
             raise SetupError(
                 'the norm doctor follows one optimizer, but the config has a '
                 f'{type(wrapper).__name__}')
-        groups = wrapper.optimizer.param_groups
-        rates = [group['lr'] for group in groups]
-        begin = self.iters - max(WINDOWS)
-        wrapper.initialize_count_status(self.model, 0, self.iters)
-        before: List[Tensor] = []
-        for turn in range(self.iters):
-            for group, rate in zip(groups, rates):
-                group['lr'] = rate * (turn + 1) / self.iters
-            if turn == max(begin, 0):
-                self.probe.remember = max(WINDOWS)
-                before = [p.detach().clone() for p in self._weights().values()]
-            with wrapper.optim_context(self.model):
-                loss = self._loss(next(self.batches))
-            if not loss.isfinite():
-                raise SetupError(
-                    f'the loss is {loss.item()} after {turn} iterations of '
-                    'training. Lower the learning rate, or give a checkpoint')
-            wrapper.update_params(loss)
-            self.probe.seen.clear()
+        return wrapper, [g['lr'] for g in wrapper.optimizer.param_groups]
+
+    def _move(self, blocks: List[List[Any]]
+              ) -> Tuple[float, Dict[int, Tuple[float, Optional[float]]]]:
+        """Train at the full rate, and see what windows make of the past.
+
+        Returns:
+            tuple: The change of the weights in the largest window, relative;
+            errors by window.
+        """
+        self._train(_WARM_UP, lambda turn: (turn + 1) / _WARM_UP)
+        self.probe.remember = max(WINDOWS)
+        before = [p.detach().clone() for p in self._weights().values()]
+        self._train(max(WINDOWS), lambda turn: 1.)
         self.probe.remember = 0
-        wrapper.zero_grad()
-        self.moved = statistics.mean(
+        moved = statistics.mean(
             ((now.detach() - old).norm() / old.norm().clamp(min=1e-12)).item()
             for now, old in zip(self._weights().values(), before))
-
-    def _look(self, blocks: List[List[Any]]) -> None:
-        """Let the probe see the batches, at weights that stand still."""
         self.probe.seen.clear()
-        for number, block in enumerate(blocks):
-            torch.manual_seed(number)
-            for batch in block:
-                self._loss(batch).backward()
-        self.model.zero_grad()
+        with torch.no_grad():
+            self._losses(chain.from_iterable(blocks), 0)
+        return moved, self._windows()
 
-    def _layers(self) -> Iterator[Tuple[str, Layer]]:
+    def _layers(self) -> Iterator[Layer]:
         for name, calls in self.probe.by_name():
             layer = measure_layer(name, calls)
             if layer is not None:
-                yield name, layer
+                yield layer
 
     def _windows(self) -> Dict[int, Tuple[float, Optional[float]]]:
         """Mean errors over the layers, by window."""
-        windows = [w for w in (1, *WINDOWS) if w <= self.iters]
+        windows = [1, *WINDOWS]
         rows = []
         for name, calls in self.probe.by_name():
             for call, truth in enumerate(moments_of(calls)):
@@ -330,66 +337,82 @@ class _Examination:
     def _compare(self, blocks: List[List[Any]]
                  ) -> Tuple[Dict[int, List[float]], Dict[str, float],
                             Dict[str, List[float]]]:
-        """Gradients of batches, of larger batches and of the largest."""
+        """Gradients of batches, of larger batches and of the largest.
+
+        Returns:
+            tuple: Agreement by number of images, a value a block; that of the
+            batch by weight; losses by block.
+        """
         agreement: Dict[int, List[float]] = {s: [] for s in self._sizes()}
-        loss: Dict[str, List[float]] = dict(batch=[], fixed=[], reference=[])
         by_weight: Dict[str, List[float]] = {}
-        for seed, block in enumerate(blocks if agreement else []):
-            floor = None
-            for mode in (Mode.FIXED, Mode.BATCH):
-                self.probe.mode = mode
-                whole, value = self._gradient([self.task.join(block)], seed)
-                if mode is Mode.BATCH:
-                    loss['reference'].append(value)
-                for size in self._sizes():
-                    if mode is Mode.FIXED and size != self.images:
-                        continue
-                    parts = self._in_parts(block, size)
-                    own, value = self._gradient(parts, seed)
-                    cosines = {
-                        name: F.cosine_similarity(
-                            own[name].flatten(), whole[name].flatten(),
-                            0).item() for name in whole if name in own
-                    }
-                    mean = statistics.mean(cosines.values())
-                    if mode is Mode.FIXED:
-                        floor = max(mean, 0.05)
-                        loss['fixed'].append(value)
-                        continue
-                    agreement[size].append(min(mean / floor, 1.))
-                    if size == self.images:
-                        loss['batch'].append(value)
-                        for name, cosine in cosines.items():
-                            by_weight.setdefault(name, []).append(cosine)
-            self.probe.seen.clear()
-        means = {name: statistics.mean(v) for name, v in by_weight.items()}
-        return agreement, means, loss
+        loss: Dict[str, List[float]] = dict(batch=[], reference=[])
+        self.probe.seen.clear()
+        for seed, block in enumerate(blocks):
+            own, value = self._gradient(block, seed)
+            loss['batch'].append(value)
+            if not agreement:
+                continue
+            self.probe.watches = False
+            whole, value = self._gradient([self.task.join(block)], seed)
+            loss['reference'].append(value)
+            for size, values in agreement.items():
+                if size > self.images:
+                    own, _ = self._gradient(self._in_parts(block, size), seed)
+                cosines = _cosines(own, whole)
+                values.append(statistics.mean(cosines.values()))
+                if size == self.images:
+                    for name, cosine in cosines.items():
+                        by_weight.setdefault(name, []).append(cosine)
+            self.probe.watches = True
+        return agreement, {
+            name: statistics.mean(values) for name, values in by_weight.items()
+        }, loss
+
+    def _floor(self, blocks: List[List[Any]]
+               ) -> Tuple[List[float], List[float]]:
+        """Agreement and loss with statistics that are the same for all."""
+        self.probe.mode = Mode.FIXED
+        found: Tuple[List[float], List[float]] = [], []
+        for seed, block in enumerate(blocks):
+            own, value = self._gradient(block, seed)
+            whole, _ = self._gradient([self.task.join(block)], seed)
+            found[0].append(statistics.mean(_cosines(own, whole).values()))
+            found[1].append(value)
+        self.probe.mode = Mode.BATCH
+        return found
 
     def _in_parts(self, block: List[Any], size: int) -> List[Any]:
         together = size // self.images
         return [self.task.join(block[start:start + together])
                 for start in range(0, len(block), together)]
 
-    def _gradient(self, parts: List[Any],
+    def _gradient(self, parts: Sequence[Any],
                   seed: int) -> Tuple[Dict[str, Tensor], float]:
         """Of the mean loss of some batches, and that loss."""
-        torch.manual_seed(seed)
         self.model.zero_grad()
-        total = 0.
         try:
-            for part in parts:
-                loss = self._loss(part).div(len(parts))
-                loss.backward()
-                total += loss.item()
+            value = self._losses(parts, seed)
         except torch.cuda.OutOfMemoryError as error:
             raise SetupError(
                 f'{self.task.size(parts[0])} images at once do not fit on the '
                 f'device. Take a smaller reference than {self.reference}, '
                 'smaller images, or the CPU') from error
-        grads = {name: p.grad.clone() for name, p in self._weights().items()
+        grads = {name: p.grad / len(parts)
+                 for name, p in self._weights().items()
                  if p.grad is not None and p.grad.any()}
         self.model.zero_grad()
-        return grads, total
+        return grads, value
+
+    def _losses(self, parts: Iterable[Any], seed: int) -> float:
+        """Mean loss; with a backward pass for each, where there is a graph."""
+        torch.manual_seed(seed)
+        values = []
+        for part in parts:
+            loss = self._loss(part)
+            if torch.is_grad_enabled():
+                loss.backward()
+            values.append(loss.item())
+        return statistics.mean(values)
 
     def _weights(self) -> Dict[str, nn.Parameter]:
         """The weights of convolutions and linear layers that train."""
@@ -402,3 +425,9 @@ class _Examination:
         self.done += self.task.size(batch)
         self.tell(min(self.done, self.total), self.total)
         return loss
+
+
+def _cosines(a: Dict[str, Tensor], b: Dict[str, Tensor]) -> Dict[str, float]:
+    return {name: F.cosine_similarity(value.flatten(), b[name].flatten(),
+                                      0).item()
+            for name, value in a.items() if name in b}

@@ -13,6 +13,7 @@ class Layer(NamedTuple):
 
     Attributes:
         name (str): The norm's name in the model.
+        channels (int): C.
         calls (int): Calls in one forward pass.
         values (int): Values a channel in a batch, N * H * W.
         units (float): Examples in a batch, N: images, or regions in a RoI
@@ -34,6 +35,7 @@ class Layer(NamedTuple):
             norm; see :class:`Diagnosis`. NaN if there is none.
     """
     name: str
+    channels: int
     calls: int
     values: int
     units: float
@@ -124,6 +126,7 @@ def measure_layer(name: str, calls: List[List[Seen]]) -> Optional[Layer]:
 
     return Layer(
         name=name,
+        channels=len(truth[0]),
         calls=len(calls),
         values=round(statistics.mean(s.moments.count for s in batches)),
         units=statistics.mean(len(s.examples) for s in batches),

@@ -110,6 +110,8 @@ class Probe:
         norms (dict[str, nn.Module]): Those to watch, by name.
 
     Attributes:
+        mode (Mode): What the norms normalise with.
+        watches (bool): Whether batches enter :attr:`seen`.
         seen (dict): Lists of :class:`Seen` by place.
         filters (dict[str, str]): From a norm to the weight before it.
         single (set[str]): Norms that saw one value a channel.
@@ -121,6 +123,7 @@ class Probe:
                  norms: Dict[str, nn.Module]) -> None:
         self.norms = norms
         self.mode = Mode.BATCH
+        self.watches = True
         self.seen: Dict[Place, List[Seen]] = defaultdict(list)
         self.filters: Dict[str, str] = {}
         self.single: Set[str] = set()
@@ -172,7 +175,7 @@ class Probe:
         moments = examples.over_examples()
         step = current_pass()
         gradients: List[Tensor] = []
-        if step is not ForwardPass.RECOMPUTED and x.numel():
+        if self.watches and step is not ForwardPass.RECOMPUTED and x.numel():
             place = name, self._calls[name]
             self._calls[name] += 1
             self.seen[place].append(Seen(examples.mean, moments, gradients))

@@ -18,7 +18,7 @@ _COLUMNS = ('part', 'norms', 'kind', 'after', 'mode', 'scale, shift',
 _WRAPPERS = ('student', 'teacher', 'detector', 'module')
 
 
-def _part(name: str) -> str:
+def part_of(name: str) -> str:
     """The part of a detector that a module belongs to."""
     names = name.split('.')
     depth = 1
@@ -31,7 +31,7 @@ def _part(name: str) -> str:
 
 def _rows(norms: Sequence[Norm]) -> Iterator[Tuple[str, int, Norm]]:
     """Label, number and first of the norms of a part that are alike."""
-    for part, group in groupby(norms, lambda norm: _part(norm.name)):
+    for part, group in groupby(norms, lambda norm: part_of(norm.name)):
         alike: dict = {}
         for norm in group:
             alike.setdefault(norm[1:], []).append(norm)
@@ -100,7 +100,7 @@ def norm_summary(model: nn.Module,
 
 def _parts_without(model: nn.Module, norms: Sequence[Norm]) -> List[str]:
     parts = dict.fromkeys(
-        _part(name) for name, module in model.named_modules()
+        part_of(name) for name, module in model.named_modules()
         if isinstance(module, _ConvNd))
     return [
         part for part in parts

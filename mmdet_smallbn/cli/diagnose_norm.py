@@ -1,0 +1,150 @@
+"""Does the batch hurt BatchNorm in this config, and what would help?"""
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+from typing import Optional, Sequence
+
+from mmdet.models import BaseDetector
+from mmengine.config import Config
+from mmengine.optim import OptimWrapper, build_optim_wrapper
+from mmengine.runner import Runner
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+
+from ..deploy.state_dict import find_state_dict, load_strictly
+from ..doctor import advise, diagnose, summary_of
+from ..doctor.advice import THRESHOLD
+from ..doctor.lines import config_lines
+from ..doctor.report import (LEGEND, as_text, layer_table, scalars,
+                             summary_json)
+from ..errors import SetupError, one_line_errors
+from ..files import write_whole
+from ..hooks import bare_model
+from ..pictures import save_diagnosis
+from ..tables import show
+from .runtime import (add_config_arguments, build_runner, load_config,
+                      load_from_local, training_alone)
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Flags of the tool."""
+    parser = argparse.ArgumentParser(
+        description='Measure on your own config and data whether the batch '
+        'is too small for BatchNorm, and say which norm would help. Nothing '
+        'is written but the report')
+    add_config_arguments(parser)
+    parser.add_argument(
+        'checkpoint', nargs='?', help='a trained model; the weights that the '
+        'config starts from, if not given')
+    parser.add_argument(
+        '--images', type=int, default=64, help='to measure with (64)')
+    parser.add_argument(
+        '--reference', type=int, default=16,
+        help='images of the large batch; they must fit on the device (16)')
+    parser.add_argument(
+        '--iters', type=int, default=48,
+        help='training iterations of a copy (48)')
+    parser.add_argument(
+        '--auto-scale-lr', action='store_true',
+        help='scale the learning rate with the batch size')
+    parser.add_argument(
+        '--each', action='store_true', help='a row for each norm')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--work-dir', help='folder for the report')
+    args = parser.parse_args(argv)
+    if args.reference < 2 or args.images < 2 * args.reference:
+        parser.error('--images must be at least twice --reference, but got '
+                     f'{args.images} and {args.reference}')
+    if args.iters < 2:
+        parser.error(f'--iters must be at least 2, but got {args.iters}')
+    args.launcher, args.local_rank = 'none', 0
+    return args
+
+
+def prepare(cfg: Config, args: argparse.Namespace) -> Config:
+    """The config, without what training alone needs.
+
+    Raises:
+        SetupError: If it has no training data or optimizer.
+    """
+    for name in ('train_dataloader', 'optim_wrapper'):
+        if cfg.get(name) is None:
+            raise SetupError(f'{args.config} has no {name}: the norm doctor '
+                             'looks at the beginning of a training')
+    if args.auto_scale_lr and not (cfg.get('auto_scale_lr') or {}).get(
+            'base_batch_size'):
+        raise SetupError('--auto-scale-lr needs auto_scale_lr=dict('
+                         'base_batch_size=...) in the config')
+    cfg = training_alone(cfg)
+    cfg.custom_hooks = []
+    cfg.randomness = dict(seed=args.seed)
+    cfg.experiment_name = 'doctor'
+    return cfg
+
+
+def optimizer_of(runner: Runner, scale: bool, model: nn.Module
+                 ) -> OptimWrapper:
+    """The config's optimizer, of another model than the runner's."""
+    wrapper = build_optim_wrapper(model, runner.cfg.optim_wrapper)
+    if scale:
+        runner.scale_lr(wrapper, dict(runner.cfg.auto_scale_lr, enable=True))
+    return wrapper
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Diagnose, report."""
+    args = parse_args(argv)
+    with one_line_errors():
+        cfg = load_config(args)
+        runner = build_runner(prepare(cfg, args))
+        model = bare_model(runner)
+        if args.checkpoint:
+            load_strictly(
+                model,
+                find_state_dict(
+                    load_from_local(args.checkpoint, 'cpu'), args.checkpoint),
+                f"{args.checkpoint} does not fit {args.config}'s model",
+                allow_more=True)
+        else:
+            model.init_weights()
+            runner.load_or_resume()
+        with Progress() as progress:
+            task = progress.add_task('images', total=None)
+
+            def tell(done: int, total: int) -> None:
+                progress.update(task, completed=done, total=total)
+
+            diagnosis = diagnose(
+                model,
+                runner.build_dataloader(cfg.train_dataloader, seed=args.seed),
+                partial(optimizer_of, runner, args.auto_scale_lr),
+                reference=args.reference,
+                blocks=args.images // args.reference,
+                iters=args.iters,
+                trained=args.checkpoint is not None,
+                tell=tell)
+        advice = advise(diagnosis, isinstance(model, BaseDetector),
+                        args.checkpoint is not None)
+        lines = [config_lines(one, diagnosis, cfg) for one in advice]
+        folder = Path(runner.work_dir)
+        if diagnosis.layers:
+            show(layer_table(diagnosis, args.each), Console(),
+                 'What a batch says about all images')
+            print(f'{LEGEND}\n')
+            runner.visualizer.add_scalars(scalars(diagnosis))
+        print(as_text(diagnosis, advice, lines))
+        write_whole(folder / 'doctor.json', json.dumps(
+            summary_json(diagnosis, advice, lines), indent=1) + '\n')
+        files = 'doctor.json'
+        if diagnosis.agreement:
+            save_diagnosis(diagnosis.agreement, diagnosis.reference,
+                           diagnosis.windows, THRESHOLD,
+                           summary_of(diagnosis)[0], folder / 'doctor.png')
+            files += ', doctor.png'
+        print(f'\nIn {folder}: {files}')
+
+
+if __name__ == '__main__':
+    main()
