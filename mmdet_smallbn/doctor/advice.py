@@ -5,10 +5,10 @@ from typing import List, NamedTuple, Optional, Tuple
 
 from .diagnose import Diagnosis
 
-# Below this agreement BatchNorm lost more than 4 points beyond the deviation
-# in the regimes plain, video and hasty detector of the study, above it not.
-# docs/doctor.md holds it against the others.
-THRESHOLD = 0.4
+# Half way between the least agreement without a fall and the largest with one,
+# in the regimes plain, video and hasty detector of the study. docs/doctor.md
+# holds it against the others.
+THRESHOLD = 0.5
 FINE, HURTS, UNSURE = 'fine', 'hurts', 'cannot tell'
 # A window is worth its memory if its error is below this part of BatchNorm's.
 WORTH = 0.7
@@ -41,9 +41,24 @@ class Advice(NamedTuple):
     setting: Optional[str] = None
 
 
-def agreement_of(diagnosis: Diagnosis) -> Tuple[float, float]:
-    """Agreement of the batch, and its standard error over the blocks."""
-    return mean_and_error(diagnosis.agreement.get(diagnosis.images, []))
+def agreement_of(diagnosis: Diagnosis,
+                 images: Optional[int] = None) -> Tuple[float, float]:
+    """Agreement, as a part of its floor, and its standard error.
+
+    Args:
+        diagnosis (Diagnosis): What was measured.
+        images (int, optional): That are normalised together. None: a batch.
+    """
+    values = diagnosis.agreement.get(images or diagnosis.images, [])
+    mean, error = mean_and_error(values)
+    floor = max(mean_and_error(diagnosis.floor)[0], 0.05)
+    return mean / floor, error / floor
+
+
+def is_frozen(diagnosis: Diagnosis) -> bool:
+    """Whether the measured norms are kept in evaluation mode."""
+    return bool(diagnosis.layers) and (
+        diagnosis.layers[0].name in diagnosis.asleep)
 
 
 def mean_and_error(values: List[float]) -> Tuple[float, float]:
@@ -99,8 +114,7 @@ def summary_of(diagnosis: Diagnosis) -> List[str]:
                 'this one is no smaller.']
     mean, error = agreement_of(diagnosis)
     verdict = verdict_of(diagnosis)
-    asleep = bool(diagnosis.asleep) and len(diagnosis.asleep) >= len(
-        diagnosis.layers)
+    asleep = is_frozen(diagnosis)
     if asleep:
         head = {
             FINE: f'BatchNorm could train with {name}, but it is frozen.',
@@ -177,7 +191,7 @@ def advise(diagnosis: Diagnosis,
     verdict = verdict_of(diagnosis)
     if verdict is FINE or not diagnosis.layers:
         return []
-    frozen = len(diagnosis.asleep) >= len(diagnosis.layers)
+    frozen = is_frozen(diagnosis)
     found = []
     if frozen:
         found.append(Advice(
@@ -282,8 +296,8 @@ def _groups(channels: List[int]) -> int:
 
 
 def _sync(diagnosis: Diagnosis) -> List[Advice]:
-    for size, values in diagnosis.agreement.items():
-        mean, error = mean_and_error(values)
+    for size in diagnosis.agreement:
+        mean, error = agreement_of(diagnosis, size)
         if size > diagnosis.images and mean - error > THRESHOLD:
             return [Advice(
                 f'SyncBN over {size // diagnosis.images} GPUs',
