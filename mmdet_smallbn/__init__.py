@@ -8,6 +8,7 @@ from .version import __version__, check_versions
 check_versions()
 
 from .deploy import fuse_norm  # noqa: E402
+from .doctor import diagnose  # noqa: E402
 from .hooks import (BurnInHook, ExampleWeightHook,  # noqa: E402
                     FreezeStatisticsHook, SmallBatchNormHook,
                     StatisticsHook)
@@ -19,6 +20,6 @@ __all__ = [
     'BRN', 'BatchGroupNorm', 'BurnInHook', 'CBN', 'CenConv2d',
     'ExampleWeightHook', 'FreezeStatisticsHook', 'GhostBN', 'MABN', 'NaiveCBN',
     'SmallBatchNormHook', 'StatisticsHook',
-    '__version__', 'calibrate_group_norms', 'fuse_norm',
+    '__version__', 'calibrate_group_norms', 'diagnose', 'fuse_norm',
     'set_example_weight', 'suggested_window_size'
 ]

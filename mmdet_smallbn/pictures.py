@@ -470,7 +470,7 @@ def save_check(parts: Dict[str, Sequence[Tuple[str, float, float]]],
     figure.savefig(path, dpi=110)
 
 
-def save_diagnosis(agreement: Dict[int, Sequence[float]], reference: int,
+def save_diagnosis(agreement: Dict[int, Tuple[float, float]], reference: int,
                    windows: Dict[int, Tuple[float, Optional[float]]],
                    threshold: float, title: str,
                    path: Union[str, Path]) -> None:
@@ -478,8 +478,8 @@ def save_diagnosis(agreement: Dict[int, Sequence[float]], reference: int,
 
     Args:
         agreement (dict): By images that are normalised together, the
-            agreement with the gradient of the large batch, a value a block;
-            the first is the batch.
+            agreement with the gradient of the large batch and its error; the
+            first is the batch.
         reference (int): Images of the large batch.
         windows (dict): By window, errors of the statistics: as they were,
             and followed.
@@ -493,9 +493,7 @@ def save_diagnosis(agreement: Dict[int, Sequence[float]], reference: int,
     axes = figure.subplots(1, panels, squeeze=False)[0]
     ax = axes[0]
     sizes = [*agreement, reference]
-    means = [*(np.mean(v) for v in agreement.values()), 1.]
-    errors = [*(np.std(v, ddof=1) / len(v)**0.5 for v in agreement.values()),
-              0.]
+    means, errors = zip(*agreement.values(), (1., 0.))
     ax.axhspan(-0.1, threshold, color='#c0392b', alpha=0.1)
     ax.text(len(sizes) - 1, threshold / 2, 'BatchNorm lost accuracy\nin our '
             'study', ha='right', va='center', color='#c0392b', fontsize=9)

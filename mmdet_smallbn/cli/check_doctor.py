@@ -22,7 +22,7 @@ from ..study.detector import detection_loss
 from ..study.regimes import REGIMES
 from ..study.settings import SETTINGS
 from ..study.training import STEP, Regime, order
-from ..tables import as_markdown, show, spread
+from ..tables import as_sections, show, spread
 from .study import EVALUATIONS, Results, chosen
 
 # The thresholds were set on these; the others judge them.
@@ -179,55 +179,71 @@ def _table(cells: List[_Cell]) -> List[List[str]]:
     return rows
 
 
-def _in_sum(cells: List[_Cell]) -> List[str]:
+def in_sum(parts: Dict[str, List[_Cell]]) -> List[str]:
     """What the tables come to, a line each."""
+    every = [cell for cells in parts.values() for cell in cells]
     lines = []
-    for title, chosen_cells in (
-            ('all', cells),
-            ('calibration', [c for c in cells if c.regime in CALIBRATION]),
-            ('judging', [c for c in cells if c.regime not in CALIBRATION])):
-        if len(chosen_cells) < 3:
+    for title, cells in dict({'All': every}, **parts).items():
+        if len(cells) < 3:
             continue
-        rho = rank_correlation([c.fall for c in chosen_cells], [
-            -agreement_of(c.whole)[0] for c in chosen_cells])
-        noise = rank_correlation([c.fall for c in chosen_cells], [
+        falls = [c.fall for c in cells]
+        rho = rank_correlation(falls, [
+            -agreement_of(c.whole)[0] for c in cells])
+        noise = rank_correlation(falls, [
             statistics.mean(layer.mean_noise for d in c.found
-                            for layer in d.layers) for c in chosen_cells])
-        line = (f'- {title}: {len(chosen_cells)} cells. Rank correlation of '
-                f'1 - agreement with the fall {rho:.2f}; of the noise of the '
-                f'mean {noise:.2f}.')
+                            for layer in d.layers) for c in cells])
+        line = (f'- {title}: {len(cells)} cells. Rank correlation of the fall '
+                f'with 1 - agreement {rho:.2f}; with the noise of the mean '
+                f'{noise:.2f}.')
         for folds, name in ((True, 'Picks that fold'),
                             (False, 'Picks that need not fold')):
-            within = [w for w in (c.is_within(folds) for c in chosen_cells)
+            within = [w for w in (c.is_within(folds) for c in cells)
                       if w is not None]
             line += f' {name}: {sum(within)} of {len(within)} within.'
         lines.append(line)
     return lines
 
 
-def report(rows: List[Dict[str, Any]], results: Results, folder: Path,
-           console: Console) -> None:
-    """Print the tables, and put a page and a picture into the folder."""
+def cells_of(rows: List[Dict[str, Any]],
+             results: Results) -> Dict[str, List[_Cell]]:
+    """The cells that were diagnosed: of the regimes that set the threshold,
+    and of those that judge."""
     by_cell: Dict[tuple, List[Dict[str, Any]]] = {}
     for row in rows:
         by_cell.setdefault((row['regime'], row['images']), []).append(row)
     cells = [_Cell(by_cell[name, images], results) for name in REGIMES
              for images in IMAGES if (name, images) in by_cell]
-    parts = {
+    return {
         'Regimes that set the threshold': [
             c for c in cells if c.regime in CALIBRATION],
         'Regimes that judge': [
             c for c in cells if c.regime not in CALIBRATION]
     }
-    lines = ['# The norm doctor, held against the study', '',
-             'Made by `python tools/check_doctor.py`.', '', *_in_sum(cells),
-             '']
+
+
+def page(parts: Dict[str, List[_Cell]]) -> str:
+    """The tables as a Markdown page."""
+    lines = [
+        '# The norm doctor, held against the study', '',
+        'Agreement: of the gradient of a batch with that of 16 images, mean '
+        'and standard error. Fall: from BatchNorm with 16 images, in points. '
+        'Scores in percent, mean and deviation over seeds. A pick is the '
+        'first advice; within: no further from the best norm than the '
+        'deviation of their difference. Made by '
+        '`python tools/check_doctor.py`.', '', *in_sum(parts), ''
+    ]
+    return '\n'.join([*lines, as_sections(
+        {title: _table(own) for title, own in parts.items() if own})])
+
+
+def report(parts: Dict[str, List[_Cell]], folder: Path,
+           console: Console) -> None:
+    """Print the tables, and put a page and a picture into the folder."""
     for title, own in parts.items():
         if own:
             show(_table(own), console, title)
-            lines += [f'## {title}', '', as_markdown(_table(own)), '']
-    console.print('\n'.join(_in_sum(cells)))
-    write_whole(folder / 'doctor.md', '\n'.join(lines))
+    console.print('\n'.join(in_sum(parts)))
+    write_whole(folder / 'doctor.md', page(parts))
     save_check({
         title: [(f'{c.regime}, {c.images}', agreement_of(c.whole)[0], c.fall)
                 for c in own] for title, own in parts.items()
@@ -252,7 +268,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                              **as_json(examine(name, images, seed))))
             write_whole(path, '[\n' + ',\n'.join(map(json.dumps, rows)) +
                         '\n]\n')
-        report(rows, Results(folder), folder, Console(width=200))
+        report(cells_of(rows, Results(folder)), folder, Console(width=200))
         print(f'In {folder}: doctor.md, doctor.json, doctor.png')
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..deploy.state_dict import find_state_dict, load_strictly
 from ..doctor import advise, diagnose, summary_of
-from ..doctor.advice import THRESHOLD
+from ..doctor.advice import THRESHOLD, agreements
 from ..doctor.lines import config_lines
 from ..doctor.report import (LEGEND, as_text, layer_table, scalars,
                              summary_json)
@@ -53,7 +53,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         '--each', action='store_true', help='a row for each norm')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--work-dir', help='folder for the report')
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.reference < 2 or args.images < 2 * args.reference:
         parser.error('--images must be at least twice --reference, but got '
                      f'{args.images} and {args.reference}')
@@ -130,7 +130,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         lines = [config_lines(one, diagnosis, cfg) for one in advice]
         folder = Path(runner.work_dir)
         if diagnosis.layers:
-            show(layer_table(diagnosis, args.each), Console(),
+            console = Console()
+            console.width = max(console.width, 110)
+            show(layer_table(diagnosis, args.each), console,
                  'What a batch says about all images')
             print(f'{LEGEND}\n')
             runner.visualizer.add_scalars(scalars(diagnosis))
@@ -139,7 +141,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             summary_json(diagnosis, advice, lines), indent=1) + '\n')
         files = 'doctor.json'
         if diagnosis.agreement:
-            save_diagnosis(diagnosis.agreement, diagnosis.reference,
+            save_diagnosis(agreements(diagnosis), diagnosis.reference,
                            diagnosis.windows, THRESHOLD,
                            summary_of(diagnosis)[0], folder / 'doctor.png')
             files += ', doctor.png'

@@ -1,6 +1,7 @@
 """Measure what a small batch does to a model's batch norms."""
 import copy
 import math
+import os
 import random
 import statistics
 from contextlib import contextmanager
@@ -163,6 +164,16 @@ def _random_state_kept() -> Iterator[None]:
             np.random.set_state(states[1])
 
 
+def _memory_of(device: torch.device) -> float:
+    """Bytes of a GPU that are free, or of the machine; infinite if unknown."""
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    except (AttributeError, ValueError):
+        return math.inf
+
+
 class _Examination:
     """One diagnosis: the copy, its batches, and what was measured."""
 
@@ -171,7 +182,8 @@ class _Examination:
         self.model = copy.deepcopy(model).train()
         self.task = task
         self.batches = self._endless(batches)
-        self.images = task.size(next(self.batches))
+        first = next(self.batches)
+        self.images = task.size(first)
         self.reference = self.images * -(-reference // self.images)
         self.blocks = blocks
         self.iters = iters
@@ -185,11 +197,12 @@ class _Examination:
         # Of each block: its batches, larger ones, all at once; then twice with
         # fixed statistics.
         sweeps = 3 + len(self._sizes()) if self._sizes() else 1
-        self.total = self.reference * blocks * sweeps
+        self.total = self.images + self.reference * blocks * sweeps
         if optimizer is not None:
             self.total += self.reference * blocks + self.images * (
                 _WARM_UP + max(WINDOWS) + (0 if trained else iters))
         self.tell = tell
+        self._check_memory(first)
 
     def _endless(self, batches: Iterable[Any]) -> Iterator[Any]:
         size = None
@@ -253,6 +266,33 @@ class _Examination:
             self.images, self.reference, layers, agreement, floor, loss, windows,
             moved, self.asleep, self.alike,
             sorted(self.probe.single), others)
+
+    def _check_memory(self, batch: Any) -> None:
+        """Refuse a large batch that would take more memory than there is.
+
+        On a CPU the system would end the process without a word.
+        """
+        if self.reference == self.images or not self.probe.norms:
+            return
+        held: Dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        self.probe.watches = False
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            self._loss(batch)
+        self.probe.watches = True
+        needed = sum(held.values()) / self.images * self.reference
+        memory = _memory_of(next(self.model.parameters()).device)
+        if needed > memory:
+            raise SetupError(
+                f'a large batch of {self.reference} images takes '
+                f'{needed / 2**30:.1f} GiB for its backward pass, but there '
+                f'are {memory / 2**30:.1f}. Take a smaller reference, or '
+                'smaller images')
 
     # The steps.
 

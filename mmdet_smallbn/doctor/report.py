@@ -5,7 +5,7 @@ from itertools import groupby
 from typing import Any, Dict, List, Sequence
 
 from ..norm_report.table import part_of
-from .advice import Advice, summary_of, verdict_of
+from .advice import Advice, agreements, summary_of, verdict_of
 from .diagnose import Diagnosis
 from .measures import Layer
 
@@ -78,8 +78,8 @@ def as_json(diagnosis: Diagnosis) -> Dict[str, Any]:
 
 def scalars(diagnosis: Diagnosis) -> Dict[str, float]:
     """What mmengine's visualisation backends get."""
-    found = {f'doctor/agreement_{size}': statistics.mean(values)
-             for size, values in diagnosis.agreement.items()}
+    found = {f'doctor/agreement_{size}': mean
+             for size, (mean, _) in agreements(diagnosis).items()}
     found.update({f'doctor/{layer.name}/agreement': layer.agreement
                   for layer in diagnosis.layers
                   if not math.isnan(layer.agreement)})
@@ -99,10 +99,10 @@ def as_text(diagnosis: Diagnosis, advice: Sequence[Advice],
     """
     said = ['\n'.join(summary_of(diagnosis))]
     for number, (one, code) in enumerate(zip(advice, lines), 1):
-        folds = 'It folds' if one.folds else 'It does not fold'
+        folds = 'folds' if one.folds else 'does not fold'
         said.append('\n   '.join(
             [f'{number}. {one.title}.', *one.reasons,
-             f'{folds} into plain convolutions.',
+             f'The model {folds} into plain convolutions.',
              *(['Add to a config whose _base_ is yours:'] if code else []),
              *(f'    {line}' for line in code.splitlines())]))
     return '\n\n'.join(said)

@@ -75,7 +75,7 @@ def test_agreement_is_the_cosine_of_gradients():
             (Pixels().loss(other, part) / len(parts)).backward()
         return [p.grad for p in other.parameters() if p.dim() > 1]
 
-    # One batch told the number of images; the blocks are the next.
+    # The first batch tells the number of images; the blocks are the next.
     order = [*batches[1:], batches[0]]
     for block in range(2):
         eight = order[4 * block:4 * block + 4]
@@ -263,6 +263,12 @@ def test_what_cannot_be_diagnosed():
             examine(network(), images(32, 2), **wrong)
     with pytest.raises(SetupError, match='follows one optimizer'):
         examine(network(), images(32, 2), lambda m: 'no optimizer')
+
+
+def test_a_large_batch_that_does_not_fit(monkeypatch):
+    monkeypatch.setattr('os.sysconf', lambda name: 60)
+    with pytest.raises(SetupError, match='8 images takes .* smaller refere'):
+        examine(network(), images(32, 2))
 
 
 def test_a_batch_of_another_size_is_left_out():
