@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..doctor import Diagnosis, Layer, Task, advise, diagnose, verdict_of
 from ..doctor.advice import agreement_of
-from ..doctor.report import as_json
 from ..errors import one_line_errors
 from ..files import write_whole
 from ..pictures import save_check
@@ -84,16 +83,33 @@ def examine(name: str, images: int, seed: int) -> Diagnosis:
                     iters=STEPS * STEP // images)
 
 
-def _read(row: Dict[str, Any]) -> Diagnosis:
-    """What :func:`as_json` wrote."""
-    values = {name: row[name] for name in Diagnosis._fields}
-    for name in ('agreement', 'windows'):
-        values[name] = {int(k): v for k, v in values[name].items()}
-    values['layers'] = [
-        Layer(**{k: math.nan if v is None else v for k, v in layer.items()})
-        for layer in values['layers']
-    ]
-    return Diagnosis(**values)
+def row_of(diagnosis: Diagnosis) -> Dict[str, Any]:
+    """What the check needs of a diagnosis, in JSON's types."""
+    return dict(
+        images=diagnosis.images,
+        agreement={str(size): [round(v, 4) for v in values]
+                   for size, values in diagnosis.agreement.items()},
+        floor=[round(v, 4) for v in diagnosis.floor],
+        mean_noise=round(statistics.mean(
+            layer.mean_noise for layer in diagnosis.layers), 4))
+
+
+def _joined(rows: List[Dict[str, Any]]) -> Diagnosis:
+    """The seeds as one diagnosis; each has blocks of its own."""
+    noise = statistics.mean(row['mean_noise'] for row in rows)
+    unknown = dict.fromkeys(Layer._fields, math.nan)
+    return Diagnosis(
+        images=rows[0]['images'],
+        reference=STEP,
+        layers=[Layer(**dict(unknown, name='mean of all', channels=64,
+                             calls=1, mean_noise=noise))],
+        agreement={
+            int(size): [v for row in rows for v in row['agreement'][size]]
+            for size in rows[0]['agreement']
+        },
+        floor=[v for row in rows for v in row['floor']],
+        loss=dict(batch=[], fixed=[], reference=[]),
+        windows={}, moved=0., asleep=[], alike=math.nan, single=[], others={})
 
 
 class _Cell:
@@ -107,15 +123,7 @@ class _Cell:
     def __init__(self, rows: List[Dict[str, Any]], results: Results) -> None:
         self.regime, self.images = rows[0]['regime'], rows[0]['images']
         self.results = results
-        self.found = [_read(row) for row in rows]
-        # As if the seeds were blocks of one diagnosis.
-        first = self.found[0]
-        self.whole = first._replace(
-            agreement={
-                size: [v for d in self.found for v in d.agreement[size]]
-                for size in first.agreement
-            },
-            floor=[v for d in self.found for v in d.floor])
+        self.whole = _joined(rows)
         low = results.by_seed(self.regime, 'BN', self.images)
         high = results.by_seed(self.regime, 'BN', 16)
         self.fall = statistics.mean(
@@ -135,7 +143,7 @@ class _Cell:
         return max(fit, key=lambda n: statistics.mean(self.scores(n)))
 
     def pick(self, folds: bool) -> str:
-        """The first advice that folds, or that need not."""
+        """The first advice that folds, or that does not."""
         detects = REGIMES[self.regime].loss is detection_loss
         found = [a for a in advise(self.whole, detects) if a.setting
                  and a.folds == folds]
@@ -164,8 +172,8 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
 
 def _table(cells: List[_Cell]) -> List[List[str]]:
     rows = [['regime, images', 'agreement', 'verdict', 'fall of BatchNorm',
-             'pick that folds', 'best that folds', 'within', 'pick', 'best',
-             'within']]
+             'pick that folds', 'best that folds', 'within',
+             'pick that does not', 'best of all', 'within']]
     said = {True: 'yes', False: '**no**', None: ''}
     for cell in cells:
         mean, error = agreement_of(cell.whole)
@@ -190,13 +198,12 @@ def in_sum(parts: Dict[str, List[_Cell]]) -> List[str]:
         rho = rank_correlation(falls, [
             -agreement_of(c.whole)[0] for c in cells])
         noise = rank_correlation(falls, [
-            statistics.mean(layer.mean_noise for d in c.found
-                            for layer in d.layers) for c in cells])
+            c.whole.layers[0].mean_noise for c in cells])
         line = (f'- {title}: {len(cells)} cells. Rank correlation of the fall '
                 f'with 1 - agreement {rho:.2f}; with the noise of the mean '
                 f'{noise:.2f}.')
         for folds, name in ((True, 'Picks that fold'),
-                            (False, 'Picks that need not fold')):
+                            (False, 'Picks that do not')):
             within = [w for w in (c.is_within(folds) for c in cells)
                       if w is not None]
             line += f' {name}: {sum(within)} of {len(within)} within.'
@@ -228,7 +235,8 @@ def page(parts: Dict[str, List[_Cell]]) -> str:
         'Agreement: of the gradient of a batch with that of 16 images, mean '
         'and standard error. Fall: from BatchNorm with 16 images, in points. '
         'Scores in percent, mean and deviation over seeds. A pick is the '
-        'first advice; within: no further from the best norm than the '
+        'first advice that folds, or that does not, and BN if there is no '
+        'advice; within: no further from the best norm than the '
         'deviation of their difference. Made by '
         '`python tools/check_doctor.py`.', '', *in_sum(parts), ''
     ]
@@ -265,7 +273,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                 if (name, images, seed) not in known]
         for name, images, seed in track([] if args.report else todo):
             rows.append(dict(regime=name, seed=seed, steps=STEPS,
-                             **as_json(examine(name, images, seed))))
+                             **row_of(examine(name, images, seed))))
             write_whole(path, '[\n' + ',\n'.join(map(json.dumps, rows)) +
                         '\n]\n')
         report(cells_of(rows, Results(folder)), folder, Console(width=200))

@@ -39,7 +39,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         'checkpoint', nargs='?', help='a trained model; the weights that the '
         'config starts from, if not given')
     parser.add_argument(
-        '--images', type=int, default=64, help='to measure with (64)')
+        '--images', type=int, default=64,
+        help='images to measure with (64)')
     parser.add_argument(
         '--reference', type=int, default=16,
         help='images of the large batch; they must fit on the device (16)')
@@ -51,7 +52,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         help='scale the learning rate with the batch size')
     parser.add_argument(
         '--each', action='store_true', help='a row for each norm')
-    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument(
+        '--seed', type=int, default=0, help='of weights and images (0)')
     parser.add_argument('--work-dir', help='folder for the report')
     args = parser.parse_intermixed_args(argv)
     if args.reference < 2 or args.images < 2 * args.reference:
@@ -110,6 +112,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         else:
             model.init_weights()
             runner.load_or_resume()
+        # What augmentations and heads ask for in a training.
+        for key in ('epoch', 'iter'):
+            runner.message_hub.update_info(key, 0)
+            runner.message_hub.update_info(
+                f'max_{key}s', cfg.train_cfg.get(f'max_{key}s') or args.iters)
         with Progress() as progress:
             task = progress.add_task('images', total=None)
 

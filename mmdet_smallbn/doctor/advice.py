@@ -3,7 +3,7 @@ import math
 import statistics
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
-from .diagnose import Diagnosis
+from .examination import Diagnosis
 
 # Half way between the least agreement without a fall and the largest with one,
 # in the regimes plain, video and hasty detector of the study. docs/doctor.md
@@ -47,12 +47,13 @@ def agreement_of(diagnosis: Diagnosis,
 
     Args:
         diagnosis (Diagnosis): What was measured.
-        images (int, optional): That are normalised together. None: a batch.
+        images (int, optional): How many images are normalised together.
+            None: those of a batch.
     """
     values = diagnosis.agreement.get(images or diagnosis.images, [])
     mean, error = mean_and_error(values)
     floor = max(mean_and_error(diagnosis.floor)[0], 0.05)
-    return mean / floor, error / floor
+    return min(mean / floor, 1.), error / floor
 
 
 def agreements(diagnosis: Diagnosis) -> Dict[int, Tuple[float, float]]:
@@ -80,9 +81,9 @@ def mean_and_error(values: List[float]) -> Tuple[float, float]:
 def verdict_of(diagnosis: Diagnosis) -> str:
     """Whether the batch hurts BatchNorm: ``fine``, ``hurts`` or ``cannot
     tell``, if the threshold is within a standard error."""
+    if not diagnosis.agreement:
+        return FINE  # the batch is as large as the reference
     mean, error = agreement_of(diagnosis)
-    if math.isnan(mean):
-        return FINE
     if abs(mean - THRESHOLD) < error:
         return UNSURE
     return FINE if mean > THRESHOLD else HURTS
@@ -99,6 +100,13 @@ def best_window(diagnosis: Diagnosis) -> Optional[int]:
     return best if errors[best] < WORTH * plain else None
 
 
+def _named(names: List[str]) -> str:
+    """The first of some norms, and how many there are."""
+    if len(names) == 1:
+        return names[0]
+    return f'{names[0]} and {len(names) - 1} more'
+
+
 def _images(number: int) -> str:
     return f'{number} image{"" if number == 1 else "s"}'
 
@@ -110,7 +118,8 @@ def summary_of(diagnosis: Diagnosis) -> List[str]:
                            in sorted(diagnosis.others.items()))
         return ['The model has no BatchNorm that depends on the batch.',
                 f'Its norms are {others}: they see one image at a time.'
-                if others else 'It has no norms at all.']
+                if others else 'It has no GroupNorm, LayerNorm or '
+                'InstanceNorm either.']
     name = _images(diagnosis.images)
     whole = diagnosis.reference
     if not diagnosis.agreement:
@@ -133,8 +142,8 @@ def summary_of(diagnosis: Diagnosis) -> List[str]:
         head = {
             FINE: f'BatchNorm is fine with {name}.',
             HURTS: f'BatchNorm suffers with {name}.',
-            UNSURE: f'The tool cannot tell whether {name} are enough for '
-                    'BatchNorm.'
+            UNSURE: 'The tool cannot tell whether BatchNorm suffers with '
+                    f'{name}.'
         }[verdict]
     said = [head, (
         f'The gradient of {name} at a time agrees to {mean:.2f} ± {error:.2f} '
@@ -145,14 +154,14 @@ def summary_of(diagnosis: Diagnosis) -> List[str]:
                     'the error smaller.')
     if asleep:
         said.append(
-            f'All {len(diagnosis.asleep)} BatchNorms stay in evaluation mode '
-            '(norm_eval): today the batch does not touch them. They were '
-            'measured as if they trained.')
+            'Every BatchNorm '
+            f'({len(diagnosis.asleep)}) stays in evaluation mode (norm_eval '
+            'or frozen_stages): today the batch does not touch them. They '
+            'were measured as if they trained.')
     elif diagnosis.asleep:
         said.append(
-            f'{len(diagnosis.asleep)} other BatchNorms, '
-            f'{diagnosis.asleep[0]} the first of them, stay in evaluation '
-            'mode (norm_eval). The batch does not touch them.')
+            'In evaluation mode (norm_eval or frozen_stages), and untouched '
+            f'by the batch: {_named(diagnosis.asleep)}.')
     return said + _remarks(diagnosis)
 
 
@@ -167,16 +176,15 @@ def _remarks(diagnosis: Diagnosis) -> List[str]:
     shared = [layer for layer in diagnosis.layers if layer.calls > 1]
     if shared:
         said.append(
-            f'{len(shared)} norms, {shared[0].name} the first of them, serve '
-            f'{shared[0].calls} feature maps with one set of running '
-            'statistics. Evaluation changes their outputs by '
+            f'With one set of running statistics for {shared[0].calls} '
+            f'feature maps: {_named([layer.name for layer in shared])}. '
+            'Evaluation changes their outputs by '
             f'{statistics.mean(s.disagreement for s in shared):.2f} '
             'deviations. GN or BGN has no running statistics.')
     if diagnosis.single:
         said.append(
-            f'{len(diagnosis.single)} norms, {diagnosis.single[0]} the first '
-            'of them, see one value a channel: BatchNorm cannot train there. '
-            'Take GN, or no norm.')
+            f'With one value a channel: {_named(diagnosis.single)}. '
+            'BatchNorm cannot train there. Take GN, or no norm.')
     return said
 
 
@@ -232,13 +240,17 @@ def _freeze_late() -> Advice:
 
 
 def _mabn(diagnosis: Diagnosis) -> Advice:
-    g, psi = (statistics.mean(values) for values in zip(*(
-        (layer.g_noise, layer.psi_noise) for layer in diagnosis.layers)))
+    known = [(layer.g_noise, layer.psi_noise) for layer in diagnosis.layers
+             if not math.isnan(layer.g_noise + layer.psi_noise)]
+    measured = []
+    if known:
+        g, psi = (statistics.mean(values) for values in zip(*known))
+        measured = [f'{100 * g:.0f}% of g and {100 * psi:.0f}% of Psi, the '
+                    'gradient statistics of a batch, are noise.']
     buffer = min(max(32 // diagnosis.images, 4), 16)
     return Advice(
         f'MABN with CenConv, buffer of {buffer} iterations',
-        [f'{100 * g:.0f}% of g and {100 * psi:.0f}% of Psi, the gradient '
-         'statistics of a batch, are noise. MABN averages both. In the '
+        [*measured, 'MABN averages the gradient statistics, too. In the '
          "study's classifiers, segmenter and head it took back all of the "
          'fall, within 5%.'],
         norm_cfg=dict(type='MABN', buffer_size=buffer),
@@ -270,8 +282,9 @@ def _group_norm(diagnosis: Diagnosis) -> Advice:
     return Advice(
         'GroupNorm with weight standardisation',
         ['It does not depend on the batch. In the study it was about as good '
-         'as BatchNorm with 16 images, or better. It needs pretrained weights '
-         'of its own.'],
+         'as BatchNorm with 16 images, or better. With a pretrained '
+         'backbone, change its weights (init_cfg) as well, and thaw it '
+         '(frozen_stages=-1).'],
         norm_cfg=dict(type='GN', num_groups=_groups(
             [layer.channels for layer in diagnosis.layers])),
         conv_cfg=dict(type='ConvWS'), folds=False,
@@ -281,7 +294,7 @@ def _group_norm(diagnosis: Diagnosis) -> Advice:
 def _own_statistics(diagnosis: Diagnosis) -> List[Advice]:
     batch, whole = (diagnosis.loss[key] for key in ('batch', 'reference'))
     gain, error = mean_and_error([1 - b / w for b, w in zip(batch, whole)])
-    if gain - error < GAIN:
+    if not gain - error >= GAIN:  # NaN, too
         return []
     return [Advice(
         'GhostBN of each image by itself, in training and at inference',
@@ -303,7 +316,9 @@ def _groups(channels: List[int]) -> int:
 
 
 def _sync(diagnosis: Diagnosis) -> List[Advice]:
-    for size, (mean, error) in agreements(diagnosis).items():
+    enough = agreements(diagnosis)
+    enough[diagnosis.reference] = 1., 0.
+    for size, (mean, error) in enough.items():
         if size > diagnosis.images and mean - error > THRESHOLD:
             return [Advice(
                 f'SyncBN over {size // diagnosis.images} GPUs',

@@ -1,5 +1,6 @@
 """What to paste into a config, to take an advice."""
-from typing import Any, Dict, Iterator, List, Tuple
+from inspect import signature
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from mmengine.config import Config
 from mmengine.registry import MODELS
@@ -8,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..layers import is_under
 from ..norm_report import norm_cfgs
 from .advice import Advice
-from .diagnose import Diagnosis
+from .examination import Diagnosis
 
 # Hooks that an advice replaces.
 _OURS = ('BurnInHook', 'SmallBatchNormHook', 'FreezeStatisticsHook')
@@ -73,7 +74,7 @@ def _norms(advice: Advice, diagnosis: Diagnosis,
             old = old.get(part) or {}
         for key in ('norm_cfg', 'conv_cfg'):
             new = getattr(advice, key)
-            if new:  # beside settings of the old kind it would be refused
+            if new and _takes(old, key, cfg.get('default_scope')):  # beside settings of the old kind it would be refused
                 more = dict(_delete_=True) if old.get(key) else {}
                 node[key] = dict(**more, **new)
         if old.get('norm_eval'):
@@ -92,9 +93,30 @@ def _places(diagnosis: Diagnosis, cfg: Config) -> Iterator[Tuple[str, ...]]:
                     if not is_under(name, '.'.join(parts))]
             yield parts
     # What a part builds without being asked.
-    for part in dict.fromkeys(name.split('.')[0] for name in left):
-        if part in cfg.model and not isinstance(cfg.model[part], list):
-            yield (part, )
+    found = {}
+    for name in left:
+        node, parts = cfg.model, []
+        for part in name.split('.'):
+            if not isinstance(node.get(part), dict) or (
+                    'type' not in node[part]):
+                break
+            node = node[part]
+            parts.append(part)
+        if parts:
+            found[tuple(parts)] = None
+    yield from found
+
+
+def _takes(part: dict, key: str, scope: Optional[str]) -> bool:
+    """Whether a part's class has an argument, or passes it on."""
+    kind = part.get('type')
+    if isinstance(kind, str):
+        with MODELS.switch_scope_and_registry(scope or 'mmdet') as registry:
+            kind = registry.get(kind)
+    if kind is None:
+        return True  # building it will tell
+    parameters = signature(kind.__init__).parameters.values()
+    return any(p.name == key or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _is_batch_norm(norm_cfg: dict) -> bool:

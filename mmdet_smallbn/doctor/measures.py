@@ -1,6 +1,6 @@
 """Numbers about the statistics of a norm."""
 import statistics
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -92,12 +92,15 @@ def _of_call(batches: List[Seen]) -> Optional[Dict[str, float]]:
     examples = torch.cat([seen.examples for seen in batches])[:, alive]
     values = sum(seen.moments.count for seen in batches) / len(batches)
     units = len(examples) / len(batches)
-    between = (examples.var(0) / var).mean().clamp(max=1).item()
+    each = values / units
+    # The means of independent values differ, too, by 1 / each of them.
+    between = (examples.var(0) / var).mean().item()
+    between = min(max((each * between - 1) / max(each - 1, 1), 0.), 1.)
     found = dict(
         mean_noise=(means.var(0) / var).mean().sqrt().item(),
         var_noise=(variances / var - 1).square().mean().sqrt().item(),
         between=between,
-        effective=values / (1 + (values / units - 1) * between))
+        effective=values / (1 + (each - 1) * between))
     gradients = [seen.gradients[0] for seen in batches if seen.gradients]
     if gradients:
         g, psi = torch.stack(gradients, 1)
@@ -152,34 +155,47 @@ def alikeness(batches: List[Seen], images: int) -> float:
     return min(max((images * ratio - 1) / (images - 1), 0.), 1.)
 
 
-def window_errors(past: Past, windows: List[int],
-                  truth: Tuple[Tensor, Tensor]
-                  ) -> Dict[int, Tuple[float, Optional[float]]]:
+# By window: with the moments as they were, and brought to today's weights
+# (None if no convolution is known).
+WindowErrors = Dict[int, Tuple[float, Optional[float]]]
+
+
+def window_errors(past: Past, windows: Sequence[int],
+                  batches: List[Seen]) -> WindowErrors:
     """How wrong the statistics of a window are, at one layer.
 
     Args:
         past (Past): The last iterations.
-        windows (list[int]): Iterations; 1 is BatchNorm.
-        truth (tuple[Tensor, Tensor]): Mean and variance at today's weights.
+        windows (Sequence[int]): Iterations.
+        batches (list[Seen]): What the layer sees at today's weights. All of
+            them are the truth, one of them is BatchNorm, window 1.
 
     Returns:
-        dict: By window, RMS changes of the normalised output: with the
-        moments as they were, and brought to today's weights (None if no
-        convolution is known).
+        dict: RMS changes of the normalised output by window.
     """
+    truth = pooled([seen.moments for seen in batches])
 
-    def error(moments: Tuple[Tensor, Tensor]) -> float:
-        return output_change(*moments, truth).mean().sqrt().item()
+    def error(*moments: Tuple[Tensor, Tensor]) -> float:
+        return statistics.mean(
+            output_change(*m, truth).mean().item() for m in moments)**0.5
 
+    alone = error(*(seen.moments[:2] for seen in batches))
     followed = past.followed()
-    return {
-        window: (error(past.plain(window)),
-                 None if followed is None else error(
-                     pooled(followed[:window])))
-        for window in windows
-    }
+    found = {1: (alone, None if followed is None else alone)}
+    for window in windows:
+        found[window] = (
+            error(past.plain(window)), None if followed is None else error(
+                pooled(followed[:window])))
+    return found
 
 
-def moments_of(calls: List[List[Seen]]) -> List[Tuple[Tensor, Tensor]]:
-    """Pooled mean and variance of each call of a norm."""
-    return [pooled([seen.moments for seen in batches]) for batches in calls]
+def mean_errors(rows: Sequence[WindowErrors]) -> WindowErrors:
+    """Means over layers; over those that are followed, if some are."""
+    rows = [row for row in rows if row[1][1] is not None] or list(rows)
+
+    def mean(values: List[Optional[float]]) -> Optional[float]:
+        return None if None in values else statistics.mean(values)
+
+    return {window: tuple(mean([row[window][kind] for row in rows])
+                          for kind in (0, 1)) for window in rows[0]
+            } if rows else {}

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..errors import SetupError
 from ..functional import Moments, example_moments, normalize, pool_moments
 from ..layers.conv_call import find_producer
 from ..layers.forward_pass import ForwardPass, current_pass
@@ -108,6 +109,7 @@ class Probe:
     Args:
         model (nn.Module): The copy.
         norms (dict[str, nn.Module]): Those to watch, by name.
+        wake (bool): Whether those in evaluation mode take part.
 
     Attributes:
         mode (Mode): What the norms normalise with.
@@ -120,8 +122,10 @@ class Probe:
     """
 
     def __init__(self, model: nn.Module,
-                 norms: Dict[str, nn.Module]) -> None:
+                 norms: Dict[str, nn.Module],
+                 wake: bool = False) -> None:
         self.norms = norms
+        self.wake = wake
         self.mode = Mode.BATCH
         self.watches = True
         self.seen: Dict[Place, List[Seen]] = defaultdict(list)
@@ -163,9 +167,16 @@ class Probe:
         return forward
 
     def _forward(self, name: str, norm: nn.Module, x: Tensor) -> Tensor:
+        if x.dim() != 4:
+            raise SetupError(f'{name}: the norm doctor measures inputs of '
+                             'shape (N, C, H, W), but this one has '
+                             f'{x.dim()} dimensions')
         single = x.numel() == x.size(1)
         if single:
             self.single.add(name)
+        if not norm.training and not self.wake:  # a teacher evaluates
+            return F.batch_norm(x, norm.running_mean, norm.running_var,
+                                norm.weight, norm.bias, eps=norm.eps)
         if single or self.mode is Mode.FIXED:
             mean, var = self._fixed.get(
                 name, (norm.running_mean, norm.running_var))
@@ -183,6 +194,8 @@ class Probe:
             if self.remember:
                 past = self.past.setdefault(place, Past(self.remember))
                 past.see(x, moments, step)
+        elif self.watches and step is ForwardPass.RECOMPUTED:
+            gradients = self._first_pass(name, moments).gradients
 
         def keep(mean_g: Tensor, mean_gx: Tensor):
             gradients[:] = [torch.stack([mean_g, mean_gx])]
@@ -190,6 +203,14 @@ class Probe:
 
         return normalize(x, moments.mean, moments.var, norm.weight, norm.bias,
                          norm.eps, gradient=keep)
+
+    def _first_pass(self, name: str, moments: Moments) -> Seen:
+        """The pass that activation checkpointing repeats."""
+        for place, batches in self.seen.items():
+            if place[0] == name and batches and torch.equal(
+                    batches[-1].moments.mean, moments.mean):
+                return batches[-1]
+        return Seen(moments.mean, moments, [])
 
     def _see_filters(self, name: str, x: Tensor, step: ForwardPass) -> None:
         if name in self.filters or not torch.is_grad_enabled():

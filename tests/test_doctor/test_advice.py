@@ -5,7 +5,7 @@ import pytest
 
 from mmdet_smallbn.doctor import (Diagnosis, Layer, advise, summary_of,
                                   verdict_of)
-from mmdet_smallbn.doctor.advice import THRESHOLD, best_window
+from mmdet_smallbn.doctor.advice import THRESHOLD, agreement_of, best_window
 from mmdet_smallbn.doctor.report import as_text, layer_table, summary_json
 
 HURTS, FINE = [THRESHOLD - 0.3] * 4, [THRESHOLD + 0.3] * 4
@@ -65,11 +65,12 @@ def test_frozen_norms():
     found = diagnosis(asleep=['neck.0.bn'])
     assert titles(found)[0] == 'Keep BatchNorm frozen'
     said = '\n'.join(summary_of(found))
-    assert 'All 1 BatchNorms stay in evaluation mode' in said
+    assert 'Every BatchNorm (1) stays in evaluation mode' in said
     partly = diagnosis(asleep=['backbone.bn1'],
                        layers=[layer(), layer('neck.1.bn')])
     assert titles(partly)[0] != 'Keep BatchNorm frozen'
-    assert '1 other BatchNorms, backbone.bn1' in '\n'.join(summary_of(partly))
+    assert 'untouched by the batch: backbone.bn1.' in '\n'.join(
+        summary_of(partly))
 
 
 def test_a_window_that_does_not_help_is_not_advised():
@@ -99,8 +100,9 @@ def test_groups_fit_the_channels():
 def test_remarks():
     said = '\n'.join(summary_of(diagnosis(
         alike=0.8, single=['head.bn'], layers=[layer(calls=5)])))
-    assert 'Shuffle them' in said and 'serve 5 feature maps' in said
-    assert 'head.bn the first of them, see one value a channel' in said
+    assert 'Shuffle them' in said
+    assert 'for 5 feature maps: neck.0.bn.' in said
+    assert 'With one value a channel: head.bn.' in said
 
 
 def test_models_without_a_batch():
@@ -125,3 +127,22 @@ def test_the_report():
     held = summary_json(found, advice, [''] * len(advice))
     assert held['verdict'] == 'hurts'
     assert held['layers'][1]['agreement'] is None
+
+
+def test_the_floor_is_taken_out():
+    found = diagnosis([0.3, 0.3, 0.34, 0.34], floor=[0.5, 0.3])
+    mean, error = agreement_of(found)
+    assert mean == pytest.approx(0.32 / 0.4)
+    assert error == pytest.approx(0.0115 / 0.4, abs=1e-3)
+    assert agreement_of(diagnosis([0.6] * 4, floor=[0.5] * 2))[0] == 1
+    assert verdict_of(found) == 'fine'
+
+
+def test_noise_that_was_not_measured_is_not_told():
+    unknown = diagnosis(layers=[layer(g_noise=math.nan)])
+    assert 'nan' not in str(advise(unknown, detects=False))
+
+
+def test_sync_bn_over_as_many_gpus_as_it_takes():
+    low = {2: HURTS, 4: HURTS, 8: HURTS}
+    assert 'SyncBN over 8 GPUs' in titles(diagnosis()._replace(agreement=low))

@@ -5,25 +5,30 @@ import os
 import random
 import statistics
 from contextlib import contextmanager
-from itertools import chain, repeat
+from itertools import chain, count
 from typing import (Any, Callable, Dict, Iterable, Iterator, List, NamedTuple,
                     Optional, Sequence, Tuple, Union)
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from mmengine.optim import OptimWrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import Tensor, nn
 
 from ..errors import SetupError
 from ..layers import check_positive_int
 from ..layers.checks import check_at_least
-from .measures import (Layer, alikeness, measure_layer, moments_of,
-                       window_errors)
+from .measures import (Layer, WindowErrors, alikeness, mean_errors,
+                       measure_layer, window_errors)
 from .probe import Mode, Probe, batch_norms
 
 WINDOWS = (2, 4, 8, 16)
 _WARM_UP = 8  # iterations, before windows look back
+_STRETCHES = 3  # of training, that windows are averaged over
+
+
+class Diverged(SetupError):
+    """A loss is not finite."""
 
 
 class Task:
@@ -38,7 +43,11 @@ class Task:
     def size(self, batch: Any) -> int:
         """Images of a batch."""
         if isinstance(batch, dict):
-            return self.size(next(iter(batch.values())))
+            batch = next(iter(batch.values()))
+        if isinstance(batch, dict):
+            raise SetupError('the norm doctor follows one stream of images, '
+                             f'but the batch has {", ".join(batch)}: diagnose '
+                             'the detector by itself')
         return len(batch)
 
     def join(self, batches: Sequence[Any]) -> Any:
@@ -150,7 +159,7 @@ def diagnose(model: nn.Module,
     task = task or Task()
     with _random_state_kept():
         return _Examination(model, batches, optimizer, task, reference, blocks,
-                            iters, trained, tell).run(trained)
+                            iters, trained, tell).run()
 
 
 @contextmanager
@@ -167,7 +176,9 @@ def _random_state_kept() -> Iterator[None]:
 def _memory_of(device: torch.device) -> float:
     """Bytes of a GPU that are free, or of the machine; infinite if unknown."""
     if device.type == 'cuda':
-        return torch.cuda.mem_get_info(device)[0]
+        return (torch.cuda.mem_get_info(device)[0] +
+                torch.cuda.memory_reserved(device) -
+                torch.cuda.memory_allocated(device))
     try:
         return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
     except (AttributeError, ValueError):
@@ -188,34 +199,45 @@ class _Examination:
         self.blocks = blocks
         self.iters = iters
         self.optimizer = optimizer
+        self.trained = trained
         self.wrapper: Optional[OptimWrapper] = None
         norms = batch_norms(self.model)
         awake = {name: n for name, n in norms.items() if n.training}
         self.asleep = [name for name in norms if name not in awake]
-        self.probe = Probe(self.model, awake or norms)
-        self.done, self.alike = 0, float('nan')
+        self.probe = Probe(self.model, awake or norms, wake=not awake)
+        self.done, self.turns, self.alike = 0, 0, float('nan')
         # Of each block: its batches, larger ones, all at once; then twice with
         # fixed statistics.
         sweeps = 3 + len(self._sizes()) if self._sizes() else 1
         self.total = self.images + self.reference * blocks * sweeps
         if optimizer is not None:
-            self.total += self.reference * blocks + self.images * (
-                _WARM_UP + max(WINDOWS) + (0 if trained else iters))
+            self.total += _STRETCHES * self.reference * blocks + (
+                self.images * (_WARM_UP + _STRETCHES * max(WINDOWS) +
+                               (0 if trained else iters)))
         self.tell = tell
+        if norms and not self._weights():
+            raise SetupError('no convolution or linear layer of the model '
+                             'trains: there is no gradient to compare')
         self._check_memory(first)
 
     def _endless(self, batches: Iterable[Any]) -> Iterator[Any]:
-        size = None
-        for epoch in repeat(batches):
-            found = False
-            for batch in epoch:
+        size, seen = None, 0
+        for epoch in count():
+            sampler = getattr(batches, 'sampler', None)
+            if hasattr(sampler, 'set_epoch'):
+                sampler.set_epoch(epoch)
+            before = seen
+            for batch in batches:
                 size = size or self.task.size(batch)
                 if self.task.size(batch) == size:
-                    found = True
+                    seen += 1
                     yield batch
-            if not found:
-                raise SetupError('there are no training images to diagnose '
-                                 'with: look at train_dataloader')
+            if seen == before:
+                raise SetupError(
+                    'there are no training images to diagnose with: look at '
+                    'train_dataloader' if not seen else
+                    f'the batches ended after {seen}, and cannot be begun '
+                    'again: give a list or a data loader')
 
     def _sizes(self) -> List[int]:
         """Numbers of images to normalise together, but for all of them."""
@@ -226,11 +248,11 @@ class _Examination:
             size *= 2
         return sizes
 
-    def run(self, trained: bool) -> Diagnosis:
-        """Train, look, compare; a trained model moves last."""
+    def run(self) -> Diagnosis:
+        """Train, compare at weights that stand still, move."""
         if not self.probe.norms:
             return self._result([], {}, [], {}, {}, 0.)
-        if self.optimizer is not None and not trained:
+        if self.optimizer is not None and not self.trained:
             warm = max(1, self.iters // 10)
             self._train(self.iters, lambda turn: min(1, (turn + 1) / warm) * (
                 0.5 + 0.5 * math.cos(math.pi * turn / self.iters)))
@@ -249,7 +271,10 @@ class _Examination:
         floor, loss['fixed'] = self._floor(blocks if agreement else [])
         moved, windows = 0., {}
         if self.optimizer is not None:
-            moved, windows = self._move(blocks)
+            try:
+                moved, windows = self._move(blocks)
+            except Diverged:
+                pass  # the full rate is too high for windows of any size
         return self._result(layers, agreement, floor, loss, windows, moved)
 
     def _result(self, layers, agreement, floor, loss, windows,
@@ -275,6 +300,8 @@ class _Examination:
         if self.reference == self.images or not self.probe.norms:
             return
         held: Dict[int, int] = {}
+        weights = {p.untyped_storage().data_ptr()
+                   for p in self.model.parameters()}
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
@@ -285,14 +312,15 @@ class _Examination:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             self._loss(batch)
         self.probe.watches = True
-        needed = sum(held.values()) / self.images * self.reference
+        needed = self.reference / self.images * sum(
+            size for place, size in held.items() if place not in weights)
         memory = _memory_of(next(self.model.parameters()).device)
         if needed > memory:
             raise SetupError(
                 f'a large batch of {self.reference} images takes '
-                f'{needed / 2**30:.1f} GiB for its backward pass, but there '
-                f'are {memory / 2**30:.1f}. Take a smaller reference, or '
-                'smaller images')
+                f'{needed / 2**30:.1f} GiB for its backward pass, but only '
+                f'{memory / 2**30:.1f} GiB are free. Take a smaller '
+                '--reference, or smaller images')
 
     # The steps.
 
@@ -307,11 +335,8 @@ class _Examination:
                 group['lr'] = highest * rate(turn)
             with self.wrapper.optim_context(self.model):
                 loss = self._loss(next(self.batches))
-            if not loss.isfinite():
-                raise SetupError(
-                    f'the loss is {loss.item()} after {turn} iterations of '
-                    'training. Lower the learning rate, or give a checkpoint')
             self.wrapper.update_params(loss)
+            self.turns += 1
             self.probe.seen.clear()
         self.wrapper.zero_grad()
 
@@ -319,7 +344,8 @@ class _Examination:
         wrapper = self.optimizer(self.model)
         if isinstance(wrapper, torch.optim.Optimizer):
             wrapper = OptimWrapper(wrapper)
-        if not isinstance(wrapper, OptimWrapper):
+        if not isinstance(wrapper, OptimWrapper) or isinstance(
+                wrapper, OptimWrapperDict):
             raise SetupError(
                 'the norm doctor follows one optimizer, but the config has a '
                 f'{type(wrapper).__name__}')
@@ -335,16 +361,21 @@ class _Examination:
         """
         self._train(_WARM_UP, lambda turn: (turn + 1) / _WARM_UP)
         self.probe.remember = max(WINDOWS)
-        before = [p.detach().clone() for p in self._weights().values()]
-        self._train(max(WINDOWS), lambda turn: 1.)
-        self.probe.remember = 0
-        moved = statistics.mean(
-            ((now.detach() - old).norm() / old.norm().clamp(min=1e-12)).item()
-            for now, old in zip(self._weights().values(), before))
-        self.probe.seen.clear()
-        with torch.no_grad():
-            self._losses(chain.from_iterable(blocks), 0)
-        return moved, self._windows()
+        moved, rows = [], []
+        for _ in range(_STRETCHES):
+            before = [p.detach().clone() for p in self._weights().values()]
+            self._train(max(WINDOWS), lambda turn: 1.)
+            moved += [
+                ((p.detach() - old).norm() / old.norm().clamp(min=1e-12)
+                 ).item() for p, old in zip(self._weights().values(), before)]
+            self.probe.seen.clear()
+            self.probe.remember = 0
+            with torch.no_grad():
+                self._losses(chain.from_iterable(blocks), 0)
+            self.probe.remember = max(WINDOWS)
+            rows += self._window_rows()
+            self.probe.seen.clear()
+        return statistics.mean(moved), mean_errors(rows)
 
     def _layers(self) -> Iterator[Layer]:
         for name, calls in self.probe.by_name():
@@ -352,27 +383,13 @@ class _Examination:
             if layer is not None:
                 yield layer
 
-    def _windows(self) -> Dict[int, Tuple[float, Optional[float]]]:
-        """Mean errors over the layers, by window."""
-        windows = [1, *WINDOWS]
-        rows = []
+    def _window_rows(self) -> Iterator[WindowErrors]:
+        """Errors of each layer, and of each of its calls."""
         for name, calls in self.probe.by_name():
-            for call, truth in enumerate(moments_of(calls)):
+            for call, batches in enumerate(calls):
                 past = self.probe.past.get((name, call))
                 if past is not None:
-                    rows.append(window_errors(past, windows, truth))
-        self.probe.past.clear()
-        if not rows:
-            return {}
-        found = {}
-        for window in windows:
-            plain = [row[window][0] for row in rows]
-            followed = [row[window][1] for row in rows
-                        if row[window][1] is not None]
-            found[window] = (
-                statistics.mean(plain),
-                statistics.mean(followed) if followed else None)
-        return found
+                    yield window_errors(past, WINDOWS, batches)
 
     def _compare(self, blocks: List[List[Any]]
                  ) -> Tuple[Dict[int, List[float]], Dict[str, float],
@@ -435,7 +452,7 @@ class _Examination:
         except torch.cuda.OutOfMemoryError as error:
             raise SetupError(
                 f'{self.task.size(parts[0])} images at once do not fit on the '
-                f'device. Take a smaller reference than {self.reference}, '
+                f'device. Take a smaller --reference than {self.reference}, '
                 'smaller images, or the CPU') from error
         grads = {name: p.grad / len(parts)
                  for name, p in self._weights().items()
@@ -462,8 +479,12 @@ class _Examination:
     def _loss(self, batch: Any) -> Tensor:
         self.probe.begin()
         loss = self.task.loss(self.model, batch)
+        if not loss.isfinite():
+            raise Diverged(
+                f'the loss is {loss.item()} after {self.turns} iterations of '
+                'training. Lower the learning rate in the config')
         self.done += self.task.size(batch)
-        self.tell(min(self.done, self.total), self.total)
+        self.tell(self.done, self.total)
         return loss
 
 
