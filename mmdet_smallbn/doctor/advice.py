@@ -146,8 +146,8 @@ def summary_of(diagnosis: Diagnosis) -> List[str]:
                     f'{name}.'
         }[verdict]
     said = [head, (
-        f'The gradient of {name} at a time agrees to {mean:.2f} ± {error:.2f} '
-        f'with that of {whole} images at once (1: it is the same). In the '
+        f'The gradient of {name} at a time agrees to {mean:.2f} ± '
+        f'{error:.2f} with that of {whole} images at once (1: it is the same). In the '
         f'study BatchNorm lost accuracy below {THRESHOLD:g}.')]
     if verdict is UNSURE:
         said.append('The threshold is within the error. More --images make '

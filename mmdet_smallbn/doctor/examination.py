@@ -288,8 +288,8 @@ class _Examination:
                            nn.modules.instancenorm._InstanceNorm)):
                 others[kind.__name__] = others.get(kind.__name__, 0) + 1
         return Diagnosis(
-            self.images, self.reference, layers, agreement, floor, loss, windows,
-            moved, self.asleep, self.alike,
+            self.images, self.reference, layers, agreement, floor, loss,
+            windows, moved, self.asleep, self.alike,
             sorted(self.probe.single), others)
 
     def _check_memory(self, batch: Any) -> None:

@@ -74,7 +74,8 @@ def _norms(advice: Advice, diagnosis: Diagnosis,
             old = old.get(part) or {}
         for key in ('norm_cfg', 'conv_cfg'):
             new = getattr(advice, key)
-            if new and _takes(old, key, cfg.get('default_scope')):  # beside settings of the old kind it would be refused
+            if new and _takes(old, key, cfg.get('default_scope')):
+                # Beside settings of the old kind it would be refused.
                 more = dict(_delete_=True) if old.get(key) else {}
                 node[key] = dict(**more, **new)
         if old.get('norm_eval'):

@@ -23,7 +23,8 @@ def diagnosis(agreement=HURTS, **kwargs):
     return Diagnosis(**dict(
         dict(images=2, reference=16, layers=[layer()],
              agreement=agreement and {2: agreement, 4: HURTS, 8: FINE},
-             floor=[1.] * 4, loss=dict(batch=[1., 1.1], fixed=[1., 1.], reference=[1., 1.]),
+             floor=[1.] * 4,
+             loss=dict(batch=[1., 1.1], fixed=[1., 1.], reference=[1., 1.]),
              windows={1: (0.2, 0.2), 2: (0.16, 0.15), 4: (0.2, 0.1),
                       8: (0.3, 0.12)},
              moved=0.02, asleep=[], alike=0., single=[],

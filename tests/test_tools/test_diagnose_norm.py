@@ -135,3 +135,15 @@ def test_flags(flags, message, capsys):
     with pytest.raises(SystemExit):
         parse_args([DEMO, *flags])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_augmentations_that_ask_for_the_iteration(capsys, tmp_path, shapes):
+    leaf = tmp_path / 'resized.py'
+    leaf.write_text(
+        f'_base_ = {str(Path(DEMO).resolve())!r}\n'
+        'model = dict(data_preprocessor=dict(batch_augments=[dict(\n'
+        "    type='BatchSyncRandomResize', random_size_range=(96, 128),\n"
+        '    interval=1, size_divisor=32)]))\n')
+    _, held = run(capsys, tmp_path, str(leaf), shapes)
+    assert held['agreement']
