@@ -82,7 +82,8 @@ def prepare(cfg: Config, args: argparse.Namespace) -> Config:
     cfg = training_alone(cfg)
     cfg.custom_hooks = []
     cfg.randomness = dict(seed=args.seed)
-    cfg.experiment_name = 'doctor'
+    # Several runs in one process have visualisers of their own.
+    cfg.experiment_name = 'doctor_' + '_'.join(Path(cfg.work_dir).parts)
     return cfg
 
 
