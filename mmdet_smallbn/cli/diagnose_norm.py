@@ -83,7 +83,7 @@ def prepare(cfg: Config, args: argparse.Namespace) -> Config:
     cfg.custom_hooks = []
     cfg.randomness = dict(seed=args.seed)
     # Several runs in one process have visualisers of their own.
-    cfg.experiment_name = 'doctor_' + '_'.join(Path(cfg.work_dir).parts)
+    cfg.experiment_name = 'doctor' + cfg.work_dir.replace('/', '_')
     return cfg
 
 
