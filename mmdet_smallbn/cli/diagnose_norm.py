@@ -82,8 +82,10 @@ def prepare(cfg: Config, args: argparse.Namespace) -> Config:
     cfg = training_alone(cfg)
     cfg.custom_hooks = []
     cfg.randomness = dict(seed=args.seed)
-    # Several runs in one process have visualisers of their own.
+    # mmengine keeps loggers and visualisers by name: each run has its own.
     cfg.experiment_name = 'doctor' + cfg.work_dir.replace('/', '_')
+    if cfg.get('visualizer'):
+        cfg.visualizer.name = cfg.experiment_name
     return cfg
 
 

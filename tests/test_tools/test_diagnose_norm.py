@@ -40,7 +40,7 @@ def coco():
 def test_the_demo(capsys, tmp_path, shapes, monkeypatch):
     monkeypatch.setattr(advice_module, 'THRESHOLD', 2.)
     out, held = run(capsys, tmp_path, DEMO, shapes)
-    assert len(held['advice']) >= 2
+    assert len(held['advice']) >= 3
     assert held['images'] == 2 and held['reference'] == 4
     assert len(held['layers']) == 32 and held['windows']['4'][1] > 0
     assert held['summary'][0] in out and 'backbone' in out
