@@ -32,6 +32,12 @@ class Objects(NamedTuple):
     polygons: Optional[Sequence[Sequence]] = None
 
 
+def _finish(ax: Axes) -> None:
+    """A light grid, and no frame where there is no scale."""
+    ax.grid(alpha=0.25)
+    ax.spines[['top', 'right']].set_visible(False)
+
+
 def quiet_coco(ann_file: Union[str, Path]) -> COCO:
     """pycocotools' index of an annotation file, without its messages."""
     with redirect_stdout(io.StringIO()):
@@ -159,8 +165,7 @@ def save_curves(scalars: List[Dict[str, Any]],
     ap_ax.legend(frameon=False, loc='upper left')
     for ax in (loss_ax, ap_ax):
         ax.set(xlabel='iteration', xlim=(0, None))
-        ax.grid(alpha=0.25)
-        ax.spines[['top', 'right']].set_visible(False)
+        _finish(ax)
         if burn_in:
             ax.axvline(burn_in, color='grey', ls=':', lw=1)
             ax.annotate(
@@ -207,8 +212,7 @@ def save_sweep(metrics: Dict[float, float],
         xlabel='weight of the example',
         ylabel=name)
     ax.margins(y=0.15)
-    ax.grid(alpha=0.25)
-    ax.spines[['top', 'right']].set_visible(False)
+    _finish(ax)
     figure.savefig(path, dpi=110)
 
 
@@ -250,8 +254,7 @@ def draw_statistics(rows: Sequence[Dict[str, Any]],
             ax.set_title(title, fontsize=10)
             ax.set(xlabel='iteration')
             ax.set_ylim(bottom=0)
-            ax.grid(alpha=0.25)
-            ax.spines[['top', 'right']].set_visible(False)
+            _finish(ax)
             if ax.lines:
                 ax.legend(frameon=False, fontsize=8, loc='upper right')
         line[0].set_ylabel(f'{layer}\nL2 norm', fontsize=8)
@@ -317,8 +320,7 @@ def save_errors(means: Dict[tuple, Dict[str, float]],
             windows = sorted({w for _, _, w in means if w and w > 1})
             ax.set_xticks(windows, windows)
             ax.set(title=f'learning rate x {factor:g}', xlabel='window')
-            ax.grid(alpha=0.25)
-            ax.spines[['top', 'right']].set_visible(False)
+            _finish(ax)
         row[0].set_ylabel(title)
         row[0].set_ylim(0, 1.1 * max(e[metric] for e in means.values()))
     figure.legend(
@@ -347,8 +349,7 @@ def save_cosines(found: Dict[str, Dict[str, Sequence[float]]],
         xlabel='convolution, from the input on',
         ylabel="cosine to BatchNorm's at 16",
         ylim=(None, 1.05))
-    ax.grid(alpha=0.25)
-    ax.spines[['top', 'right']].set_visible(False)
+    _finish(ax)
     figure.legend(loc='outside right upper', frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 
@@ -434,8 +435,7 @@ def save_lines(panels: Dict[str, Dict[str, Dict[str, Sequence[float]]]],
                     ls='-' if joined else 'none', **style)
         ax.set(title=title, xlabel=x_label, ylabel=y_label)
         ax.set_xticks(range(len(places)), places)
-        ax.grid(alpha=0.25)
-        ax.spines[['top', 'right']].set_visible(False)
+        _finish(ax)
     if len(names) > 1:
         labelled = {label: handle for ax in axes for handle, label in zip(
             *ax.get_legend_handles_labels())}
@@ -464,8 +464,7 @@ def save_check(parts: Dict[str, Sequence[Tuple[str, float, float]]],
                         textcoords='offset points', color=_INK)
     ax.set(xlabel='agreement with the gradient of 16 images',
            ylabel='fall of BatchNorm from 16 images, points')
-    ax.grid(alpha=0.25)
-    ax.spines[['top', 'right']].set_visible(False)
+    _finish(ax)
     ax.legend(frameon=False)
     figure.savefig(path, dpi=110)
 
@@ -520,6 +519,5 @@ def save_diagnosis(agreement: Dict[int, Tuple[float, float]], reference: int,
                'deviations')
         ax.legend(frameon=False)
     for ax in axes:
-        ax.grid(alpha=0.25)
-        ax.spines[['top', 'right']].set_visible(False)
+        _finish(ax)
     figure.savefig(path, dpi=110)

@@ -10,12 +10,13 @@ import torch
 from mmengine.optim import OptimWrapper
 from rich.console import Console
 from rich.progress import track
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from ..doctor import Diagnosis, Layer, Task, advise, diagnose, verdict_of
 from ..doctor.advice import agreement_of
 from ..errors import one_line_errors
-from ..files import write_whole
+from ..files import write_runs, write_whole
 from ..pictures import save_check
 from ..study.detector import detection_loss
 from ..study.regimes import REGIMES
@@ -165,9 +166,8 @@ class _Cell:
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's, without ties."""
-    ranks = [torch.tensor(v).argsort().argsort().float() for v in (a, b)]
-    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+    """Spearman's."""
+    return float(spearmanr(a, b).statistic)
 
 
 def _table(cells: List[_Cell]) -> List[List[str]]:
@@ -266,7 +266,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     path = folder / 'doctor.json'
     with one_line_errors():
         names = chosen(args.regimes, list(REGIMES), '--regimes')
-        rows = json.loads(path.read_text()) if path.exists() else []
+        rows = json.loads(path.read_text())['runs'] if path.exists() else []
         known = {(r['regime'], r['images'], r['seed']) for r in rows}
         todo = [(name, images, seed) for seed in range(args.seeds)
                 for name in names for images in IMAGES
@@ -274,8 +274,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         for name, images, seed in track([] if args.report else todo):
             rows.append(dict(regime=name, seed=seed, steps=STEPS,
                              **row_of(examine(name, images, seed))))
-            write_whole(path, '[\n' + ',\n'.join(map(json.dumps, rows)) +
-                        '\n]\n')
+            write_runs(path, rows, command='python tools/check_doctor.py')
         report(cells_of(rows, Results(folder)), folder, Console(width=200))
         print(f'In {folder}: doctor.md, doctor.json, doctor.png')
 

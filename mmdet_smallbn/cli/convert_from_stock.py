@@ -6,8 +6,9 @@ from typing import Any, Iterator, Optional, Sequence
 import torch
 
 from ..deploy.released import LAYOUTS, Conversion, convert, layout_of
-from ..deploy.state_dict import find_state_dict, load_strictly, some
+from ..deploy.state_dict import find_state_dict, load_strictly
 from ..errors import SetupError, one_line_errors
+from ..words import some
 from .runtime import build_model, load_from_local, open_config
 
 

@@ -24,8 +24,9 @@ from ..files import write_whole
 from ..hooks import bare_model
 from ..pictures import save_diagnosis
 from ..tables import show
-from .runtime import (add_config_arguments, build_runner, load_config,
-                      load_from_local, training_alone)
+from .runtime import (add_config_arguments, build_runner,
+                      enable_auto_scale_lr, load_config, load_from_local,
+                      training_alone)
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -75,11 +76,9 @@ def prepare(cfg: Config, args: argparse.Namespace) -> Config:
         if cfg.get(name) is None:
             raise SetupError(f'{args.config} has no {name}: the norm doctor '
                              'looks at the beginning of a training')
-    if args.auto_scale_lr and not (cfg.get('auto_scale_lr') or {}).get(
-            'base_batch_size'):
-        raise SetupError('--auto-scale-lr needs auto_scale_lr=dict('
-                         'base_batch_size=...) in the config')
     cfg = training_alone(cfg)
+    if args.auto_scale_lr:
+        enable_auto_scale_lr(cfg)
     cfg.custom_hooks = []
     cfg.randomness = dict(seed=args.seed)
     # mmengine keeps loggers and visualisers by name: each run has its own.
@@ -89,12 +88,10 @@ def prepare(cfg: Config, args: argparse.Namespace) -> Config:
     return cfg
 
 
-def optimizer_of(runner: Runner, scale: bool, model: nn.Module
-                 ) -> OptimWrapper:
+def optimizer_of(runner: Runner, model: nn.Module) -> OptimWrapper:
     """The config's optimizer, of another model than the runner's."""
     wrapper = build_optim_wrapper(model, runner.cfg.optim_wrapper)
-    if scale:
-        runner.scale_lr(wrapper, dict(runner.cfg.auto_scale_lr, enable=True))
+    runner.scale_lr(wrapper, runner.cfg.get('auto_scale_lr'))
     return wrapper
 
 
@@ -129,7 +126,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             diagnosis = diagnose(
                 model,
                 runner.build_dataloader(cfg.train_dataloader, seed=args.seed),
-                partial(optimizer_of, runner, args.auto_scale_lr),
+                partial(optimizer_of, runner),
                 reference=args.reference,
                 blocks=args.images // args.reference,
                 iters=args.iters,

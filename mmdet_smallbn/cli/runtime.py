@@ -102,6 +102,19 @@ def training_alone(cfg: Config) -> Config:
     return cfg
 
 
+def enable_auto_scale_lr(cfg: Config) -> None:
+    """Let the learning rate follow the batch size.
+
+    Raises:
+        SetupError: If the config gives no batch size to scale from.
+    """
+    if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
+        raise SetupError(
+            '--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in '
+            f'the config, but got {cfg.get("auto_scale_lr")}')
+    cfg.auto_scale_lr.enable = True
+
+
 def images_of(cfg: Config) -> Optional[int]:
     """Training images that a process sees at a time; None if unknown.
 

@@ -6,11 +6,12 @@ from mmengine.config import Config
 from mmengine.dist import get_world_size
 from mmengine.runner import Runner
 
-from ..errors import SetupError, one_line_errors
+from ..errors import one_line_errors
 from ..hooks import bare_model
 from ..norm_report import norm_summary
 from .runtime import (add_config_arguments, add_run_arguments, build_runner,
-                      images_of, latest_checkpoint, load_config)
+                      enable_auto_scale_lr, images_of, latest_checkpoint,
+                      load_config)
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -44,11 +45,7 @@ def apply_train_flags(cfg: Config, args: argparse.Namespace) -> None:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.loss_scale = 'dynamic'
     if args.auto_scale_lr:
-        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
-            raise SetupError(
-                '--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...)'
-                f' in the config, but got {cfg.get("auto_scale_lr")}')
-        cfg.auto_scale_lr.enable = True
+        enable_auto_scale_lr(cfg)
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = args.resume

@@ -39,7 +39,8 @@ import torch
 from torch import Tensor
 
 from ..errors import SetupError
-from .state_dict import StateDict, some
+from ..words import some
+from .state_dict import StateDict
 
 MMDET1 = 'mmdet1'
 BENCHMARK = 'maskrcnn-benchmark'

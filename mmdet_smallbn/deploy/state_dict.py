@@ -1,9 +1,10 @@
 """State dicts in checkpoints of any kind."""
-from typing import Any, Dict, List
+from typing import Any, Dict
 
 from torch import Tensor, nn
 
 from ..errors import SetupError
+from ..words import some
 
 StateDict = Dict[str, Tensor]
 
@@ -38,14 +39,6 @@ def _kind_of(checkpoint: Any) -> str:
     if isinstance(checkpoint, dict):
         return f'a dict with {some(list(map(str, checkpoint)))}'
     return f'a {type(checkpoint).__name__}'
-
-
-def some(keys: List[str], most: int = 3) -> str:
-    """A few keys for a message."""
-    if not keys:
-        return 'nothing'
-    more = f' and {len(keys) - most} more' if len(keys) > most else ''
-    return ', '.join(keys[:most]) + more
 
 
 def load_strictly(model: nn.Module,

@@ -3,7 +3,8 @@ import math
 import statistics
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
-from .examination import Diagnosis
+from ..words import counted, some
+from .diagnosis import Diagnosis
 
 # Half way between the least agreement without a fall and the largest with one,
 # in the regimes plain, video and hasty detector of the study. docs/doctor.md
@@ -100,17 +101,6 @@ def best_window(diagnosis: Diagnosis) -> Optional[int]:
     return best if errors[best] < WORTH * plain else None
 
 
-def _named(names: List[str]) -> str:
-    """The first of some norms, and how many there are."""
-    if len(names) == 1:
-        return names[0]
-    return f'{names[0]} and {len(names) - 1} more'
-
-
-def _images(number: int) -> str:
-    return f'{number} image{"" if number == 1 else "s"}'
-
-
 def summary_of(diagnosis: Diagnosis) -> List[str]:
     """The verdict in words: the headline, and the sentences behind it."""
     if not diagnosis.layers:
@@ -120,7 +110,7 @@ def summary_of(diagnosis: Diagnosis) -> List[str]:
                 f'Its norms are {others}: they see one image at a time.'
                 if others else 'It has no GroupNorm, LayerNorm or '
                 'InstanceNorm either.']
-    name = _images(diagnosis.images)
+    name = counted(diagnosis.images, 'image')
     whole = diagnosis.reference
     if not diagnosis.agreement:
         return [f'A batch of {name} is large enough. Leave the norms as they '
@@ -147,8 +137,9 @@ def summary_of(diagnosis: Diagnosis) -> List[str]:
         }[verdict]
     said = [head, (
         f'The gradient of {name} at a time agrees to {mean:.2f} ± '
-        f'{error:.2f} with that of {whole} images at once (1: it is the same). In the '
-        f'study BatchNorm lost accuracy below {THRESHOLD:g}.')]
+        f'{error:.2f} with that of {whole} images at once (1: it is the '
+        f'same). In the study BatchNorm lost accuracy below '
+        f'{THRESHOLD:g}.')]
     if verdict is UNSURE:
         said.append('The threshold is within the error. More --images make '
                     'the error smaller.')
@@ -161,7 +152,7 @@ def summary_of(diagnosis: Diagnosis) -> List[str]:
     elif diagnosis.asleep:
         said.append(
             'In evaluation mode (norm_eval or frozen_stages), and untouched '
-            f'by the batch: {_named(diagnosis.asleep)}.')
+            f'by the batch: {some(diagnosis.asleep, 1)}.')
     return said + _remarks(diagnosis)
 
 
@@ -177,13 +168,13 @@ def _remarks(diagnosis: Diagnosis) -> List[str]:
     if shared:
         said.append(
             f'With one set of running statistics for {shared[0].calls} '
-            f'feature maps: {_named([layer.name for layer in shared])}. '
+            f'feature maps: {some([layer.name for layer in shared], 1)}. '
             'Evaluation changes their outputs by '
             f'{statistics.mean(s.disagreement for s in shared):.2f} '
             'deviations. GN or BGN has no running statistics.')
     if diagnosis.single:
         said.append(
-            f'With one value a channel: {_named(diagnosis.single)}. '
+            f'With one value a channel: {some(diagnosis.single, 1)}. '
             'BatchNorm cannot train there. Take GN, or no norm.')
     return said
 
@@ -217,8 +208,8 @@ def advise(diagnosis: Diagnosis,
         found.append(Advice(
             'Try example weights on the model as it is',
             ['They need no training: tools/sweep_example_weight.py CONFIG '
-             'CHECKPOINT. In the study they took back most of the fall in '
-             'seven of eight regimes.'],
+             'CHECKPOINT. In the study they took back most of the fall '
+             'in all regimes but the head.'],
             folds=False, setting='BN, the best example weight'))
     cbn = _cbn(diagnosis)
     if detects:

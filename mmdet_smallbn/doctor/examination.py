@@ -1,13 +1,12 @@
 """Measure what a small batch does to a model's batch norms."""
 import copy
 import math
-import os
 import random
 import statistics
 from contextlib import contextmanager
 from itertools import chain, count
-from typing import (Any, Callable, Dict, Iterable, Iterator, List, NamedTuple,
-                    Optional, Sequence, Tuple, Union)
+from typing import (Any, Callable, Dict, Iterable, Iterator, List, Optional,
+                    Sequence, Tuple, Union)
 
 import numpy as np
 import torch
@@ -18,9 +17,12 @@ from torch import Tensor, nn
 from ..errors import SetupError
 from ..layers import check_positive_int
 from ..layers.checks import check_at_least
+from .diagnosis import Diagnosis
 from .measures import (Layer, WindowErrors, alikeness, mean_errors,
                        measure_layer, window_errors)
+from .memory import bytes_kept, memory_of
 from .probe import Mode, Probe, batch_norms
+from .task import Task
 
 WINDOWS = (2, 4, 8, 16)
 _WARM_UP = 8  # iterations, before windows look back
@@ -29,81 +31,6 @@ _STRETCHES = 3  # of training, that windows are averaged over
 
 class Diverged(SetupError):
     """A loss is not finite."""
-
-
-class Task:
-    """How mmengine's models train. Subclass it for models of other loops."""
-
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """The loss of a batch, a scalar."""
-        # Preprocessing writes to the samples.
-        data = model.data_preprocessor(copy.deepcopy(batch), True)
-        return model.parse_losses(model(**data, mode='loss'))[0]
-
-    def size(self, batch: Any) -> int:
-        """Images of a batch."""
-        if isinstance(batch, dict):
-            batch = next(iter(batch.values()))
-        if isinstance(batch, dict):
-            raise SetupError('the norm doctor follows one stream of images, '
-                             f'but the batch has {", ".join(batch)}: diagnose '
-                             'the detector by itself')
-        return len(batch)
-
-    def join(self, batches: Sequence[Any]) -> Any:
-        """Several batches as one."""
-        first = batches[0]
-        if isinstance(first, dict):
-            return {key: self.join([batch[key] for batch in batches])
-                    for key in first}
-        if isinstance(first, Tensor):
-            return torch.cat(list(batches))
-        return list(chain.from_iterable(batches))
-
-
-class Diagnosis(NamedTuple):
-    """What :func:`diagnose` measured.
-
-    Attributes:
-        images (int): Images of a batch.
-        reference (int): Images of the large batch.
-        layers (list[Layer]): The watched norms, in the order of the model.
-        agreement (dict[int, list[float]]): By the number of images that are
-            normalised together, the cosine of two gradients of the same
-            images: normalised so, and all ``reference`` images together. Mean
-            over the weights of convolutions and linear layers; a value a
-            block of ``reference`` images. 1: the small batch does no harm.
-        floor (list[float]): The same with fixed statistics: what losses that
-            count objects, and random regions, do to it.
-        loss (dict[str, list[float]]): Of each block, the mean loss
-            ``'batch'``: with statistics of each batch, ``'fixed'``: with
-            those of all batches, as in evaluation, ``'reference'``: of the
-            large batch.
-        windows (dict[int, tuple]): By window, RMS error of the normalised
-            output, mean over layers: past moments as they were, and brought
-            to today's weights (None: nowhere possible). 1 is BatchNorm.
-        moved (float): Change of the weights in 16 iterations at the full
-            learning rate, as a part of their size.
-        asleep (list[str]): Batch norms that the model keeps in evaluation
-            mode. If these are all, they were measured as if they trained.
-        alike (float): How alike the images of a batch are, in the first norm:
-            0 as images taken by chance, 1 the same. NaN of one image, and if
-            it sees regions.
-        single (list[str]): Norms that see one value a channel.
-        others (dict[str, int]): How many norms of other kinds there are.
-    """
-    images: int
-    reference: int
-    layers: List[Layer]
-    agreement: Dict[int, List[float]]
-    floor: List[float]
-    loss: Dict[str, List[float]]
-    windows: Dict[int, Tuple[float, Optional[float]]]
-    moved: float
-    asleep: List[str]
-    alike: float
-    single: List[str]
-    others: Dict[str, int]
 
 
 Optimizer = Union[torch.optim.Optimizer, OptimWrapper]
@@ -171,18 +98,6 @@ def _random_state_kept() -> Iterator[None]:
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
-
-
-def _memory_of(device: torch.device) -> float:
-    """Bytes of a GPU that are free, or of the machine; infinite if unknown."""
-    if device.type == 'cuda':
-        return (torch.cuda.mem_get_info(device)[0] +
-                torch.cuda.memory_reserved(device) -
-                torch.cuda.memory_allocated(device))
-    try:
-        return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-    except (AttributeError, ValueError):
-        return math.inf
 
 
 class _Examination:
@@ -299,22 +214,11 @@ class _Examination:
         """
         if self.reference == self.images or not self.probe.norms:
             return
-        held: Dict[int, int] = {}
-        weights = {p.untyped_storage().data_ptr()
-                   for p in self.model.parameters()}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            held[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
         self.probe.watches = False
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            self._loss(batch)
+        needed = self.reference / self.images * bytes_kept(
+            lambda: self._loss(batch), self.model)
         self.probe.watches = True
-        needed = self.reference / self.images * sum(
-            size for place, size in held.items() if place not in weights)
-        memory = _memory_of(next(self.model.parameters()).device)
+        memory = memory_of(next(self.model.parameters()).device)
         if needed > memory:
             raise SetupError(
                 f'a large batch of {self.reference} images takes '
@@ -352,7 +256,7 @@ class _Examination:
         return wrapper, [g['lr'] for g in wrapper.optimizer.param_groups]
 
     def _move(self, blocks: List[List[Any]]
-              ) -> Tuple[float, Dict[int, Tuple[float, Optional[float]]]]:
+              ) -> Tuple[float, WindowErrors]:
         """Train at the full rate, and see what windows make of the past.
 
         Returns:
@@ -368,7 +272,6 @@ class _Examination:
             moved += [
                 ((p.detach() - old).norm() / old.norm().clamp(min=1e-12)
                  ).item() for p, old in zip(self._weights().values(), before)]
-            self.probe.seen.clear()
             self.probe.remember = 0
             with torch.no_grad():
                 self._losses(chain.from_iterable(blocks), 0)
@@ -403,7 +306,6 @@ class _Examination:
         agreement: Dict[int, List[float]] = {s: [] for s in self._sizes()}
         by_weight: Dict[str, List[float]] = {}
         loss: Dict[str, List[float]] = dict(batch=[], reference=[])
-        self.probe.seen.clear()
         for seed, block in enumerate(blocks):
             own, value = self._gradient(block, seed)
             loss['batch'].append(value)
@@ -446,7 +348,6 @@ class _Examination:
     def _gradient(self, parts: Sequence[Any],
                   seed: int) -> Tuple[Dict[str, Tensor], float]:
         """Of the mean loss of some batches, and that loss."""
-        self.model.zero_grad()
         try:
             value = self._losses(parts, seed)
         except torch.cuda.OutOfMemoryError as error:

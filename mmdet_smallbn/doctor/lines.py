@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..layers import is_under
 from ..norm_report import norm_cfgs
 from .advice import Advice
-from .examination import Diagnosis
+from .diagnosis import Diagnosis
 
 # Hooks that an advice replaces.
 _OURS = ('BurnInHook', 'SmallBatchNormHook', 'FreezeStatisticsHook')
@@ -38,7 +38,8 @@ def config_lines(advice: Advice, diagnosis: Diagnosis, cfg: Config) -> str:
         found['custom_imports'] = dict(
             imports=[*names, 'mmdet_smallbn'], allow_failed_imports=False)
     hooks = [hook for hook in cfg.get('custom_hooks') or []
-             if _name(hook.get('type')) not in _OURS]
+             if getattr(hook.get('type'), '__name__', hook.get('type'))
+             not in _OURS]
     if advice.hook:
         hooks.append(_hook(advice.hook, cfg))
     if hooks != (cfg.get('custom_hooks') or []):
@@ -74,7 +75,7 @@ def _norms(advice: Advice, diagnosis: Diagnosis,
             old = old.get(part) or {}
         for key in ('norm_cfg', 'conv_cfg'):
             new = getattr(advice, key)
-            if new and _takes(old, key, cfg.get('default_scope')):
+            if new and _takes(_class_of(old, cfg), key):
                 # Beside settings of the old kind it would be refused.
                 more = dict(_delete_=True) if old.get(key) else {}
                 node[key] = dict(**more, **new)
@@ -88,8 +89,9 @@ def _places(diagnosis: Diagnosis, cfg: Config) -> Iterator[Tuple[str, ...]]:
     left = [layer.name for layer in diagnosis.layers]
     for path, norm_cfg in norm_cfgs(cfg.model, 'model'):
         parts = tuple(path.split('.')[1:-1])
-        if path.endswith('.norm_cfg') and _is_batch_norm(norm_cfg) and any(
-                is_under(name, '.'.join(parts)) for name in left):
+        if path.endswith('.norm_cfg') and issubclass(
+                _class_of(norm_cfg, cfg) or object, _BatchNorm) and any(
+                    is_under(name, '.'.join(parts)) for name in left):
             left = [name for name in left
                     if not is_under(name, '.'.join(parts))]
             yield parts
@@ -108,23 +110,22 @@ def _places(diagnosis: Diagnosis, cfg: Config) -> Iterator[Tuple[str, ...]]:
     yield from found
 
 
-def _takes(part: dict, key: str, scope: Optional[str]) -> bool:
-    """Whether a part's class has an argument, or passes it on."""
+def _class_of(part: dict, cfg: Config) -> Optional[type]:
+    """The class that a part of a config names; None if it is unknown."""
     kind = part.get('type')
     if isinstance(kind, str):
-        with MODELS.switch_scope_and_registry(scope or 'mmdet') as registry:
+        scope = cfg.get('default_scope') or 'mmdet'
+        with MODELS.switch_scope_and_registry(scope) as registry:
             kind = registry.get(kind)
+    return kind
+
+
+def _takes(kind: Optional[type], key: str) -> bool:
+    """Whether a class has an argument, or passes it on."""
     if kind is None:
         return True  # building it will tell
     parameters = signature(kind.__init__).parameters.values()
     return any(p.name == key or p.kind is p.VAR_KEYWORD for p in parameters)
-
-
-def _is_batch_norm(norm_cfg: dict) -> bool:
-    kind = norm_cfg['type']
-    if isinstance(kind, str):
-        kind = MODELS.get(kind)
-    return isinstance(kind, type) and issubclass(kind, _BatchNorm)
 
 
 def _hook(name: str, cfg: Config) -> Dict[str, Any]:
@@ -134,8 +135,3 @@ def _hook(name: str, cfg: Config) -> Dict[str, Any]:
     length = loop.get(f'max_{unit}') or 0
     part = 0.1 if name == 'BurnInHook' else 0.75
     return dict(type=name, **{unit: max(1, round(part * length))})
-
-
-def _name(kind: Any) -> str:
-    return kind if isinstance(kind, str) else getattr(kind, '__name__', '')
-

@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Sequence
 
 from ..norm_report.table import part_of
 from .advice import Advice, agreements, summary_of, verdict_of
-from .examination import Diagnosis
+from .diagnosis import Diagnosis
 from .measures import Layer
 
 _COLUMNS = {

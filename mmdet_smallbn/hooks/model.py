@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import SetupError
 from ..layers import calibrate_group_norms, is_under, norms_of
+from ..words import counted
 
 
 def bare_model(runner: Runner) -> nn.Module:
@@ -84,9 +85,9 @@ def kept_asleep(norms: Dict[str, nn.Module]) -> List[str]:
 
 def asleep_note(names: Sequence[str]) -> str:
     """What to say of them."""
-    return (f'{len(names)} norm{"" if len(names) == 1 else "s"}, {names[0]} '
-            'the first of them, would train but stay in evaluation mode: set '
-            'norm_eval=False in the backbone')
+    return (f'{counted(len(names), "norm")}, {names[0]} the first of them, '
+            'would train but stay in evaluation mode: set norm_eval=False in '
+            'the backbone')
 
 
 def gradient_scale(runner: Runner) -> Union[float, Tensor]:

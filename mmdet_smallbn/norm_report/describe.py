@@ -9,6 +9,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..hooks import BurnInHook, ExampleWeightHook
 from ..layers import BRN, MABN, SmallBatchNorm, is_under
+from ..words import counted
 
 RUNNING = 'running averages'
 OWN = "each example's own"
@@ -117,7 +118,7 @@ def _statistics(name: str, norm: nn.Module, images: Optional[int],
         return f'{own}, fixed' if own == RUNNING else own
     parts = name.split('.')
     regions = 'roi_head' in parts and not set(parts) & set(_WHOLE_IMAGES)
-    examples = _count(images or 'all', 'image')
+    examples = counted(images or 'all', 'image')
     if regions:
         examples = f'regions of {examples}'
     if isinstance(norm, SmallBatchNorm):
@@ -132,25 +133,21 @@ def _statistics(name: str, norm: nn.Module, images: Optional[int],
 def _of_processes(examples: str, processes: Optional[int]) -> str:
     if processes is None:
         return f'{examples} x all GPUs'
-    return f'{examples} x {_count(processes, "GPU")}'
-
-
-def _count(number: Any, unit: str) -> str:
-    return f'{number} {unit}{"" if number == 1 else "s"}'
+    return f'{examples} x {counted(processes, "GPU")}'
 
 
 def _small_batch(norm: SmallBatchNorm, text: str, images: Optional[int],
                  regions: bool, processes: Optional[int]) -> str:
     group = getattr(norm, 'examples_per_group', None)
     if group is not None:
-        text = f'groups of {_count(group, "region" if regions else "image")}'
+        text = f'groups of {counted(group, "region" if regions else "image")}'
         if norm.sync:
             text += ', of all GPUs'
     elif norm.sync:
         text = _of_processes(text, processes)
     groups = norm.num_groups
     if groups is not None and groups != norm.num_features:
-        text += f', {_count(groups, "group")} of channels'
+        text += f', {counted(groups, "group")} of channels'
     if isinstance(norm, MABN):
         text += (f', {norm.forward_statistics} forward, '
                  f'{norm.backward_statistics} backward')
@@ -166,7 +163,7 @@ def _small_batch(norm: SmallBatchNorm, text: str, images: Optional[int],
 
 def _of_one_example(norm: nn.Module) -> str:
     if isinstance(norm, nn.GroupNorm):
-        return f'1 example, {_count(norm.num_groups, "group")} of channels'
+        return f'1 example, {counted(norm.num_groups, "group")} of channels'
     if isinstance(norm, nn.LayerNorm):
         return '1 position'
     return '1 example'

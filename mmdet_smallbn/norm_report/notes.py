@@ -5,6 +5,7 @@ from torch import nn
 
 from ..hooks import SmallBatchNormHook, asleep_note, kept_asleep
 from ..layers import CBN, MABN, CenConv2d, SmallBatchNorm, is_under
+from ..words import counted
 from .describe import UNKNOWN, Norm
 
 
@@ -45,8 +46,7 @@ def notes(model: nn.Module,
 
 
 def _first_of(names: Sequence[str], kind: str) -> str:
-    return (f'{len(names)} {kind}{"" if len(names) == 1 else "s"}, {names[0]} '
-            'the first of them,')
+    return f'{counted(len(names), kind)}, {names[0]} the first of them,'
 
 
 def _asleep(modules, norms) -> Iterator[str]:

@@ -2,6 +2,7 @@
 import json
 import shutil
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
@@ -14,7 +15,7 @@ RESULTS = Path(__file__).resolve().parents[2] / 'docs' / 'results'
 
 @pytest.fixture(scope='module')
 def parts():
-    rows = json.loads((RESULTS / 'doctor.json').read_text())
+    rows = json.loads((RESULTS / 'doctor.json').read_text())['runs']
     return check_doctor.cells_of(rows, study.Results(RESULTS))
 
 
@@ -57,7 +58,7 @@ def test_a_cell_is_diagnosed_and_reported(tmp_path, monkeypatch, capsys):
     arguments = ['--results', str(tmp_path), '--regimes', 'plain', '--seeds',
                  '1']
     check_doctor.main(arguments)
-    rows = json.loads((tmp_path / 'doctor.json').read_text())
+    rows = json.loads((tmp_path / 'doctor.json').read_text())['runs']
     assert [row['images'] for row in rows] == [4, 2, 1]
     assert 'plain, 4' in capsys.readouterr().out
     written = (tmp_path / 'doctor.json').stat().st_mtime
@@ -84,3 +85,11 @@ def test_what_the_advice_says_of_the_study():
     for regime in ('one class a batch', 'video', 'head'):
         for images in (4, 2, 1):
             assert closed(regime, 'MABN', images) >= 95, (regime, images)
+    score = study.EVALUATIONS['BN, the best example weight'][1]
+    for regime in study.REGIMES:
+        for images in (2, 1):
+            high, low = (mean(results.scores(regime, 'BN', n))
+                         for n in (16, images))
+            best = mean(results.scores(regime, 'BN', images, score))
+            if high - low > 10 and regime != 'head':
+                assert best - low > 0.5 * (high - low), (regime, images)
