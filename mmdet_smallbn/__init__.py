@@ -13,11 +13,12 @@ from .hooks import (BurnInHook, ExampleWeightHook,  # noqa: E402
                     FreezeStatisticsHook, SmallBatchNormHook,
                     StatisticsHook)
 from .layers import (BRN, CBN, MABN, BatchGroupNorm,  # noqa: E402
-                     CenConv2d, GhostBN, NaiveCBN, calibrate_group_norms,
-                     set_example_weight, suggested_window_size)
+                     CenConv2d, CmBN, GhostBN, NaiveCBN,
+                     calibrate_group_norms, set_example_weight,
+                     suggested_window_size)
 
 __all__ = [
-    'BRN', 'BatchGroupNorm', 'BurnInHook', 'CBN', 'CenConv2d',
+    'BRN', 'BatchGroupNorm', 'BurnInHook', 'CBN', 'CenConv2d', 'CmBN',
     'ExampleWeightHook', 'FreezeStatisticsHook', 'GhostBN', 'MABN', 'NaiveCBN',
     'SmallBatchNormHook', 'StatisticsHook',
     '__version__', 'calibrate_group_norms', 'diagnose', 'fuse_norm',

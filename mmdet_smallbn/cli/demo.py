@@ -27,6 +27,7 @@ from ..pictures import (Objects, coco_objects, quiet_coco, save_curves,
                         save_detections)
 from ..tables import show, spread
 from .benchmark import processor
+from .on_shapes import put_on_shapes, use_norm
 from .runtime import (add_config_arguments, add_run_arguments, build_runner,
                       load_config, open_config)
 
@@ -40,7 +41,9 @@ _ROWS = (('AP', 'bbox_mAP'), ('AP50', 'bbox_mAP_50'), ('AP75', 'bbox_mAP_75'),
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """Flags of the demo."""
     parser = argparse.ArgumentParser(
-        description='Train and evaluate the demo detector')
+        description='Train and evaluate the demo detector. Any other config '
+        "of a detector is trained on the demo's images, by its schedule, "
+        'from scratch; with --data, as it is')
     add_config_arguments(parser)
     add_run_arguments(parser)
     parser.add_argument(
@@ -53,6 +56,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         type=int,
         metavar='N',
         help='images in a batch; as many are seen in all')
+    parser.add_argument(
+        '--norm',
+        metavar='TYPE',
+        help="put this norm in place of the config's CBN, MABN, ...: BN, to "
+        'compare with')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument(
         '--results',
@@ -106,22 +114,23 @@ def use_images(cfg: Config, images: int) -> None:
             norm_cfg['window_size'] = suggested_window_size(images)
 
 
-def trained_as(cfg: Config, recipe: Dict[str, Any],
+def trained_as(cfg: Config,
                options: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
     """Two trainings are compared if this is the same.
 
     Args:
-        cfg (Config): Of the training.
-        recipe (dict): What the data set was drawn from.
+        cfg (Config): Of the training, with what its data set was drawn from.
         options (dict, optional): Entries that were overridden.
     """
     size, = {max(transform.scale)
              for transform in cfg.train_dataloader.dataset.pipeline
              if transform.type == 'Resize'}
     return dict(
-        data={key: recipe[key] for key in recipe if key != 'root'},
+        detector=cfg.model.type,
+        data={k: v for k, v in cfg.shapes_coco.items() if k != 'root'},
         size=size,
         images=cfg.train_dataloader.batch_size,
+        parts=cfg.optim_wrapper.get('accumulative_counts', 1),
         iterations=cfg.train_cfg.max_iters,
         lr=cfg.optim_wrapper.optimizer.lr,
         options={key: str(value) for key, value in (options or {}).items()})
@@ -165,13 +174,16 @@ def batch_norm_note(runs: Sequence[Dict[str, Any]],
 
 def results_table(runs: Sequence[Dict[str, Any]]) -> List[List[str]]:
     """A row for the seeds of a norm, trained in the same way."""
-    rows = [['norm', 'images', 'iterations', 'AP (seed)', 'mean']]
+    rows = [['detector', 'norm', 'images', 'iterations', 'AP (seed)', 'mean']]
     for (norm, _), group in groupby(
             runs, key=lambda run: (run['norm'], _same(run))):
         same = list(group)
         how = same[0]['trained_as']
+        images = str(how['images'])
+        if how['parts'] > 1:
+            images += f' x {how["parts"]}'
         rows.append([
-            norm, str(how['images']), str(how['iterations']),
+            how['detector'], norm, images, str(how['iterations']),
             ', '.join(f'{run["ap"]:.3f} ({run["seed"]})' for run in same),
             spread([run['ap'] for run in same], 3)
         ])
@@ -235,7 +247,7 @@ def report(metrics: Dict[str, float], beside: str, work_dir: Path,
 
 def _command(args: argparse.Namespace) -> str:
     words = ['python', 'tools/demo.py', args.config]
-    for flag in ('size', 'images'):
+    for flag in ('size', 'images', 'norm'):
         if getattr(args, flag) is not None:
             words += [f'--{flag}', str(getattr(args, flag))]
     if args.cfg_options:
@@ -253,11 +265,15 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         if given and args.record:
             raise SetupError('--record takes trainings on the data of the '
                              'demo, not on that of --data')
-        recipe = open_config(args.config).get('shapes_coco')
+        cfg = open_config(args.config)
         if not given:
-            args.data = str(make_shapes_coco(**recipe))
+            if 'shapes_coco' not in cfg:
+                put_on_shapes(cfg, Path(args.config).parents[1] / '_base_')
+            args.data = str(make_shapes_coco(**cfg.shapes_coco))
             read_results(results)  # before it is needed
-        cfg = load_config(args)
+        if args.norm:
+            use_norm(cfg, args.norm)
+        cfg = load_config(args, cfg=cfg)
         cfg.randomness = dict(seed=args.seed)
         splits = [find_coco_split(args.data, s) for s in ('train', 'val')]
         for name, split in zip(('train', 'val'), splits):
@@ -288,7 +304,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         work_dir / 'detections.png')
     beside = ''
     if not given:
-        trained = trained_as(cfg, recipe, args.cfg_options)
+        trained = trained_as(cfg, args.cfg_options)
         if args.record:
             record(results, dict(
                 norm=', '.join(sorted(

@@ -69,9 +69,11 @@ def open_config(path: str) -> Config:
     return cfg
 
 
-def read_config(args: argparse.Namespace, training: bool = True) -> Config:
-    """Read the config, and apply what ``add_config_arguments`` adds."""
-    cfg = open_config(args.config)
+def read_config(args: argparse.Namespace,
+                training: bool = True,
+                cfg: Optional[Config] = None) -> Config:
+    """Apply what ``add_config_arguments`` adds to the config, or to ``cfg``."""
+    cfg = cfg or open_config(args.config)
     if args.data is not None:
         use_data(cfg, args.data, training)
     if args.cfg_options is not None:
@@ -79,10 +81,12 @@ def read_config(args: argparse.Namespace, training: bool = True) -> Config:
     return cfg
 
 
-def load_config(args: argparse.Namespace, training: bool = True) -> Config:
-    """Read the config for a run: launcher, work folder."""
+def load_config(args: argparse.Namespace,
+                training: bool = True,
+                cfg: Optional[Config] = None) -> Config:
+    """As :func:`read_config`, for a run: launcher, work folder."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = read_config(args, training)
+    cfg = read_config(args, training, cfg)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir

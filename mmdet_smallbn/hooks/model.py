@@ -114,6 +114,17 @@ def gradient_scale(runner: Runner) -> Union[float, Tensor]:
     return scale * on_device
 
 
+def is_after_step(runner: Runner) -> Optional[bool]:
+    """Whether the optimizer took a step since the last iteration.
+
+    To be asked before the iteration. True before the first one, too. None
+    where several optimizers share a model.
+    """
+    wrapper = runner.optim_wrapper
+    return wrapper.should_update() if isinstance(wrapper,
+                                                 OptimWrapper) else None
+
+
 def calibrate(runner: Runner, images: int,
               tell: Callable[[int], None] = lambda seen: None) -> None:
     """Moving averages for the model's GroupNorms, from training images.

@@ -10,7 +10,8 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import SetupError
 from ..layers import (SmallBatchNorm, TrainingLoop, is_under, norms_of,
                       remember_calls)
-from .model import bare_model, gradient_scale, norms_of_teachers
+from .model import (bare_model, gradient_scale, is_after_step,
+                    norms_of_teachers)
 
 # The key of a checkpoint that holds what norms remember.
 _STATES = 'smallbn_states'
@@ -24,6 +25,7 @@ class SmallBatchNormHook(Hook):
       not take it for two.
     - What the loss is multiplied with (loss scale, accumulation), so that
       MABN's averages are of the loss itself.
+    - Whether the optimizer took a step since the last iteration, for CmBN.
     - What the past says at today's weights, for all layers at once.
 
     It also takes out of the running statistics what is not finite, and tells
@@ -101,7 +103,8 @@ class SmallBatchNormHook(Hook):
         # The training loop puts the whole model into training mode.
         for layer in self._teaching.values():
             layer.eval()
-        self._loop.begin(runner.iter, gradient_scale(runner))
+        self._loop.begin(runner.iter, gradient_scale(runner),
+                         is_after_step(runner))
 
     def after_train_iter(self, runner, *args, **kwargs) -> None:
         """Mend the running statistics, before anybody reads them."""

@@ -5,6 +5,7 @@ from .batch_renorm import BRN
 from .calibration import calibrate_group_norms
 from .cbn import CBN, NaiveCBN, suggested_window_size
 from .cen_conv import CenConv2d
+from .cmbn import CmBN
 from .checks import (check_example_weight, check_positive_int, is_batch_norm,
                      is_under)
 from .conv_call import remember_calls
@@ -15,8 +16,8 @@ from .mabn import MABN
 from .training_loop import TrainingLoop
 
 __all__ = [
-    'BRN', 'BatchGroupNorm', 'CBN', 'CenConv2d', 'GhostBN', 'MABN', 'NaiveCBN',
-    'SmallBatchNorm', 'TrainingLoop', 'calibrate_group_norms',
+    'BRN', 'BatchGroupNorm', 'CBN', 'CenConv2d', 'CmBN', 'GhostBN', 'MABN',
+    'NaiveCBN', 'SmallBatchNorm', 'TrainingLoop', 'calibrate_group_norms',
     'check_example_weight',
     'check_positive_int', 'in_backward', 'is_batch_norm', 'is_under',
     'lacks_averages', 'norms_of', 'remember_calls', 'set_example_weight',

@@ -18,12 +18,15 @@ class TrainingStep:
             part in gradient accumulation.
         mends_running (bool): Whether the loop takes out of the running
             statistics what is not finite, after each iteration.
+        optimizer_steps (int, optional): Steps that the optimizer has taken.
+            None: unknown.
     """
 
     def __init__(self) -> None:
         self.iteration: Optional[int] = None
         self.gradient_scale: Any = 1.
         self.mends_running = False
+        self.optimizer_steps: Optional[int] = None
 
 
 class Batch(NamedTuple):

@@ -1,5 +1,5 @@
 """What a training loop does for the norms, iteration by iteration."""
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -37,17 +37,26 @@ class TrainingLoop:
             norm.training_step = self._step
 
     @torch.no_grad()
-    def begin(self, iteration: int, gradient_scale: Any = 1.) -> None:
+    def begin(self,
+              iteration: int,
+              gradient_scale: Any = 1.,
+              after_step: Optional[bool] = None) -> None:
         """Before the forward pass.
 
         Args:
             iteration (int): Which one it is.
             gradient_scale (float | Tensor): What the loss is multiplied with.
+            after_step (bool, optional): Whether the optimizer took a step
+                since the last iteration. False in gradient accumulation, but
+                for the first part. None: unknown.
         """
         if self._kept:  # an error ended the last iteration
             self.end()
         self._step.iteration = iteration
         self._step.gradient_scale = gradient_scale
+        if after_step is not None:
+            self._step.optimizer_steps = after_step + (
+                self._step.optimizer_steps or 0)
         self._keep_running()
         self._bank.prepare({
             f'{name}[{call}]': ring

@@ -1,0 +1,85 @@
+"""Bring any detector's training to the demo's data and schedule."""
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.registry import MODELS
+
+from ..errors import SetupError
+from ..layers import SmallBatchNorm
+from ..norm_report import norm_cfgs
+
+_PARTS = ('shapes_coco.py', 'demo_schedule.py')
+
+
+def put_on_shapes(cfg: Config, folder: Path) -> None:
+    """Let a config train on the demo's images, by the demo's schedule.
+
+    The model, its norms, the batch size and the accumulation stay. Data,
+    pipelines, schedule and hooks become the demo's. No weights are loaded, so
+    nothing is frozen.
+
+    Args:
+        cfg (Config): Of a detector.
+        folder (Path): Where ``shapes_coco.py`` and ``demo_schedule.py`` are.
+
+    Raises:
+        SetupError: If they are not there.
+    """
+    missing = [name for name in _PARTS if not (folder / name).is_file()]
+    if missing:
+        raise SetupError(
+            f'{cfg.filename} is no config of the demo. To train it on the '
+            f"demo's data, {missing[0]} must be in {folder}: run this in a "
+            'checkout of the project, or give --data')
+    images = cfg.train_dataloader.batch_size
+    parts = cfg.optim_wrapper.get('accumulative_counts', 1)
+    for name in _PARTS:
+        for key, value in Config.fromfile(folder / name).items():
+            cfg[key] = value
+    cfg.train_dataloader.batch_size = images
+    cfg.optim_wrapper.accumulative_counts = parts
+    cfg.load_from = None
+    cfg.model.backbone.init_cfg = None
+    for key, value in (('frozen_stages', -1), ('norm_eval', False)):
+        if key in cfg.model.backbone:
+            cfg.model.backbone[key] = value
+    if 'mask_head' in cfg.model.get('roi_head', {}):
+        _add_masks(cfg)
+
+
+def _add_masks(cfg: Config) -> None:
+    for transform in cfg.train_dataloader.dataset.pipeline:
+        if transform.type == 'LoadAnnotations':
+            transform.with_mask = True
+    for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
+        evaluator.metric = ['bbox', 'segm']
+
+
+def use_norm(cfg: Config, kind: str) -> None:
+    """Put another norm, with its defaults, in place of this package's.
+
+    ``eps``, ``momentum`` and ``requires_grad`` stay as the config has them.
+    Convolutions stay what they are.
+
+    Args:
+        cfg (Config): Of a detector.
+        kind (str): A registered norm without a burn-in, such as ``'BN'``.
+
+    Raises:
+        SetupError: If the config has no norm of this package.
+    """
+    found = [
+        norm_cfg for _, norm_cfg in norm_cfgs(cfg.model, 'model')
+        if issubclass(MODELS.get(norm_cfg['type']) or object, SmallBatchNorm)
+    ]
+    if not found:
+        raise SetupError(f'--norm {kind}: the config has no norm of this '
+                         'package to put it in place of')
+    for norm_cfg in found:
+        for key in set(norm_cfg) - {'eps', 'momentum', 'requires_grad'}:
+            del norm_cfg[key]
+        norm_cfg['type'] = kind
+    cfg.custom_hooks = [
+        hook for hook in cfg.get('custom_hooks', [])
+        if hook['type'] != 'BurnInHook'
+    ]
