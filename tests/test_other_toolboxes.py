@@ -1,8 +1,12 @@
 """Other toolboxes than mmdet, and models without any."""
+import importlib
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+
+import pytest
+from mmengine.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -125,3 +129,112 @@ def test_the_mathematics_needs_torch_alone():
                 print(name)
     '''
     assert set(_run(code, [])) <= {'torch', *sys.stdlib_module_names}
+
+
+CONFIGS = sorted((ROOT / 'configs' / 'other_toolboxes').glob('*.py'))
+SETTINGS = {
+    'resnet18_cbn_4xb4_in1k': dict(
+        norm='CBN', lr=0.0125, images=4, parts=1, epochs=100, window_size=4),
+    'resnet50_mabn_8xb2-accumulate16_in1k': dict(
+        norm='MABN', lr=0.1, images=2, parts=16, epochs=120, buffer_size=16),
+    'pspnet_r101-d8_mabn_8xb2-80k_cityscapes-512x1024': dict(
+        norm='MABN', lr=0.01, images=2, parts=1, iters=80000, buffer_size=16),
+}
+TRAIN_CONFIG = '''
+import sys
+import torch
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.utils import import_modules_from_strings
+
+cfg = Config.fromfile(sys.argv[1])
+init_default_scope(cfg.default_scope)
+model_cfg = cfg.model
+model_cfg.backbone.init_cfg = None
+model_cfg.backbone.depth = 18 if cfg.default_scope == 'mmpretrain' else 50
+if cfg.default_scope == 'mmpretrain' and model_cfg.head.in_channels > 512:
+    model_cfg.head.in_channels = 512
+if 'data_preprocessor' in cfg:
+    model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)
+import_modules_from_strings(**cfg.custom_imports)
+from mmdet_smallbn.layers import CenConv2d, TrainingLoop, norms_of
+model = MODELS.build(model_cfg).train()
+wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+norms = norms_of(model)
+loop = TrainingLoop(norms)
+torch.manual_seed(0)
+if cfg.default_scope == 'mmpretrain':
+    from mmpretrain.structures import DataSample
+    kind = dict(inputs=torch.randint(0, 255, (2, 3, 64, 64)), data_samples=[
+        DataSample().set_gt_label(label) for label in (1, 7)])
+else:
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+    kind = dict(
+        inputs=list(torch.randint(0, 255, (2, 3, 512, 1024))[..., :64, :64]),
+        data_samples=[
+            SegDataSample(gt_sem_seg=PixelData(
+                data=torch.randint(0, 19, (1, 64, 64)))) for _ in range(2)])
+before = {n: p.detach().clone() for n, p in model.named_parameters()}
+steps = cfg.optim_wrapper.get('accumulative_counts', 1) + 1
+for iteration in range(steps):
+    loop.begin(iteration, after_step=wrapper.should_update())
+    losses = model.train_step(kind, wrapper)
+    loop.end()
+assert torch.isfinite(losses['loss'])
+for name, parameter in model.named_parameters():
+    assert (parameter != before[name]).any(), name
+assert {type(norm).__name__ for norm in norms.values()} == {sys.argv[2]}
+for norm in norms.values():
+    assert norm.held_iterations == [min(steps, norm.averaged_iterations)]
+if sys.argv[2] == 'MABN':
+    convs = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert all(isinstance(m, CenConv2d) for m in convs if m.bias is None)
+'''
+
+
+def _toolbox(path):
+    return 'mmpretrain' if 'in1k' in path.stem else 'mmseg'
+
+
+def _why_not(toolbox):
+    """Why a toolbox cannot be imported; None if it can be."""
+    try:
+        importlib.import_module(f'{toolbox}.models')
+    except Exception as error:  # whatever an import may run into
+        return f'{toolbox} cannot be imported here: {error}'
+    return None
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+def test_a_recipe_is_the_papers(path):
+    """As far as the file says it, without the toolbox."""
+    wanted = SETTINGS[path.stem]
+    text = path.read_text()
+    assert f"_base_ = '{_toolbox(path)}::" in text
+    assert f"type='{wanted['norm']}'" in text
+    for key in ('window_size', 'buffer_size'):
+        if key in wanted:
+            assert f'{key}={wanted[key]}' in text
+    if wanted['norm'] == 'MABN':
+        assert "conv_cfg=dict(type='CenConv')" in text
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+def test_a_recipe_is_built_and_takes_a_step(path):
+    reason = _why_not(_toolbox(path))
+    if reason:
+        pytest.skip(reason)
+    cfg, wanted = Config.fromfile(path), SETTINGS[path.stem]
+    assert cfg.optim_wrapper.optimizer.lr == wanted['lr']
+    assert cfg.optim_wrapper.get('accumulative_counts', 1) == wanted['parts']
+    assert cfg.train_dataloader.batch_size == wanted['images']
+    assert (cfg.train_cfg.get('max_epochs'),
+            cfg.train_cfg.get('max_iters')) == (wanted.get('epochs'),
+                                                wanted.get('iters'))
+    result = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', TRAIN_CONFIG, str(path),
+         wanted['norm']],
+        cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -1,6 +1,10 @@
-_base_ = './faster-rcnn_r50_fpn_4conv1fc_bn-head_4xb4-1x_coco.py'
-# The examples that CBN has in a window of 8. 32 images a step: the learning
-# rate is scaled linearly.
+_base_ = './faster-rcnn_r50_fpn_4conv1fc_4xb4-1x_coco.py'
+norm_cfg = dict(type='BN')
+model = dict(
+    neck=dict(norm_cfg=norm_cfg),
+    roi_head=dict(bbox_head=dict(norm_cfg=norm_cfg)))
+# The images that CBN has in a window of 8.
 train_dataloader = dict(batch_size=32)
+# 32 images a step: the learning rate is scaled linearly.
 optim_wrapper = dict(optimizer=dict(lr=0.04))
 auto_scale_lr = dict(base_batch_size=32)

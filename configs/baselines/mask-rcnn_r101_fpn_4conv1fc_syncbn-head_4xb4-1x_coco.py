@@ -1,4 +1,8 @@
-_base_ = './mask-rcnn_r50_fpn_4conv1fc_syncbn-head_4xb4-1x_coco.py'
+_base_ = './mask-rcnn_r50_fpn_4conv1fc_4xb4-1x_coco.py'
+norm_cfg = dict(type='SyncBN')
 model = dict(
     backbone=dict(
-        depth=101, init_cfg=dict(checkpoint='torchvision://resnet101')))
+        depth=101, init_cfg=dict(checkpoint='torchvision://resnet101')),
+    neck=dict(norm_cfg=norm_cfg),
+    roi_head=dict(
+        bbox_head=dict(norm_cfg=norm_cfg), mask_head=dict(norm_cfg=norm_cfg)))

@@ -1,4 +1,12 @@
-_base_ = './faster-rcnn_r50_fpn_4conv1fc_bgn-head_8xb2-1x_coco.py'
-# Nothing stays frozen: the weights were trained with other statistics.
+_base_ = [
+    '../baselines/faster-rcnn_r50_fpn_4conv1fc_4xb4-1x_coco.py',
+    '../_base_/bgn.py'
+]
 model = dict(
-    backbone=dict(norm_cfg=_base_.norm_cfg, norm_eval=False, frozen_stages=-1))
+    # Nothing stays frozen: the weights were trained with other statistics.
+    backbone=dict(
+        norm_cfg=_base_.norm_cfg, norm_eval=False, frozen_stages=-1),
+    neck=dict(norm_cfg=_base_.norm_cfg),
+    roi_head=dict(bbox_head=dict(norm_cfg=_base_.region_norm_cfg)))
+# 16 images on 8 GPUs.
+train_dataloader = dict(batch_size=2)

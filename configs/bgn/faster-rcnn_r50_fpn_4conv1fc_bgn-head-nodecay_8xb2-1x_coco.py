@@ -1,3 +1,11 @@
-_base_ = './faster-rcnn_r50_fpn_4conv1fc_bgn-head_8xb2-1x_coco.py'
+_base_ = [
+    '../baselines/faster-rcnn_r50_fpn_4conv1fc_4xb4-1x_coco.py',
+    '../_base_/bgn.py'
+]
+model = dict(
+    neck=dict(norm_cfg=_base_.norm_cfg),
+    roi_head=dict(bbox_head=dict(norm_cfg=_base_.region_norm_cfg)))
+# 16 images on 8 GPUs.
+train_dataloader = dict(batch_size=2)
 # No weight decay on the scale and shift of any norm, frozen BatchNorm's too.
 optim_wrapper = dict(paramwise_cfg=dict(norm_decay_mult=0.))

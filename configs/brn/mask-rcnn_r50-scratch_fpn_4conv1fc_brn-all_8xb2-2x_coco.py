@@ -1,7 +1,10 @@
 _base_ = [
-    '../baselines/mask-rcnn_r50-scratch_fpn_4conv1fc_bn-all_8xb2-2x_coco.py',
+    '../baselines/mask-rcnn_r50-scratch_fpn_bn-backbone_8xb2-2x_coco.py',
     '../_base_/brn.py'
 ]
 part = dict(norm_cfg=_base_.norm_cfg)
 model = dict(
-    backbone=part, neck=part, roi_head=dict(bbox_head=part, mask_head=part))
+    backbone=part,
+    neck=part,
+    roi_head=dict(
+        bbox_head=dict(type='Shared4Conv1FCBBoxHead', **part), mask_head=part))

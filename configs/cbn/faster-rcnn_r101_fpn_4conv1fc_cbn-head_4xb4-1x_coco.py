@@ -1,4 +1,10 @@
-_base_ = './faster-rcnn_r50_fpn_4conv1fc_cbn-head_4xb4-1x_coco.py'
+_base_ = [
+    '../baselines/faster-rcnn_r50_fpn_4conv1fc_4xb4-1x_coco.py',
+    '../_base_/cbn.py'
+]
+norm_cfg = dict(type='CBN', window_size=4)
 model = dict(
     backbone=dict(
-        depth=101, init_cfg=dict(checkpoint='torchvision://resnet101')))
+        depth=101, init_cfg=dict(checkpoint='torchvision://resnet101')),
+    neck=dict(norm_cfg=norm_cfg),
+    roi_head=dict(bbox_head=dict(norm_cfg=norm_cfg)))

@@ -1,5 +1,8 @@
-_base_ = './faster-rcnn_r50_fpn_4conv1fc_naivecbn-head_4xb4-1x_coco.py'
-norm_cfg = dict(window_size=8)
+_base_ = [
+    '../baselines/faster-rcnn_r50_fpn_4conv1fc_4xb4-1x_coco.py',
+    '../_base_/cbn.py'
+]
+norm_cfg = dict(type='NaiveCBN', window_size=8)
 model = dict(
     neck=dict(norm_cfg=norm_cfg),
     roi_head=dict(bbox_head=dict(norm_cfg=norm_cfg)))

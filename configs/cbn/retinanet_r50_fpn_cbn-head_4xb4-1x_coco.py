@@ -1,5 +1,5 @@
 _base_ = ['mmdet::retinanet/retinanet_r50_fpn_1x_coco.py', '../_base_/cbn.py']
-norm_cfg = _base_.norm_cfg
+norm_cfg = dict(type='CBN', window_size=4)
 # The pyramid's levels share convolutions, and each has norms of its own.
 model = dict(
     neck=dict(norm_cfg=norm_cfg),

@@ -5,8 +5,8 @@ _base_ = [
 norm_cfg = dict(type='MABN', buffer_size=32)
 part = dict(conv_cfg=_base_.conv_cfg, norm_cfg=norm_cfg)
 model = dict(
-    # An ImageNet model with MABN and CenConv, yours to supply: see README.md.
-    # conv1 and the first stage stay frozen, as the base has them.
+    # An ImageNet model with MABN and CenConv: see README.md. It trains whole,
+    # as in the authors' file.
     backbone=dict(
         **part,
         init_cfg=dict(

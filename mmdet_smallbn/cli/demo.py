@@ -21,7 +21,7 @@ from ..data.coco_folder import CocoSplit, find_coco_split
 from ..data.shapes_coco import make_shapes_coco
 from ..errors import SetupError, one_line_errors
 from ..files import write_runs
-from ..layers import suggested_window_size
+from ..layers import check_positive_int, suggested_window_size
 from ..norm_report import norm_cfgs
 from ..pictures import (Objects, coco_objects, quiet_coco, save_curves,
                         save_detections)
@@ -57,6 +57,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         metavar='N',
         help='images in a batch; as many are seen in all')
     parser.add_argument(
+        '--iters',
+        type=int,
+        metavar='N',
+        help="iterations, in place of the schedule's; it is stretched")
+    parser.add_argument(
         '--norm',
         metavar='TYPE',
         help="put this norm in place of the config's CBN, MABN, ...: BN, to "
@@ -82,6 +87,22 @@ def use_size(cfg: Config, size: int) -> None:
                 transform.scale = (size, size)
 
 
+def stretch(cfg: Config, times: float) -> None:
+    """Make the schedule longer, all of its parts alike."""
+
+    def longer(holder: dict, *keys: str) -> None:
+        for key in keys:
+            if holder.get(key) is not None:
+                holder[key] = round(holder[key] * times)
+
+    longer(cfg.train_cfg, 'max_iters', 'val_interval')
+    longer(cfg.default_hooks.checkpoint, 'interval')
+    for scheduler in cfg.param_scheduler:
+        longer(scheduler, 'begin', 'end')
+    for hook in cfg.custom_hooks:
+        longer(hook, 'iters')
+
+
 def use_images(cfg: Config, images: int) -> None:
     """Train with another batch size, on as many images in all.
 
@@ -97,18 +118,7 @@ def use_images(cfg: Config, images: int) -> None:
     times = cfg.train_dataloader.batch_size / images
     cfg.train_dataloader.batch_size = images
     cfg.optim_wrapper.optimizer.lr *= times**-0.5
-
-    def stretch(holder: dict, *keys: str) -> None:
-        for key in keys:
-            if holder.get(key) is not None:
-                holder[key] = round(holder[key] * times)
-
-    stretch(cfg.train_cfg, 'max_iters', 'val_interval')
-    stretch(cfg.default_hooks.checkpoint, 'interval')
-    for scheduler in cfg.param_scheduler:
-        stretch(scheduler, 'begin', 'end')
-    for hook in cfg.custom_hooks:
-        stretch(hook, 'iters')
+    stretch(cfg, times)
     for _, norm_cfg in norm_cfgs(cfg.model, 'model'):
         if norm_cfg['type'] in ('CBN', 'NaiveCBN'):
             norm_cfg['window_size'] = suggested_window_size(images)
@@ -247,7 +257,7 @@ def report(metrics: Dict[str, float], beside: str, work_dir: Path,
 
 def _command(args: argparse.Namespace) -> str:
     words = ['python', 'tools/demo.py', args.config]
-    for flag in ('size', 'images', 'norm'):
+    for flag in ('size', 'images', 'iters', 'norm'):
         if getattr(args, flag) is not None:
             words += [f'--{flag}', str(getattr(args, flag))]
     if args.cfg_options:
@@ -283,6 +293,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             use_size(cfg, args.size)
         if args.images is not None:
             use_images(cfg, args.images)
+        if args.iters is not None:
+            check_positive_int('--iters', args.iters)
+            stretch(cfg, args.iters / cfg.train_cfg.max_iters)
         runner = build_runner(cfg)
         begun = time.perf_counter()
         runner.train()

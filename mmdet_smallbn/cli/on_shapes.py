@@ -1,5 +1,6 @@
 """Bring any detector's training to the demo's data and schedule."""
 from pathlib import Path
+from typing import Optional, Type
 
 from mmengine.config import Config
 from mmengine.registry import MODELS
@@ -39,6 +40,8 @@ def put_on_shapes(cfg: Config, folder: Path) -> None:
     cfg.train_dataloader.batch_size = images
     cfg.optim_wrapper.accumulative_counts = parts
     cfg.load_from = None
+    # They would bring images to other sizes.
+    cfg.model.data_preprocessor.batch_augments = None
     cfg.model.backbone.init_cfg = None
     for key, value in (('frozen_stages', -1), ('norm_eval', False)):
         if key in cfg.model.backbone:
@@ -59,18 +62,18 @@ def use_norm(cfg: Config, kind: str) -> None:
     """Put another norm, with its defaults, in place of this package's.
 
     ``eps``, ``momentum`` and ``requires_grad`` stay as the config has them.
-    Convolutions stay what they are.
+    Convolutions stay what they are. The burn-in ends if the norm has none.
 
     Args:
         cfg (Config): Of a detector.
-        kind (str): A registered norm without a burn-in, such as ``'BN'``.
+        kind (str): A registered norm, such as ``'BN'``.
 
     Raises:
         SetupError: If the config has no norm of this package.
     """
     found = [
         norm_cfg for _, norm_cfg in norm_cfgs(cfg.model, 'model')
-        if issubclass(MODELS.get(norm_cfg['type']) or object, SmallBatchNorm)
+        if _ours(norm_cfg['type'])
     ]
     if not found:
         raise SetupError(f'--norm {kind}: the config has no norm of this '
@@ -79,7 +82,18 @@ def use_norm(cfg: Config, kind: str) -> None:
         for key in set(norm_cfg) - {'eps', 'momentum', 'requires_grad'}:
             del norm_cfg[key]
         norm_cfg['type'] = kind
+    new = _ours(kind)
+    if new is not None and new.burns_in:
+        return
     cfg.custom_hooks = [
         hook for hook in cfg.get('custom_hooks', [])
         if hook['type'] != 'BurnInHook'
     ]
+    if new is not None:
+        cfg.custom_hooks.append(dict(type='SmallBatchNormHook'))
+
+
+def _ours(kind: str) -> Optional[Type[SmallBatchNorm]]:
+    found = MODELS.get(kind)
+    ours = isinstance(found, type) and issubclass(found, SmallBatchNorm)
+    return found if ours else None

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from ..hooks import BurnInHook, ExampleWeightHook
-from ..layers import BRN, MABN, SmallBatchNorm, is_under
+from ..layers import BRN, MABN, CmBN, SmallBatchNorm, is_under
 from ..words import counted
 
 RUNNING = 'running averages'
@@ -156,6 +156,8 @@ def _small_batch(norm: SmallBatchNorm, text: str, images: Optional[int],
         text = f'{iterations} iterations x {text}'
         if images and not (regions or norm.sync or isinstance(norm, MABN)):
             text += f' = {iterations * images}'
+    if isinstance(norm, CmBN):
+        text += ', and those before them in the optimizer step'
     if isinstance(norm, BRN):
         text += f', moved to the {RUNNING}'
     return text

@@ -389,7 +389,7 @@ def test_names_are_those_of_the_public_code(mabn):
 def test_heads_without_norms_and_without_masks():
     """Of the baselines: the convolutions are by themselves."""
     cfg = _config(
-        'configs/baselines/mask-rcnn_r50_fpn_4conv1fc_4xb2-1x_coco.py',
+        'configs/baselines/mask-rcnn_r50_fpn_4conv1fc_4xb4-1x_coco.py',
         masks=False)
     state = _trained(cfg)
     old = {}

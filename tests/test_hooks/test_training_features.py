@@ -12,7 +12,8 @@ from mmengine.hooks import Hook
 from mmengine.model import ExponentialMovingAverage
 from torch import nn
 
-from mmdet_smallbn import BRN, CBN, MABN, BatchGroupNorm, GhostBN, NaiveCBN
+from mmdet_smallbn import (BRN, CBN, MABN, BatchGroupNorm, CmBN, GhostBN,
+                           NaiveCBN)
 from mmdet_smallbn.cli.runtime import register_checkpoint_loader
 from tests.toy import LossScale, Toy, read_log, toy_runner
 
@@ -21,6 +22,7 @@ NORMS = {
     'NaiveCBN': NaiveCBN,
     'MABN': partial(MABN, buffer_size=4),
     'BRN': BRN,
+    'CmBN': CmBN,
     'BGN': partial(BatchGroupNorm, num_groups=2),
     'GhostBN': GhostBN
 }
@@ -28,8 +30,11 @@ EPOCHS = dict(by_epoch=True, max_epochs=8)
 
 
 def _hooks(name):
-    burns_in = name not in ('BGN', 'GhostBN')
-    return [dict(type='BurnInHook', iters=2)] if burns_in else []
+    if name in ('BGN', 'GhostBN'):
+        return []
+    if name == 'CmBN':
+        return [dict(type='SmallBatchNormHook')]
+    return [dict(type='BurnInHook', iters=2)]
 
 
 def _finite(model):
@@ -197,8 +202,13 @@ def test_an_average_may_begin_or_end_with_a_resume(tmp_path, name,
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_parts_of_an_accumulated_batch_are_one_batch(tmp_path):
-    """CBN's last part is normalised as BatchNorm does with all of them."""
+@pytest.mark.parametrize('norm, hook', [
+    (partial(CBN, window_size=4), dict(type='BurnInHook', iters=0)),
+    (CmBN, dict(type='SmallBatchNormHook')),
+    (CmBN, None),
+], ids=['CBN', 'CmBN', 'CmBN, no hook'])
+def test_parts_of_an_accumulated_batch_are_one_batch(tmp_path, norm, hook):
+    """The last part is normalised as BatchNorm does with all of them."""
     seen = []
 
     def watch(norm, inputs, output):
@@ -207,12 +217,12 @@ def test_parts_of_an_accumulated_batch_are_one_batch(tmp_path):
             for v in (inputs[0], output, norm.weight, norm.bias)
         ])
 
-    model = Toy(partial(CBN, window_size=4)).double()
+    model = Toy(norm).double()
     model.head[1].register_forward_hook(watch)
     images = [dict(inputs=torch.randn(3, 8, 8).double()) for _ in range(16)]
     _train(
         tmp_path / 'run',
-        model, [dict(type='BurnInHook', iters=0)],
+        model, [hook] if hook else [],
         train_dataloader=dict(
             dataset=images,
             batch_size=2,

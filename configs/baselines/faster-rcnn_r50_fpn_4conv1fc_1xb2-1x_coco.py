@@ -1,5 +1,0 @@
-_base_ = './faster-rcnn_r50_fpn_4conv1fc_4xb4-1x_coco.py'
-# 1 GPU with 2 images: the learning rate is scaled linearly.
-train_dataloader = dict(batch_size=2)
-optim_wrapper = dict(optimizer=dict(lr=0.0025))
-auto_scale_lr = dict(base_batch_size=2)

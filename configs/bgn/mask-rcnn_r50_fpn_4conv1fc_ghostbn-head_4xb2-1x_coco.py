@@ -1,9 +1,0 @@
-_base_ = [
-    '../baselines/mask-rcnn_r50_fpn_4conv1fc_4xb2-1x_coco.py',
-    '../_base_/ghostbn.py'
-]
-model = dict(
-    neck=dict(norm_cfg=_base_.norm_cfg),
-    roi_head=dict(
-        bbox_head=dict(norm_cfg=_base_.region_norm_cfg),
-        mask_head=dict(norm_cfg=_base_.mask_norm_cfg)))

@@ -1,0 +1,10 @@
+_base_ = ['../baselines/mask-rcnn_r50_fpn_4conv1fc_4xb4-1x_coco.py', '../_base_/cbn.py']
+norm_cfg = dict(type='CBN', window_size=8)
+model = dict(
+    neck=dict(norm_cfg=norm_cfg),
+    roi_head=dict(
+        bbox_head=dict(norm_cfg=norm_cfg), mask_head=dict(norm_cfg=norm_cfg)))
+# 1 GPU with 2 images: 0.02 for 16 images, scaled linearly.
+train_dataloader = dict(batch_size=2)
+optim_wrapper = dict(optimizer=dict(lr=0.0025))
+auto_scale_lr = dict(base_batch_size=2)
