@@ -590,9 +590,9 @@ TABLE = (ROOT / 'configs' / 'README.md').read_text()
 def test_every_row_of_the_papers_has_its_config(name):
     """And configs/README.md says which, and what differs."""
     assert name in {p.stem for p in COCO}
-    rows = [line for line in TABLE.splitlines() if f'/{name}.py)' in line]
-    assert rows and all(
-        re.match(r'\| (CBN|MABN), (Table|Fig\.) \d \|', row) for row in rows)
+    table = TABLE[TABLE.index("## The papers' rows"):]
+    row, = [line for line in table.splitlines() if f'/{name}.py)' in line]
+    assert re.match(r'\| (CBN|MABN), (Table|Fig\.) \d \|', row)
 
 
 @pytest.mark.parametrize('name', PAPER)
@@ -619,3 +619,56 @@ def test_the_other_rows_have_no_numbers():
             names = re.findall(r'([\w-]+_coco)\.py\)', row)
             if row.startswith('|') and re.search(r'\| \d\d\.\d', row):
                 assert set(names) & set(PAPER), row
+
+
+def _readme(folder):
+    return (ROOT / 'configs' / folder / 'README.md').read_text()
+
+
+@pytest.mark.parametrize('folder', ['baselines', 'brn', 'cbn', 'mabn'])
+def test_readme_says_what_differs_from_the_released_code(folder):
+    assert re.search('^## .*hat differs from the released code$',
+                     _readme(folder), re.M)
+
+
+@_same([
+    p for p in COCO if _intent(p).depth and _intent(p).gpus > 1
+    and _intent(p).detector != 'retinanet' and p.parent.name != 'bgn'
+])
+def test_what_differs_is_what_the_configs_have(path):
+    """The column "here" of CBN's and MABN's tables."""
+    model = _config(path).model
+    assert model.rpn_head.loss_bbox.type == 'L1Loss'
+    assert model.roi_head.bbox_head.loss_bbox.type == 'L1Loss'
+    assert model.train_cfg.rpn_proposal.max_per_img == 1000
+    assert model.train_cfg.rpn.allowed_border == -1
+    assert model.roi_head.bbox_roi_extractor.roi_layer.sampling_ratio == 0
+    assert model.backbone.style == 'pytorch'
+
+
+def test_facts_of_the_sources_are_in_the_readmes():
+    cbn, mabn = _readme('cbn'), _readme('mabn')
+    for fact in ('β = 1/9', '2,000', 'sample_num=2', '37.4', '36.9', '37.3'):
+        assert fact in cbn, fact
+    for fact in ('R50-wc.pth', '19.6 AP', 'FREEZE_CONV_BODY_AT: -1',
+                 'STRIDE_IN_1X1: True', 'drops at 120,000 and 160,000',
+                 '1,000 with r = 1'):
+        assert fact in mabn, fact
+
+
+def test_accumulation_fits_the_window():
+    """The last part's window is the step."""
+    for path in COCO:
+        intent = _intent(path)
+        if intent.parts > 1 and intent.norm == 'cbn':
+            assert _config(path).model.neck.norm_cfg.window_size == (
+                intent.parts)
+
+
+def test_where_to_start_names_files_for_one_gpu():
+    rows = TABLE[TABLE.index('## Where to start'):].split('\n\n')[1]
+    named = set(re.findall(r'\(\w+/([\w-]+)\.py\)', rows))
+    recipes = {p.stem for p in COCO if _intent(p).gpus == 1
+               and _intent(p).images <= 4}
+    assert recipes - named == {
+        'faster-rcnn_r50_fpn_4conv1fc_cbn-all_1xb2-1x_coco'}

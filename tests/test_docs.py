@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
-from mmdet_smallbn.cli import (analyses, demo, gradient_study, print_norms,
-                               study)
+from mmdet_smallbn.cli import (analyses, demo_results, gradient_study,
+                               print_norms, study)
 from mmdet_smallbn.tables import as_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -174,12 +174,17 @@ def test_the_studys_tables_are_the_results():
 
 
 def test_the_demos_table_is_its_results():
-    runs = demo.read_results(ROOT / 'docs' / 'results' / 'demo.json')
+    runs = demo_results.read_results(ROOT / 'docs' / 'results' / 'demo.json')
     page = (ROOT / 'configs' / 'demo' / 'README.md').read_text()
-    assert as_markdown(demo.results_table(runs)) in page
+    assert as_markdown(demo_results.results_table(runs)) in page
+    # With the command of each, or the form of those of the demo's configs.
+    for run in runs:
+        short = re.fullmatch(r'python tools/demo\.py configs/demo/(\S+)',
+                             run['command'])
+        assert (f']({short[1]})' if short else run['command']) in page
     # What make demo compares with is there.
     cfg = Config.fromfile(ROOT / OWN['CONFIG'])
-    assert demo.batch_norm_note(runs, demo.trained_as(cfg, cfg.shapes_coco))
+    assert demo_results.batch_norm_note(runs, demo_results.trained_as(cfg))
 
 
 def test_the_analyses_tables_are_the_results():

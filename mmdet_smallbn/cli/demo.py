@@ -6,7 +6,6 @@ import os
 import shlex
 import sys
 import time
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -20,14 +19,16 @@ from rich.console import Console
 from ..data.coco_folder import CocoSplit, find_coco_split
 from ..data.shapes_coco import make_shapes_coco
 from ..errors import SetupError, one_line_errors
-from ..files import write_runs
-from ..layers import check_positive_int, suggested_window_size
+from ..layers import check_positive_int
 from ..norm_report import norm_cfgs
 from ..pictures import (Objects, coco_objects, quiet_coco, save_curves,
                         save_detections)
-from ..tables import show, spread
+from ..tables import show
 from .benchmark import processor
-from .on_shapes import put_on_shapes, use_norm
+from .demo_config import (put_on_shapes, stretch, use_images, use_norm,
+                          use_size)
+from .demo_results import (batch_norm_note, read_results, record, results_table,
+                           trained_as)
 from .runtime import (add_config_arguments, add_run_arguments, build_runner,
                       load_config, open_config)
 
@@ -78,128 +79,6 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def use_size(cfg: Config, size: int) -> None:
-    """Bring images to a size in pixels, in training and validation."""
-    for loader in (cfg.train_dataloader, cfg.val_dataloader,
-                   cfg.test_dataloader):
-        for transform in loader.dataset.pipeline:
-            if transform.type == 'Resize':
-                transform.scale = (size, size)
-
-
-def stretch(cfg: Config, times: float) -> None:
-    """Make the schedule longer, all of its parts alike."""
-
-    def longer(holder: dict, *keys: str) -> None:
-        for key in keys:
-            if holder.get(key) is not None:
-                holder[key] = round(holder[key] * times)
-
-    longer(cfg.train_cfg, 'max_iters', 'val_interval')
-    longer(cfg.default_hooks.checkpoint, 'interval')
-    for scheduler in cfg.param_scheduler:
-        longer(scheduler, 'begin', 'end')
-    for hook in cfg.custom_hooks:
-        longer(hook, 'iters')
-
-
-def use_images(cfg: Config, images: int) -> None:
-    """Train with another batch size, on as many images in all.
-
-    The schedule gets longer as the batch gets smaller. AdamW's learning rate
-    follows the square root of the batch size (arXiv:2205.10287), and CBN's
-    window what its paper suggests.
-
-    Raises:
-        SetupError: If there is no batch of this size.
-    """
-    if images < 1:
-        raise SetupError(f'--images must be at least 1, but got {images}')
-    times = cfg.train_dataloader.batch_size / images
-    cfg.train_dataloader.batch_size = images
-    cfg.optim_wrapper.optimizer.lr *= times**-0.5
-    stretch(cfg, times)
-    for _, norm_cfg in norm_cfgs(cfg.model, 'model'):
-        if norm_cfg['type'] in ('CBN', 'NaiveCBN'):
-            norm_cfg['window_size'] = suggested_window_size(images)
-
-
-def trained_as(cfg: Config,
-               options: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
-    """Two trainings are compared if this is the same.
-
-    Args:
-        cfg (Config): Of the training, with what its data set was drawn from.
-        options (dict, optional): Entries that were overridden.
-    """
-    size, = {max(transform.scale)
-             for transform in cfg.train_dataloader.dataset.pipeline
-             if transform.type == 'Resize'}
-    return dict(
-        detector=cfg.model.type,
-        data={k: v for k, v in cfg.shapes_coco.items() if k != 'root'},
-        size=size,
-        images=cfg.train_dataloader.batch_size,
-        parts=cfg.optim_wrapper.get('accumulative_counts', 1),
-        iterations=cfg.train_cfg.max_iters,
-        lr=cfg.optim_wrapper.optimizer.lr,
-        options={key: str(value) for key, value in (options or {}).items()})
-
-
-def read_results(path: Path) -> List[Dict[str, Any]]:
-    """The trainings of a file; none if there is no file."""
-    return json.loads(path.read_text())['runs'] if path.exists() else []
-
-
-def _same(run: Dict[str, Any]) -> str:
-    return json.dumps(run['trained_as'], sort_keys=True)
-
-
-def record(path: Path, run: Dict[str, Any]) -> None:
-    """Add a training to a file, in place of the same one."""
-
-    def key(run):
-        return run['norm'], _same(run), run['seed']
-
-    runs = {key(old): old for old in (*read_results(path), run)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_runs(path, (runs[k] for k in sorted(runs)))
-
-
-def batch_norm_note(runs: Sequence[Dict[str, Any]],
-                trained: Dict[str, Any]) -> str:
-    """What BatchNorm has, trained in the same way, with the command.
-
-    Empty if that is not known.
-    """
-    found = [run for run in runs
-             if (run['norm'], run['trained_as']) == ('BN', trained)]
-    if not found:
-        return ''
-    aps = spread([run['ap'] for run in found], 3)
-    seeds = '1 seed' if len(found) == 1 else f'{len(found)} seeds'
-    return (f'BatchNorm, trained in the same way: {aps} AP '
-            f'({seeds}, {found[0]["command"]})')
-
-
-def results_table(runs: Sequence[Dict[str, Any]]) -> List[List[str]]:
-    """A row for the seeds of a norm, trained in the same way."""
-    rows = [['detector', 'norm', 'images', 'iterations', 'AP (seed)', 'mean']]
-    for (norm, _), group in groupby(
-            runs, key=lambda run: (run['norm'], _same(run))):
-        same = list(group)
-        how = same[0]['trained_as']
-        images = str(how['images'])
-        if how['parts'] > 1:
-            images += f' x {how["parts"]}'
-        rows.append([
-            how['detector'], norm, images, str(how['iterations']),
-            ', '.join(f'{run["ap"]:.3f} ({run["seed"]})' for run in same),
-            spread([run['ap'] for run in same], 3)
-        ])
-    return rows
-
-
 def read_scalars(runner: Runner) -> List[Dict[str, Any]]:
     """The records that mmengine's local backend wrote in this run."""
     path = Path(runner.log_dir) / 'vis_data' / 'scalars.json'
@@ -231,6 +110,8 @@ def report(metrics: Dict[str, float], beside: str, work_dir: Path,
     """Print the AP table, BatchNorm's, what was written, and what to run."""
     # COCO's -1: there are no objects of this size.
     values = {label: metrics.get(f'coco/{key}', -1) for label, key in _ROWS}
+    if 'coco/segm_mAP' in metrics:
+        values['mask AP'] = metrics['coco/segm_mAP']
     show([('metric', 'value'),
           *((label, f'{value:.3f}' if value >= 0 else '-')
             for label, value in values.items())],
@@ -324,6 +205,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                     {norm['type'] for _, norm in norm_cfgs(cfg.model, '')})),
                 seed=args.seed,
                 ap=metrics.get('coco/bbox_mAP', 0.),
+                **({'mask_ap': metrics['coco/segm_mAP']}
+                   if 'coco/segm_mAP' in metrics else {}),
                 trained_as=trained,
                 seconds=round(seconds),
                 command=_command(args),

@@ -9,7 +9,6 @@ from mmengine.runner import CheckpointLoader
 from mmdet_smallbn import CBN
 from mmdet_smallbn.cli import test as test_cli
 from mmdet_smallbn.cli import train as train_cli
-from mmdet_smallbn.cli.demo import use_images
 from mmdet_smallbn.cli.runtime import (check_norms, load_config,
                                        load_from_address, load_from_local,
                                        register_checkpoint_loader)
@@ -52,23 +51,6 @@ def test_amp_and_learning_rate():
     args = train_cli.parse_args([HEAD, '--auto-scale-lr'])
     with pytest.raises(SetupError, match='base_batch_size'):
         train_cli.apply_train_flags(Config(dict(optim_wrapper={})), args)
-
-
-@pytest.mark.parametrize('norm, window', [('cbn', 4), ('mabn', None)])
-def test_other_batch_sizes_of_the_demo_see_as_many_images(norm, window):
-    cfg = Config.fromfile(
-        f'configs/demo/faster-rcnn_r18_fpn_{norm}-all_1xb2_shapes-coco.py')
-    use_images(cfg, 4)
-    assert cfg.train_dataloader.batch_size == 4
-    assert cfg.train_cfg.max_iters == 600
-    assert cfg.train_cfg.val_interval == 200
-    assert cfg.param_scheduler[1].end == 600
-    assert cfg.default_hooks.checkpoint.interval == 600
-    assert cfg.custom_hooks[0].iters == 125
-    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(7e-4 * 2**0.5)
-    assert cfg.model.neck.norm_cfg.get('window_size') == window
-    with pytest.raises(SetupError, match='--images must be at least 1'):
-        use_images(cfg, 0)
 
 
 def test_cfg_options():

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
-from mmdet_smallbn.cli import demo
-from mmdet_smallbn.cli.on_shapes import put_on_shapes, use_norm
+from mmdet_smallbn.cli.demo_config import (put_on_shapes, stretch,
+                                           use_images, use_norm)
 from mmdet_smallbn.errors import SetupError
 from mmdet_smallbn.norm_report import norm_cfgs
 
@@ -78,9 +78,26 @@ def test_another_norm_in_place_of_the_configs():
 
 def test_the_schedule_is_stretched_whole():
     cfg = Config.fromfile(MABN)
-    demo.stretch(cfg, 2.5)
+    stretch(cfg, 2.5)
     assert (cfg.train_cfg.max_iters, cfg.train_cfg.val_interval) == (3000, 1000)
     assert cfg.default_hooks.checkpoint.interval == 3000
     assert [(s.begin, s.end) for s in cfg.param_scheduler] == [(0, 250),
                                                               (250, 3000)]
     assert cfg.custom_hooks[0].iters == 625
+
+
+@pytest.mark.parametrize('norm, window', [('cbn', 4), ('mabn', None)])
+def test_other_batch_sizes_of_the_demo_see_as_many_images(norm, window):
+    cfg = Config.fromfile(
+        f'configs/demo/faster-rcnn_r18_fpn_{norm}-all_1xb2_shapes-coco.py')
+    use_images(cfg, 4)
+    assert cfg.train_dataloader.batch_size == 4
+    assert cfg.train_cfg.max_iters == 600
+    assert cfg.train_cfg.val_interval == 200
+    assert cfg.param_scheduler[1].end == 600
+    assert cfg.default_hooks.checkpoint.interval == 600
+    assert cfg.custom_hooks[0].iters == 125
+    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(7e-4 * 2**0.5)
+    assert cfg.model.neck.norm_cfg.get('window_size') == window
+    with pytest.raises(SetupError, match='--images must be at least 1'):
+        use_images(cfg, 0)

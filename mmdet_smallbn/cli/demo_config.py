@@ -1,4 +1,4 @@
-"""Bring any detector's training to the demo's data and schedule."""
+"""What the flags of the demo change in a config."""
 from pathlib import Path
 from typing import Optional, Type
 
@@ -6,7 +6,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 
 from ..errors import SetupError
-from ..layers import SmallBatchNorm
+from ..layers import SmallBatchNorm, suggested_window_size
 from ..norm_report import norm_cfgs
 
 _PARTS = ('shapes_coco.py', 'demo_schedule.py')
@@ -97,3 +97,49 @@ def _ours(kind: str) -> Optional[Type[SmallBatchNorm]]:
     found = MODELS.get(kind)
     ours = isinstance(found, type) and issubclass(found, SmallBatchNorm)
     return found if ours else None
+
+
+def use_size(cfg: Config, size: int) -> None:
+    """Bring images to a size in pixels, in training and validation."""
+    for loader in (cfg.train_dataloader, cfg.val_dataloader,
+                   cfg.test_dataloader):
+        for transform in loader.dataset.pipeline:
+            if transform.type == 'Resize':
+                transform.scale = (size, size)
+
+
+def stretch(cfg: Config, times: float) -> None:
+    """Make the schedule longer, all of its parts alike."""
+
+    def longer(holder: dict, *keys: str) -> None:
+        for key in keys:
+            if holder.get(key) is not None:
+                holder[key] = round(holder[key] * times)
+
+    longer(cfg.train_cfg, 'max_iters', 'val_interval')
+    longer(cfg.default_hooks.checkpoint, 'interval')
+    for scheduler in cfg.param_scheduler:
+        longer(scheduler, 'begin', 'end')
+    for hook in cfg.custom_hooks:
+        longer(hook, 'iters')
+
+
+def use_images(cfg: Config, images: int) -> None:
+    """Train with another batch size, on as many images in all.
+
+    The schedule gets longer as the batch gets smaller. AdamW's learning rate
+    follows the square root of the batch size (arXiv:2205.10287), and CBN's
+    window what its paper suggests.
+
+    Raises:
+        SetupError: If there is no batch of this size.
+    """
+    if images < 1:
+        raise SetupError(f'--images must be at least 1, but got {images}')
+    times = cfg.train_dataloader.batch_size / images
+    cfg.train_dataloader.batch_size = images
+    cfg.optim_wrapper.optimizer.lr *= times**-0.5
+    stretch(cfg, times)
+    for _, norm_cfg in norm_cfgs(cfg.model, 'model'):
+        if norm_cfg['type'] in ('CBN', 'NaiveCBN'):
+            norm_cfg['window_size'] = suggested_window_size(images)

@@ -1,0 +1,91 @@
+"""Trainings of the demo: kept, compared, and shown."""
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+from mmengine.config import Config
+
+from ..files import write_runs
+from ..tables import spread
+
+
+def trained_as(cfg: Config,
+               options: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
+    """Two trainings are compared if this is the same.
+
+    Args:
+        cfg (Config): Of the training, with what its data set was drawn from.
+        options (dict, optional): Entries that were overridden.
+    """
+    size, = {max(transform.scale)
+             for transform in cfg.train_dataloader.dataset.pipeline
+             if transform.type == 'Resize'}
+    return dict(
+        detector=cfg.model.type,
+        data={k: v for k, v in cfg.shapes_coco.items() if k != 'root'},
+        size=size,
+        images=cfg.train_dataloader.batch_size,
+        parts=cfg.optim_wrapper.get('accumulative_counts', 1),
+        iterations=cfg.train_cfg.max_iters,
+        lr=cfg.optim_wrapper.optimizer.lr,
+        options={key: str(value) for key, value in (options or {}).items()})
+
+
+def read_results(path: Path) -> List[Dict[str, Any]]:
+    """The trainings of a file; none if there is no file."""
+    return json.loads(path.read_text())['runs'] if path.exists() else []
+
+
+def _same(run: Dict[str, Any]) -> str:
+    return json.dumps(run['trained_as'], sort_keys=True)
+
+
+def record(path: Path, run: Dict[str, Any]) -> None:
+    """Add a training to a file, in place of the same one."""
+
+    def key(run):
+        return _same(run), run['norm'], run['seed']
+
+    runs = {key(old): old for old in (*read_results(path), run)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_runs(path, (runs[k] for k in sorted(runs)))
+
+
+def batch_norm_note(runs: Sequence[Dict[str, Any]],
+                trained: Dict[str, Any]) -> str:
+    """What BatchNorm has, trained in the same way, with the command.
+
+    Empty if that is not known.
+    """
+    found = [run for run in runs
+             if (run['norm'], run['trained_as']) == ('BN', trained)]
+    if not found:
+        return ''
+    aps = spread([run['ap'] for run in found], 3)
+    seeds = '1 seed' if len(found) == 1 else f'{len(found)} seeds'
+    return (f'BatchNorm, trained in the same way: {aps} AP '
+            f'({seeds}, {found[0]["command"]})')
+
+
+def results_table(runs: Sequence[Dict[str, Any]]) -> List[List[str]]:
+    """A row for the seeds of a norm, trained in the same way."""
+    rows = [[
+        'detector', 'norm', 'images', 'iterations', 'box AP (seed)', 'mean',
+        'mask AP'
+    ]]
+    for (_, norm), group in groupby(
+            runs, key=lambda run: (_same(run), run['norm'])):
+        same = list(group)
+        how = same[0]['trained_as']
+        images = str(how['images'])
+        if how['parts'] > 1:
+            images += f' x {how["parts"]}'
+        rows.append([
+            how['detector'], norm, images, str(how['iterations']),
+            ', '.join(f'{run["ap"]:.3f} ({run["seed"]})' for run in same),
+            spread([run['ap'] for run in same], 3),
+            spread([run['mask_ap'] for run in same], 3)
+            if 'mask_ap' in same[0] else ''
+        ])
+    return rows
