@@ -10,8 +10,8 @@ check_versions()
 from .deploy import fuse_norm  # noqa: E402
 from .doctor import diagnose  # noqa: E402
 from .hooks import (BurnInHook, ExampleWeightHook,  # noqa: E402
-                    FreezeStatisticsHook, SmallBatchNormHook,
-                    StatisticsHook)
+                    FreezeStatisticsHook, PlainCheckpointHook,
+                    SmallBatchNormHook, StatisticsHook)
 from .layers import (BRN, CBN, MABN, BatchGroupNorm,  # noqa: E402
                      CenConv2d, CmBN, GhostBN, NaiveCBN,
                      calibrate_group_norms, set_example_weight,
@@ -20,7 +20,7 @@ from .layers import (BRN, CBN, MABN, BatchGroupNorm,  # noqa: E402
 __all__ = [
     'BRN', 'BatchGroupNorm', 'BurnInHook', 'CBN', 'CenConv2d', 'CmBN',
     'ExampleWeightHook', 'FreezeStatisticsHook', 'GhostBN', 'MABN', 'NaiveCBN',
-    'SmallBatchNormHook', 'StatisticsHook',
+    'PlainCheckpointHook', 'SmallBatchNormHook', 'StatisticsHook',
     '__version__', 'calibrate_group_norms', 'diagnose', 'fuse_norm',
     'set_example_weight', 'suggested_window_size'
 ]

@@ -198,7 +198,7 @@ def test_a_norm_cfg_that_a_part_ignores():
     cfg.model.roi_head.bbox_head.type = 'Shared2FCBBoxHead'
     model = MODELS.build(cfg.model)
     hooks = [BurnInHook(epochs=3)]
-    said, = notes(model, describe_norms(model, 4, 1, hooks), hooks, cfg.model)
+    said, = notes(model, describe_norms(model, 4, 1, hooks), hooks, cfg)
     assert said.startswith('model.roi_head.bbox_head.norm_cfg asks for CBN, '
                            'but Shared2FCBBoxHead has no norm')
 
@@ -295,3 +295,24 @@ def test_the_tool_ends_in_one_line_on_a_mistake():
                             text=True)
     assert result.returncode == 1 and result.stdout == ''
     assert 'Did you mean CBN' in result.stderr.splitlines()[-1]
+
+
+def test_a_name_at_the_top_that_reaches_no_part(tmp_path, capsys):
+    path = tmp_path / 'mine.py'
+    path.write_text("_base_ = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'\n"
+                    "norm_cfg = dict(type='CBN')\n"
+                    "conv_cfg = dict(type='CenConv')\n")
+    said = [line for line in _table(capsys, str(path))
+            if line.startswith('Note: ')]
+    assert len(said) == 2
+    assert said[0].startswith('Note: norm_cfg at the top of the config asks '
+                              'for CBN, but no part of the model has it')
+    assert 'model=dict(neck=dict(conv_cfg=conv_cfg))' in said[1]
+
+
+def test_a_window_that_is_far_too_long(capsys):
+    lines = _table(capsys, CBN_HEAD, '--cfg-options',
+                   'model.neck.norm_cfg.window_size=100000')
+    assert lines[-1].startswith(
+        'Note: 8 CBN layers, neck.lateral_convs.0.bn the first of them, with '
+        'window_size=100000: no window over 16')

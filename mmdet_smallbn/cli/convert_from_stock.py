@@ -9,7 +9,8 @@ from ..deploy.released import LAYOUTS, Conversion, convert, layout_of
 from ..deploy.state_dict import find_state_dict, load_strictly
 from ..errors import SetupError, one_line_errors
 from ..words import some
-from .runtime import build_model, load_from_local, open_config
+from .checkpoints import load_from_local
+from .runtime import build_model, open_config
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:

@@ -9,8 +9,8 @@ from mmengine.logging import MMLogger
 from ..deploy.state_dict import find_state_dict
 from ..deploy.stock import to_stock
 from ..errors import SetupError, one_line_errors
-from .runtime import (add_config_arguments, check_norms, load_from_local,
-                      read_config)
+from .checkpoints import load_from_local
+from .runtime import add_config_arguments, check_norms, read_config
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:

@@ -24,9 +24,9 @@ from ..files import write_whole
 from ..hooks import bare_model
 from ..pictures import save_diagnosis
 from ..tables import show
+from .checkpoints import load_from_local
 from .runtime import (add_config_arguments, build_runner,
-                      enable_auto_scale_lr, load_config, load_from_local,
-                      training_alone)
+                      enable_auto_scale_lr, load_config, training_alone)
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:

@@ -13,8 +13,8 @@ from ..errors import one_line_errors
 from ..hooks import ExampleWeightHook
 from ..layers import set_example_weight
 from .print_norms import norm_hooks
-from .runtime import (add_config_arguments, build_model, read_config,
-                      register_checkpoint_loader)
+from .checkpoints import register_checkpoint_loader
+from .runtime import add_config_arguments, build_model, read_config
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:

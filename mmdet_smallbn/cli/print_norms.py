@@ -74,7 +74,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             model = revert_sync_batchnorm(model)
         hooks = norm_hooks(cfg)
         print(
-            norm_summary(model, images_of(cfg), args.gpus, hooks, cfg.model,
+            norm_summary(model, images_of(cfg), args.gpus, hooks, cfg,
                          args.each))
         if cfg.get('sync_bn') and not alone:
             print(f'Note: sync_bn={cfg.sync_bn!r} makes SyncBatchNorm of '

@@ -1,25 +1,24 @@
 """What training and testing share: flags, devices, checkpoints."""
 import argparse
 import os
-import pickle
 from copy import deepcopy
 from inspect import signature
 from pathlib import Path
 from typing import Any, Optional
-from urllib.parse import urlparse
-from zipfile import is_zipfile
 
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.dist import barrier, get_local_rank, is_distributed
-from mmengine.logging import MMLogger, print_log
+from mmengine.dist import is_distributed
+from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, RUNNERS, init_default_scope
-from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner import Runner
 from torch import nn
 
 from ..errors import SetupError, did_you_mean
+from ..hooks import PlainCheckpointHook
 from ..layers import SmallBatchNorm
 from ..norm_report import norm_cfgs
+from .checkpoints import register_checkpoint_loader
 from .own_data import use_data
 
 
@@ -136,9 +135,10 @@ def build_runner(cfg: Config) -> Runner:
         _prepare_cpu_processes(cfg)
     check_norms(cfg)
     register_checkpoint_loader()
-    if 'runner_type' in cfg:
-        return RUNNERS.build(cfg)
-    return Runner.from_cfg(cfg)
+    runner = (
+        RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg))
+    runner.register_hook(PlainCheckpointHook())
+    return runner
 
 
 def _prepare_cpu_processes(cfg: Config) -> None:
@@ -211,137 +211,3 @@ def _check_settings(path: str, norm_cfg: dict, cls: type) -> None:
         cls(groups if isinstance(groups, int) else 1, **settings)
     except (TypeError, ValueError) as error:
         raise SetupError(f'{path}: {error}') from error
-
-
-def latest_checkpoint(work_dir: str) -> Optional[str]:
-    """The newest checkpoint of a training that is whole.
-
-    A training that is killed while it writes one leaves a part of a file, or
-    a file that ``last_checkpoint`` does not name yet.
-
-    Args:
-        work_dir (str): The work folder.
-
-    Returns:
-        str, optional: Its path. None if there is none, or if the training
-        writes what is not a local file: mmengine looks for itself then.
-
-    Raises:
-        SetupError: If there are some, and none is whole.
-    """
-    record = Path(work_dir) / 'last_checkpoint'
-    named = record.read_text().strip() if record.is_file() else ''
-    if '://' in named or (named and Path(named).is_dir()):
-        return None
-    folder = Path(named).parent if named else Path(work_dir)
-    files = sorted((path for path in folder.glob('*.pth')
-                    if path.is_file() and not path.name.startswith('best_')),
-                   key=lambda path: path.stat().st_mtime,
-                   reverse=True)
-    for path in files:
-        if _is_whole(path):
-            if named and path != Path(named):
-                print_log(
-                    f'{named} is not the newest checkpoint that is whole: '
-                    f'resuming from {path}', 'current')
-            return str(path)
-    if files:
-        raise SetupError(
-            f'no checkpoint in {folder} is whole: train without --resume, '
-            'or name another one')
-    return None
-
-
-def _is_whole(path: Path) -> bool:
-    # The directory of torch's archives is at their end.
-    if is_zipfile(path):
-        return True
-    try:  # what old versions wrote has none
-        load_from_local(str(path), 'cpu')
-        return True
-    except SetupError:
-        return False
-
-
-def register_checkpoint_loader() -> None:
-    """Let mmengine load its own checkpoints on torch >= 2.6.
-
-    Those hold message buffers beside the tensors, which torch's safe loading
-    refuses. A local file is tried safely first, and loaded as older versions
-    did if that fails: it is the one that the user named. What comes from an
-    address is loaded safely or not at all.
-    """
-    CheckpointLoader.register_scheme(
-        prefixes='', loader=load_from_local, force=True)
-    CheckpointLoader.register_scheme(
-        prefixes=('http://', 'https://'), loader=load_from_address, force=True)
-
-
-def load_from_local(filename: str, map_location: Optional[str] = None):
-    """Load a local checkpoint, safely where that is possible.
-
-    Args:
-        filename (str): Path of the checkpoint.
-        map_location (str, optional): As for ``torch.load``.
-
-    Returns:
-        dict: The checkpoint.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        SetupError: If the file is not a checkpoint.
-    """
-    path = Path(filename).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(
-            f'no checkpoint at {filename}: check the path, training writes '
-            'them to its work folder')
-    try:
-        return torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError:
-        pass
-    except Exception as error:  # whatever a file's bytes may lead to
-        raise _not_a_checkpoint(filename, error) from error
-    print_log(
-        f'{path.name} holds more than tensors: loading it unpickles what it '
-        'contains. Use files from sources that you trust', 'current')
-    try:
-        return torch.load(path, map_location=map_location, weights_only=False)
-    except Exception as error:
-        raise _not_a_checkpoint(filename, error) from error
-
-
-def _not_a_checkpoint(filename: str, error: Exception) -> SetupError:
-    return SetupError(
-        f'{filename} is not a checkpoint, or a damaged one '
-        f'({type(error).__name__}): copy or download it again')
-
-
-def load_from_address(filename: str,
-                      map_location: Optional[str] = None,
-                      model_dir: Optional[str] = None):
-    """Download a checkpoint once a machine, and load it safely.
-
-    Args:
-        filename (str): The address.
-        map_location (str, optional): As for ``torch.load``.
-        model_dir (str, optional): Folder to keep it in. None: torch's.
-
-    Returns:
-        dict: The checkpoint.
-
-    Raises:
-        SetupError: If it holds more than tensors.
-    """
-    folder = Path(model_dir or Path(torch.hub.get_dir()) / 'checkpoints')
-    path = folder / Path(urlparse(filename).path).name
-    if get_local_rank() == 0 and not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(filename, str(path))
-    barrier()
-    try:
-        return torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise SetupError(
-            f'{filename} holds more than tensors, and is not loaded from an '
-            f'address. If you trust it, name the file: {path}') from error

@@ -9,9 +9,9 @@ from mmengine.runner import Runner
 from ..errors import one_line_errors
 from ..hooks import bare_model
 from ..norm_report import norm_summary
+from .checkpoints import latest_checkpoint
 from .runtime import (add_config_arguments, add_run_arguments, build_runner,
-                      enable_auto_scale_lr, images_of, latest_checkpoint,
-                      load_config)
+                      enable_auto_scale_lr, images_of, load_config)
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -57,7 +57,7 @@ def summary(runner: Runner) -> str:
     """What norms the model carries into training."""
     return norm_summary(
         bare_model(runner), images_of(runner.cfg), get_world_size(),
-        runner.hooks, runner.cfg.model)
+        runner.hooks, runner.cfg)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

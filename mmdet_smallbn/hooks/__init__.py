@@ -4,10 +4,11 @@ from .example_weight_hook import ExampleWeightHook
 from .freeze_statistics_hook import FreezeStatisticsHook
 from .model import asleep_note, bare_model, calibrate, kept_asleep
 from .norm_hook import SmallBatchNormHook
+from .plain_checkpoint_hook import PlainCheckpointHook
 from .statistics_hook import StatisticsHook
 
 __all__ = [
     'BurnInHook', 'ExampleWeightHook', 'FreezeStatisticsHook',
-    'SmallBatchNormHook', 'StatisticsHook', 'asleep_note', 'bare_model',
-    'calibrate', 'kept_asleep'
+    'PlainCheckpointHook', 'SmallBatchNormHook', 'StatisticsHook',
+    'asleep_note', 'bare_model', 'calibrate', 'kept_asleep'
 ]

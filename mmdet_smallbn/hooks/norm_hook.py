@@ -12,6 +12,7 @@ from ..layers import (SmallBatchNorm, TrainingLoop, is_under, norms_of,
                       remember_calls)
 from .model import (bare_model, gradient_scale, is_after_step,
                     norms_of_teachers)
+from .plain_checkpoint_hook import make_plain, restore_history
 
 # The key of a checkpoint that holds what norms remember.
 _STATES = 'smallbn_states'
@@ -37,7 +38,8 @@ class SmallBatchNormHook(Hook):
     never stopped. It is that of the main process: the norms of others, and
     all with ``sync=True`` in several processes, fill anew, within
     ``window_size`` or ``buffer_size`` iterations. CBN's takes 32 patches of
-    its input for each iteration and layer.
+    its input for each iteration and layer. Checkpoints load safely, as with
+    :class:`PlainCheckpointHook`.
 
     A frozen detector within the model, the teacher of semi-supervised
     learning or distillation, is a model at work: its norms are put into
@@ -132,6 +134,7 @@ class SmallBatchNormHook(Hook):
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Put the norms' states into a checkpoint."""
+        make_plain(checkpoint)
         if not self.save_states or _STATES in checkpoint:
             return  # or another of these hooks has put them there
         alone = get_world_size() == 1
@@ -144,6 +147,7 @@ class SmallBatchNormHook(Hook):
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         """Keep the norms' states of a checkpoint that is resumed."""
+        restore_history(checkpoint)
         states = checkpoint.get(_STATES)
         if not states or not runner._resume or not is_main_process():
             return

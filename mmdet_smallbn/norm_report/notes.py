@@ -9,28 +9,36 @@ from ..words import counted
 from .describe import UNKNOWN, Norm
 
 
-def norm_cfgs(node: Any, path: str) -> Iterator[Tuple[str, dict]]:
-    """Path and value of every ``norm_cfg`` in a part of a config."""
+# No longer window was ever of use, in the paper or in our measurements.
+_LONGEST_WINDOW = 16
+
+
+def norm_cfgs(node: Any, path: str,
+              kind: str = 'norm_cfg') -> Iterator[Tuple[str, dict]]:
+    """Path and value of every ``norm_cfg`` in a part of a config.
+
+    ``kind='conv_cfg'``: of every ``conv_cfg``.
+    """
     if isinstance(node, (list, tuple)):
         node = dict(enumerate(node))
     if isinstance(node, dict):
-        if path.endswith('norm_cfg') and node.get('type') is not None:
+        if path.endswith(kind) and node.get('type') is not None:
             yield path, node
         for key, value in node.items():
-            yield from norm_cfgs(value, f'{path}.{key}')
+            yield from norm_cfgs(value, f'{path}.{key}', kind)
 
 
 def notes(model: nn.Module,
           norms: Sequence[Norm],
           hooks: Sequence[Any] = (),
-          model_cfg: Optional[dict] = None) -> List[str]:
+          cfg: Optional[dict] = None) -> List[str]:
     """What looks unintended.
 
     Args:
         model (nn.Module): The model.
         norms (Sequence[Norm]): What :func:`describe_norms` found in it.
         hooks (Sequence[Hook]): The training's hooks.
-        model_cfg (dict, optional): The config that the model was built from.
+        cfg (dict, optional): The whole config.
 
     Returns:
         list[str]: A sentence each.
@@ -41,7 +49,9 @@ def notes(model: nn.Module,
         *_uncentred(modules, norms),
         *_not_followed(modules, norms),
         *_without_hook(norms, hooks),
-        *_ignored(modules, norms, model_cfg),
+        *_too_long(modules, norms),
+        *_ignored(modules, norms, (cfg or {}).get('model')),
+        *_unused(cfg or {}),
     ]
 
 
@@ -96,8 +106,38 @@ def _ignored(modules, norms, model_cfg) -> Iterator[str]:
     for path, cfg in norm_cfgs(model_cfg, 'model'):
         part = '.'.join(path.split('.')[1:-1])
         if part in modules and not any(is_under(n.name, part) for n in norms):
-            kind = getattr(cfg['type'], '__name__', cfg['type'])
-            yield (f'{path} asks for {kind}, but '
+            yield (f'{path} asks for {_name(cfg["type"])}, but '
                    f'{type(modules[part]).__name__} has no norm: it takes '
                    'none, or has no convolutions to put one behind (for a box '
                    'head, Shared4Conv1FCBBoxHead has)')
+
+
+def _too_long(modules, norms) -> Iterator[str]:
+    names = [
+        n.name for n in norms if isinstance(modules[n.name], CBN)
+        and modules[n.name].window_size > _LONGEST_WINDOW
+    ]
+    if names:
+        yield (f'{_first_of(names, "CBN layer")} with '
+               f'window_size={modules[names[0]].window_size}: no window over '
+               f'{_LONGEST_WINDOW} was ever of use. The CBN paper suggests '
+               'min(16 / images, 8)')
+
+
+def _unused(cfg) -> Iterator[str]:
+    """What stands at the top of a config and reaches no part of the model."""
+    for kind in ('norm_cfg', 'conv_cfg'):
+        top = cfg.get(kind)
+        if not isinstance(top, dict) or top.get('type') is None:
+            continue
+        used = {_name(found['type'])
+                for _, found in norm_cfgs(cfg.get('model'), 'model', kind)}
+        if _name(top['type']) not in used:
+            yield (f'{kind} at the top of the config asks for '
+                   f'{_name(top["type"])}, but no part of the model has it: '
+                   'a name at the top changes nothing by itself. Give it to '
+                   f'the parts, as in model=dict(neck=dict({kind}={kind}))')
+
+
+def _name(kind: Any) -> str:
+    return getattr(kind, '__name__', kind)

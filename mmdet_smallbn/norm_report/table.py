@@ -80,7 +80,7 @@ def norm_summary(model: nn.Module,
                  images: Optional[int] = None,
                  processes: Optional[int] = None,
                  hooks: Sequence[Any] = (),
-                 model_cfg: Optional[dict] = None,
+                 cfg: Optional[dict] = None,
                  each: bool = False) -> str:
     """The table, the parts without a norm, and what looks unintended.
 
@@ -93,7 +93,7 @@ def norm_summary(model: nn.Module,
     if norms and bare:
         lines.append(f'No norm in {", ".join(bare)}.')
     lines += [
-        f'Note: {note}.' for note in notes(model, norms, hooks, model_cfg)
+        f'Note: {note}.' for note in notes(model, norms, hooks, cfg)
     ]
     return '\n'.join(lines)
 

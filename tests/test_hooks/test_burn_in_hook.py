@@ -9,7 +9,7 @@ from torch import nn
 
 from mmdet_smallbn import (BRN, CBN, MABN, BatchGroupNorm, BurnInHook,
                            NaiveCBN)
-from mmdet_smallbn.cli.runtime import register_checkpoint_loader
+from mmdet_smallbn.cli.checkpoints import register_checkpoint_loader
 from mmdet_smallbn.errors import SetupError
 from tests.toy import Images, LossScale, Toy, read_log, toy_runner
 

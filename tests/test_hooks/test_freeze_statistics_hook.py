@@ -5,7 +5,7 @@ from mmengine.hooks import Hook
 from torch import nn
 
 from mmdet_smallbn import CBN, MABN, FreezeStatisticsHook
-from mmdet_smallbn.cli.runtime import register_checkpoint_loader
+from mmdet_smallbn.cli.checkpoints import register_checkpoint_loader
 from mmdet_smallbn.errors import SetupError
 from tests.toy import Toy, read_log, toy_runner
 

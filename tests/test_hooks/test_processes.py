@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from mmdet_smallbn import (BRN, CBN, MABN, BatchGroupNorm, BurnInHook,
                            GhostBN, NaiveCBN)
-from mmdet_smallbn.cli.runtime import register_checkpoint_loader
+from mmdet_smallbn.cli.checkpoints import register_checkpoint_loader
 from tests.toy import Toy, toy_runner
 
 NORMS = {

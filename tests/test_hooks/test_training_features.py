@@ -14,7 +14,7 @@ from torch import nn
 
 from mmdet_smallbn import (BRN, CBN, MABN, BatchGroupNorm, CmBN, GhostBN,
                            NaiveCBN)
-from mmdet_smallbn.cli.runtime import register_checkpoint_loader
+from mmdet_smallbn.cli.checkpoints import register_checkpoint_loader
 from tests.toy import LossScale, Toy, read_log, toy_runner
 
 NORMS = {

@@ -9,9 +9,9 @@ from mmengine.runner import CheckpointLoader
 from mmdet_smallbn import CBN
 from mmdet_smallbn.cli import test as test_cli
 from mmdet_smallbn.cli import train as train_cli
-from mmdet_smallbn.cli.runtime import (check_norms, load_config,
-                                       load_from_address, load_from_local,
-                                       register_checkpoint_loader)
+from mmdet_smallbn.cli.checkpoints import (load_from_address, load_from_local,
+                                           register_checkpoint_loader)
+from mmdet_smallbn.cli.runtime import check_norms, load_config
 from mmdet_smallbn.errors import SetupError
 
 HEAD = 'configs/cbn/faster-rcnn_r50_fpn_4conv1fc_cbn-head_4xb4-1x_coco.py'

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmdet_smallbn.cli.runtime import latest_checkpoint, load_from_local
+from mmdet_smallbn.cli.checkpoints import latest_checkpoint, load_from_local
 from mmdet_smallbn.errors import SetupError
 from tests.small_training import training_cfg
 
