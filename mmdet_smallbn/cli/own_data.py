@@ -4,6 +4,7 @@ from typing import Any, Iterator, Union
 
 from mmdet.visualization import get_palette
 from mmengine.config import Config, ConfigDict
+from mmengine.logging import print_log
 
 from ..data.coco_folder import CocoSplit, find_coco_split
 from ..errors import SetupError
@@ -11,7 +12,8 @@ from ..errors import SetupError
 
 def use_data(cfg: Config,
              folder: Union[str, Path],
-             training: bool = True) -> None:
+             training: bool = True,
+             check: bool = False) -> None:
     """Write files, classes and the heads' number of classes to a config.
 
     Training reads the folder's training images, validation and testing its
@@ -22,19 +24,22 @@ def use_data(cfg: Config,
         folder (str | Path): As :func:`find_coco_split` takes it.
         training (bool): Whether the training images must be there. False:
             they are taken if they are, for what a test gathers from them.
+        check (bool): Whether to look into every image.
 
     Raises:
         FileNotFoundError: If the folder lacks annotations or images.
-        ValueError: If the splits do not have the same classes.
+        ValueError: If the splits do not have the same classes, or images
+            were looked into and cannot be used.
         SetupError: If the config does not read COCO annotations, or more than
             they hold, has no classes to set, or trains masks that are not
             there.
     """
     folder = Path(folder).expanduser().resolve()
-    val = find_coco_split(folder, 'val')
+    val = find_coco_split(folder, 'val', check)
     splits = dict(val=val, test=val)
     try:
-        splits['train'] = train = find_coco_split(folder, 'train')
+        splits['train'] = train = find_coco_split(folder, 'train',
+                                                  check and training)
     except FileNotFoundError:
         if training:
             raise
@@ -44,6 +49,9 @@ def use_data(cfg: Config,
             f'{train.ann_file} and {val.ann_file} do not have the same '
             'categories in the same order, which labels are numbers in: '
             f'{train.classes} and {val.classes}')
+    for said in dict.fromkeys(split.filled for split in splits.values()):
+        if said:
+            print_log(said, 'current')
     for name, split in splits.items():
         loader = cfg.get(f'{name}_dataloader')
         if loader is not None:
@@ -100,7 +108,10 @@ def _use_split(data: ConfigDict, where: str, split: CocoSplit) -> None:
         # COCO's colours are for COCO's number of classes.
         metainfo=dict(
             classes=split.classes,
-            palette=get_palette('random', len(split.classes))))
+            palette=[
+                tuple(map(int, colour))
+                for colour in get_palette('random', len(split.classes))
+            ]))
 
 
 def _transforms(node: Any) -> Iterator[dict]:

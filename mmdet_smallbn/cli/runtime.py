@@ -70,11 +70,15 @@ def open_config(path: str) -> Config:
 
 def read_config(args: argparse.Namespace,
                 training: bool = True,
-                cfg: Optional[Config] = None) -> Config:
-    """Apply what ``add_config_arguments`` adds to the config, or to ``cfg``."""
+                cfg: Optional[Config] = None,
+                check: bool = False) -> Config:
+    """Apply what ``add_config_arguments`` adds to the config, or to ``cfg``.
+
+    ``check``: also look into every image of ``--data``.
+    """
     cfg = cfg or open_config(args.config)
     if args.data is not None:
-        use_data(cfg, args.data, training)
+        use_data(cfg, args.data, training, check)
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
     return cfg
@@ -85,7 +89,8 @@ def load_config(args: argparse.Namespace,
                 cfg: Optional[Config] = None) -> Config:
     """As :func:`read_config`, for a run: launcher, work folder."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = read_config(args, training, cfg)
+    first = os.environ['LOCAL_RANK'] == '0'
+    cfg = read_config(args, training, cfg, check=first)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import List, NamedTuple, Tuple, Union
 
+from .coco_check import check_images, complete
+
 _NAMES = {'train': ('train', ), 'val': ('val', 'valid', 'test')}
 
 
@@ -16,15 +18,19 @@ class CocoSplit(NamedTuple):
         classes (tuple[str]): Names of the categories, in the file's order.
         num_images (int): Number of images.
         has_masks (bool): Whether every object has a segmentation.
+        filled (str): What the annotations lacked, and was filled in.
     """
     ann_file: Path
     image_dir: Path
     classes: Tuple[str, ...]
     num_images: int
     has_masks: bool
+    filled: str = ''
 
 
-def find_coco_split(root: Union[str, Path], split: str) -> CocoSplit:
+def find_coco_split(root: Union[str, Path],
+                    split: str,
+                    check: bool = False) -> CocoSplit:
     """Find the annotations and images of a split.
 
     Looks for ``annotations/instances_train2017.json`` and
@@ -35,13 +41,15 @@ def find_coco_split(root: Union[str, Path], split: str) -> CocoSplit:
     Args:
         root (str | Path): The data set's folder.
         split (str): ``'train'`` or ``'val'``.
+        check (bool): Whether to look into every image.
 
     Returns:
         CocoSplit: What was found; the images are known to exist.
 
     Raises:
         FileNotFoundError: Naming what was looked for, or is missing.
-        ValueError: If an annotation file is not COCO's detection format.
+        ValueError: If an annotation file is not COCO's detection format, or
+            images were looked into and cannot be used.
     """
     root = Path(root)
     if not root.is_dir():
@@ -58,10 +66,15 @@ def find_coco_split(root: Union[str, Path], split: str) -> CocoSplit:
         first = content['images'][0]['file_name']
         for folder in _image_folders(root, path, split):
             if (folder / first).is_file():
-                _check_images(path, folder, content)
-                return CocoSplit(path, folder, _classes(path, content),
+                _check_names(path, folder, content)
+                if check:
+                    check_images(folder, content['images'],
+                                 f'checking {split} images')
+                file, filled = complete(path, content, folder)
+                return CocoSplit(file, folder, _classes(path, content),
                                  len(content['images']),
-                                 all(map(_has_mask, content['annotations'])))
+                                 all(map(_has_mask, content['annotations'])),
+                                 filled)
         without_images.append(f'{first!r} of {path}')
     raise FileNotFoundError(
         f'no image {" nor ".join(without_images)}: looked in '
@@ -88,7 +101,7 @@ def _image_folders(root: Path, ann_file: Path, split: str) -> List[Path]:
     return [*folders, root / 'images', root]
 
 
-def _check_images(path: Path, folder: Path, content: dict) -> None:
+def _check_names(path: Path, folder: Path, content: dict) -> None:
     names = [Path(image['file_name']) for image in content['images']]
     # A look into each folder is less than one for each file.
     held = {

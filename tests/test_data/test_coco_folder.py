@@ -1,14 +1,17 @@
 import json
+import shutil
 
 import pytest
+from PIL import Image
 
+from mmdet_smallbn.data.coco_check import check_images
 from mmdet_smallbn.data.coco_folder import find_coco_split
 
 
 def _write(path, image, **changes):
     content = dict(
-        images=[dict(id=1, file_name=image)],
-        annotations=[dict(id=1)],
+        images=[dict(id=1, file_name=image, width=4, height=4)],
+        annotations=[dict(id=1, bbox=[0, 0, 2, 2], area=4, iscrowd=0)],
         categories=[dict(id=3, name='cat'), dict(id=7, name='dog')])
     content.update(changes)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +70,10 @@ def test_every_image_must_be_there(tmp_path):
     _write(
         tmp_path / 'annotations/instances_train.json',
         'a.jpg',
-        images=[dict(id=i, file_name=name) for i, name in enumerate(names)])
+        images=[
+            dict(id=i, file_name=name, width=4, height=4)
+            for i, name in enumerate(names)
+        ])
     for name in names[:2]:
         _touch(tmp_path / 'train' / name)
     with pytest.raises(
@@ -108,7 +114,11 @@ def test_masks(tmp_path, segmentation, has):
     _write(
         tmp_path / 'train.json',
         'a.jpg',
-        annotations=[dict(id=1, segmentation=segmentation)])
+        annotations=[
+            dict(
+                id=1, bbox=[0, 0, 2, 2], area=4, iscrowd=0,
+                segmentation=segmentation)
+        ])
     _touch(tmp_path / 'a.jpg')
     assert find_coco_split(tmp_path, 'train').has_masks == has
 
@@ -120,3 +130,87 @@ def test_other_json_is_refused(tmp_path):
     (tmp_path / 'annotations/train.json').write_text('{"half": ')
     with pytest.raises(ValueError, match='not a COCO annotation file'):
         find_coco_split(tmp_path, 'train')
+
+
+def _folder(tmp_path, shapes):
+    """A copy of a data set of one's own, to damage."""
+    root = tmp_path / 'own'
+    shutil.copytree(shapes, root)
+    return root
+
+
+def _edit(root, split, change):
+    path = root / 'annotations' / f'instances_{split}.json'
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return content
+
+
+def test_what_follows_from_boxes_and_images_is_filled_in(
+        tmp_path, shapes, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    root = _folder(tmp_path, shapes)
+    whole = find_coco_split(root, 'train')
+    assert whole.filled == '' and whole.ann_file.parent.parent == root
+
+    def strip(content):
+        for annotation in content['annotations']:
+            for key in ('area', 'iscrowd', 'segmentation', 'id'):
+                del annotation[key]
+        del content['images'][0]['width']
+
+    _edit(root, 'train', strip)
+    split = find_coco_split(root, 'train')
+    assert 'lacks area' in split.filled and str(split.ann_file) in split.filled
+    assert split.ann_file.parent == tmp_path / 'cache' / 'mmdet_smallbn'
+    found = json.loads(split.ann_file.read_text())
+    wanted = json.loads(whole.ann_file.read_text())
+    for annotation in found['annotations']:
+        assert annotation['area'] == (
+            annotation['bbox'][2] * annotation['bbox'][3])
+        assert annotation['iscrowd'] == 0
+    ids = [annotation['id'] for annotation in found['annotations']]
+    assert len(set(ids)) == len(ids)
+    size = find_coco_split(shapes, 'train')
+    assert found['images'][0]['width'] == json.loads(
+        size.ann_file.read_text())['images'][0]['width']
+    assert len(wanted['images']) == len(found['images'])
+    # Again: the same file.
+    assert find_coco_split(root, 'train').ann_file == split.ann_file
+
+
+def test_an_object_without_a_box_is_named(tmp_path, shapes):
+    root = _folder(tmp_path, shapes)
+    _edit(root, 'train', lambda c: c['annotations'][3].pop('bbox'))
+    with pytest.raises(ValueError, match='object 3 of image .* has no bbox'):
+        find_coco_split(root, 'train')
+
+
+def test_images_that_cannot_be_used_are_named(tmp_path, shapes):
+    root = _folder(tmp_path, shapes)
+    find_coco_split(root, 'train', check=True)
+    content = _edit(root, 'train', lambda c: c['images'][2].update(width=5))
+    names = [image['file_name'] for image in content['images']]
+    (root / 'train' / names[0]).write_bytes(b'')
+    cut = (root / 'train' / names[1]).read_bytes()
+    (root / 'train' / names[1]).write_bytes(cut[:len(cut) // 2])
+    (root / 'train' / names[3]).write_text('no image')
+    with pytest.raises(ValueError) as error:
+        find_coco_split(root, 'train', check=True)
+    text = str(error.value)
+    assert text.startswith(f'4 of the {len(names)} images')
+    assert f'{names[0]!r} is empty' in text
+    assert f'{names[1]!r} cannot be read' in text
+    assert f'{names[2]!r} has ' in text and 'the annotations say 5 x' in text
+    assert f'{names[3]!r} cannot be read' in text
+
+
+def test_an_image_that_is_turned_has_its_own_size(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new('RGB', (40, 20)).save(tmp_path / 'a.jpg', exif=exif)
+    check_images(tmp_path, [dict(file_name='a.jpg', width=20, height=40)], '')
+    with pytest.raises(ValueError, match='has 20 x 40 pixels'):
+        check_images(
+            tmp_path, [dict(file_name='a.jpg', width=40, height=20)], '')
