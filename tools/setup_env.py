@@ -82,9 +82,18 @@ def main() -> None:
         sys.exit('error: the pinned versions need Python 3.11 to 3.13, this is '
                  f'{sys.version.split()[0]}. Remedy: make setup '
                  'PYTHON=python3.11')
-    folder = Path(args.folder).resolve()
+    folder = Path(args.folder).absolute()
+    if folder.is_symlink():
+        sys.exit(f'error: {folder} is a link to {folder.resolve()}, and what '
+                 'is installed would change that environment. Remove the '
+                 'link, or run the tools with that environment\'s python '
+                 'after pip install -e .')
     python = folder / 'bin' / 'python'
     log = folder / 'setup.log'
+    ready = folder / 'ready'
+    if ready.exists():
+        print('setup.cfg is newer than the environment: bringing it up to '
+              'date', flush=True)
     if not python.exists():
         print(f'making {folder}', flush=True)
         try:

@@ -211,7 +211,7 @@ def _check_settings(path: str, norm_cfg: dict, cls: type) -> None:
         if key not in known:
             raise SetupError(f'{path}: {cls.__name__} takes no {key!r}. '
                              f'{did_you_mean(key, known)}')
-    groups = settings.get('num_groups', 32)
+    groups = settings.get('num_groups')
     try:
         cls(groups if isinstance(groups, int) else 1, **settings)
     except (TypeError, ValueError) as error:

@@ -55,7 +55,8 @@ class BatchGroupNorm(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
         affine (bool): Whether there are scale and shift to learn.
         track_running_stats (bool): Whether to keep the averages. False:
             evaluation groups examples as training does.
-        num_groups (int): Groups of channels; divides ``num_features``.
+        num_groups (int, optional): Groups of channels; divides
+            ``num_features``. None: the largest number up to 32 that does.
         examples_per_group (int): Examples in a group.
         example_weight (float): From 0 to 1; see above.
         sync (bool): Whether the batch is that of all processes, their
@@ -79,12 +80,15 @@ class BatchGroupNorm(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
                  momentum: Optional[float] = 0.01,
                  affine: bool = True,
                  track_running_stats: bool = True,
-                 num_groups: int = 32,
+                 num_groups: Optional[int] = None,
                  examples_per_group: int = 2,
                  example_weight: float = 1.0,
                  sync: bool = False,
                  device=None,
                  dtype=None) -> None:
+        if num_groups is None:
+            num_groups = next(groups for groups in range(32, 0, -1)
+                              if num_features % groups == 0)
         check_positive_int('num_groups', num_groups)
         check_positive_int('examples_per_group', examples_per_group)
         check_example_weight(example_weight)
