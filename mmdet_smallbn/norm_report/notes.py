@@ -9,15 +9,19 @@ from ..words import counted
 from .describe import UNKNOWN, Norm
 
 
-def norm_cfgs(node: Any, path: str) -> Iterator[Tuple[str, dict]]:
-    """Path and value of every ``norm_cfg`` in a part of a config."""
+def norm_cfgs(node: Any, path: str,
+              kind: str = 'norm_cfg') -> Iterator[Tuple[str, dict]]:
+    """Path and value of every ``norm_cfg`` in a part of a config.
+
+    ``kind='conv_cfg'``: of every ``conv_cfg``.
+    """
     if isinstance(node, (list, tuple)):
         node = dict(enumerate(node))
     if isinstance(node, dict):
-        if path.endswith('norm_cfg') and node.get('type') is not None:
+        if path.endswith(kind) and node.get('type') is not None:
             yield path, node
         for key, value in node.items():
-            yield from norm_cfgs(value, f'{path}.{key}')
+            yield from norm_cfgs(value, f'{path}.{key}', kind)
 
 
 def notes(model: nn.Module,
@@ -89,6 +93,11 @@ def _without_hook(norms, hooks) -> Iterator[str]:
         yield ('there is no BurnInHook in custom_hooks: past iterations count '
                'from the first, and norms cannot tell two calls of an '
                'iteration from two iterations')
+    if any(n.kind == 'CmBN' and n.mode == 'train' for n in norms) and not any(
+            isinstance(hook, SmallBatchNormHook) for hook in hooks):
+        yield ('there is no SmallBatchNormHook in custom_hooks: CmBN sees the '
+               "optimizer's steps by its own scale alone, and cannot tell two "
+               'calls of an iteration from two parts of a step')
 
 
 def _ignored(modules, norms, model_cfg) -> Iterator[str]:
