@@ -405,6 +405,8 @@ def _check_convolutions(model, intent):
 
 def _check_state(norm, steps):
     """The steps are in the window or buffer, if the layer saw something."""
+    if isinstance(norm, CmBN):
+        assert norm.held_iterations == [steps]
     assert norm.num_batches_tracked == steps or (
         norm.num_batches_tracked == 0 and not norm.held_iterations)
     for count, held in zip(norm.held_iterations, norm.export_states()):

@@ -130,7 +130,7 @@ def _norms(model):
 FAMILIES = {
     'Faster R-CNN': 'cbn/faster-rcnn_r50_fpn_4conv1fc_cbn-all_1xb2-1x_coco',
     'Mask R-CNN':
-    'bgn/mask-rcnn_r50_fpn_4conv1fc_bgn-all-nodecay_8xb2-1x_coco',
+    'bgn/mask-rcnn_r50_fpn_4conv1fc_bgn-head_8xb2-1x_coco',
     'RetinaNet': 'mabn/retinanet_r50-scratch_fpn_mabn-all_8xb2-2x_coco'
 }
 SMALL = {

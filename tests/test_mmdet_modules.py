@@ -39,12 +39,13 @@ NORM_CFGS = {
     'CBN': dict(type='CBN'),
     'NaiveCBN': dict(type='NaiveCBN'),
     'MABN': dict(type='MABN'),
+    'CmBN': dict(type='CmBN'),
     'BRN': dict(type='BRN', momentum=0.1),
     'BGN': dict(type='BGN', num_groups=4),
     'GhostBN': dict(type='GhostBN', ghost_size=1)
 }
 # MABN's evaluation divides by the mean square, BGN's averages groups.
-STOCK_EVALUATION = {'CBN', 'NaiveCBN', 'BRN', 'GhostBN'}
+STOCK_EVALUATION = {'CBN', 'CmBN', 'NaiveCBN', 'BRN', 'GhostBN'}
 
 NORM = object()  # In a config: the norm_cfg.
 

@@ -12,10 +12,10 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 from mmdet_smallbn import (BurnInHook, ExampleWeightHook,
-                           set_example_weight)
+                           SmallBatchNormHook, set_example_weight)
 from mmdet_smallbn.cli.print_norms import main
 from mmdet_smallbn.layers import (BRN, CBN, MABN, BatchGroupNorm, CenConv2d,
-                                  GhostBN, NaiveCBN)
+                                  CmBN, GhostBN, NaiveCBN)
 from mmdet_smallbn.norm_report import describe_norms, norm_summary, notes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -189,6 +189,14 @@ def test_notes_of_what_is_missing():
     assert 'no BurnInHook in custom_hooks' in said[1]
     assert not notes(model, describe_norms(model, hooks=[BurnInHook(iters=0)]),
                      [BurnInHook(iters=0)])[1:]
+
+
+def test_a_step_that_nobody_tells():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), CmBN(4))
+    said, = notes(model, describe_norms(model))
+    assert said.startswith('there is no SmallBatchNormHook')
+    hooks = [SmallBatchNormHook()]
+    assert not notes(model, describe_norms(model, hooks=hooks), hooks)
 
 
 def test_a_norm_cfg_that_a_part_ignores():

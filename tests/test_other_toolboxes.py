@@ -60,7 +60,7 @@ class Classifier(BaseModel):
 torch.manual_seed(0)
 data = [dict(inputs=torch.randn(3, 8, 8), labels=i % 2) for i in range(8)]
 import tempfile
-for kind in ('CBN', 'NaiveCBN', 'MABN', 'BRN', 'BGN', 'GhostBN'):
+for kind in ('CBN', 'NaiveCBN', 'CmBN', 'MABN', 'BRN', 'BGN', 'GhostBN'):
     norm = dict(type=kind)
     if kind == 'BGN':
         norm['num_groups'] = 4
@@ -74,7 +74,7 @@ for kind in ('CBN', 'NaiveCBN', 'MABN', 'BRN', 'BGN', 'GhostBN'):
                 sampler=dict(type='DefaultSampler', shuffle=True)),
             train_cfg=dict(by_epoch=True, max_epochs=2),
             optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
-            custom_hooks=[] if kind in ('BGN', 'GhostBN') else hooks,
+            custom_hooks=[] if kind in ('BGN', 'CmBN', 'GhostBN') else hooks,
             default_scope={scope!r}, experiment_name=kind,
             log_level='ERROR')
         runner.train()
@@ -82,7 +82,7 @@ for kind in ('CBN', 'NaiveCBN', 'MABN', 'BRN', 'BGN', 'GhostBN'):
         print(type(norm).__name__, int(norm.num_batches_tracked))
 '''
 TRAINED = [
-    'CBN', '8', 'NaiveCBN', '8', 'MABN', '8', 'BRN', '8', 'BatchGroupNorm',
+    'CBN', '8', 'NaiveCBN', '8', 'CmBN', '8', 'MABN', '8', 'BRN', '8', 'BatchGroupNorm',
     '8', 'GhostBN', '8'
 ]
 
@@ -134,11 +134,15 @@ def test_the_mathematics_needs_torch_alone():
 CONFIGS = sorted((ROOT / 'configs' / 'other_toolboxes').glob('*.py'))
 SETTINGS = {
     'resnet18_cbn_4xb4_in1k': dict(
-        norm='CBN', lr=0.0125, images=4, parts=1, epochs=100, window_size=4),
+        norm='CBN', lr=0.0125, images=4, parts=1, epochs=100, window_size=4,
+        says=['batch_size=4', 'lr=0.0125', 'T_max=100', 'epochs=25']),
     'resnet50_mabn_8xb2-accumulate16_in1k': dict(
-        norm='MABN', lr=0.1, images=2, parts=16, epochs=120, buffer_size=16),
+        norm='MABN', lr=0.1, images=2, parts=16, epochs=120, buffer_size=16,
+        says=['batch_size=2', 'accumulative_counts=16', 'max_epochs=120',
+              'zero_init_residual=False']),
     'pspnet_r101-d8_mabn_8xb2-80k_cityscapes-512x1024': dict(
-        norm='MABN', lr=0.01, images=2, parts=1, iters=80000, buffer_size=16),
+        norm='MABN', lr=0.01, images=2, parts=1, iters=80000, buffer_size=16,
+        says=['end=558', 'end=80000', 'pretrained=None']),
 }
 TRAIN_CONFIG = '''
 import sys
@@ -217,6 +221,9 @@ def test_a_recipe_is_the_papers(path):
     for key in ('window_size', 'buffer_size'):
         if key in wanted:
             assert f'{key}={wanted[key]}' in text
+    # What the base does not have.
+    for line in wanted['says']:
+        assert line in text
     if wanted['norm'] == 'MABN':
         assert "conv_cfg=dict(type='CenConv')" in text
 

@@ -11,7 +11,7 @@ load_from = 'https://download.openmmlab.com/mmdetection/v2.0/yolox/yolox_s_8x8_3
 # 1 GPU with 4 images: mmdet's 0.01 for 64 images, scaled linearly.
 lr = 0.01 * 4 / 64
 max_epochs = 40
-# Mosaic and mixup end so many epochs before.
+# Mosaic and mixup end this many epochs before the end.
 num_last_epochs = 10
 train_dataloader = dict(batch_size=4)
 optim_wrapper = dict(optimizer=dict(lr=lr))

@@ -6,7 +6,7 @@ norm_cfg = dict(type='MABN', buffer_size=32)
 part = dict(conv_cfg=_base_.conv_cfg, norm_cfg=norm_cfg)
 model = dict(
     neck=part, roi_head=dict(bbox_head=part, mask_head=part))
-# About as many images as the paper's 10,000 iterations of 16.
+# 117,000 images; the paper's 10,000 iterations are 160,000.
 custom_hooks = [dict(type='BurnInHook', epochs=1)]
 # 1 GPU with 2 images: 0.02 for 16 images, scaled linearly.
 train_dataloader = dict(batch_size=2)

@@ -20,15 +20,14 @@ from ..data.coco_folder import CocoSplit, find_coco_split
 from ..data.shapes_coco import make_shapes_coco
 from ..errors import SetupError, one_line_errors
 from ..layers import check_positive_int
-from ..norm_report import norm_cfgs
 from ..pictures import (Objects, coco_objects, quiet_coco, save_curves,
                         save_detections)
 from ..tables import show
 from .benchmark import processor
 from .demo_config import (put_on_shapes, stretch, use_images, use_norm,
                           use_size)
-from .demo_results import (batch_norm_note, read_results, record, results_table,
-                           trained_as)
+from .demo_results import (batch_norm_note, norms_in, read_results, record,
+                           results_table, trained_as)
 from .runtime import (add_config_arguments, add_run_arguments, build_runner,
                       load_config, open_config)
 
@@ -43,8 +42,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """Flags of the demo."""
     parser = argparse.ArgumentParser(
         description='Train and evaluate the demo detector. Any other config '
-        "of a detector is trained on the demo's images, by its schedule, "
-        'from scratch; with --data, as it is')
+        "of a detector is trained on the demo's images, by the demo's "
+        'schedule, from scratch; with --data, as it is')
     add_config_arguments(parser)
     add_run_arguments(parser)
     parser.add_argument(
@@ -107,7 +106,7 @@ def detect(runner: Runner, val: CocoSplit,
 
 def report(metrics: Dict[str, float], beside: str, work_dir: Path,
            console: Console) -> None:
-    """Print the AP table, BatchNorm's, what was written, and what to run."""
+    """Print the AP table, BatchNorm's, and what was written."""
     # COCO's -1: there are no objects of this size.
     values = {label: metrics.get(f'coco/{key}', -1) for label, key in _ROWS}
     if 'coco/segm_mAP' in metrics:
@@ -122,6 +121,10 @@ def report(metrics: Dict[str, float], beside: str, work_dir: Path,
         f'In {work_dir}: the checkpoint, metrics.json, curves.png, '
         'detections.png',
         soft_wrap=True)
+
+
+def say_what_next(console: Console) -> None:
+    """Print what to run after the demo."""
     activate = ''
     if sys.prefix != sys.base_prefix and 'VIRTUAL_ENV' not in os.environ:
         activate = f'  source {os.path.relpath(sys.prefix)}/bin/activate\n'
@@ -157,9 +160,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             raise SetupError('--record takes trainings on the data of the '
                              'demo, not on that of --data')
         cfg = open_config(args.config)
+        is_demo = 'shapes_coco' in cfg
         if not given:
-            if 'shapes_coco' not in cfg:
-                put_on_shapes(cfg, Path(args.config).parents[1] / '_base_')
+            if not is_demo:
+                put_on_shapes(
+                    cfg, Path(args.config).resolve().parents[1] / '_base_')
             args.data = str(make_shapes_coco(**cfg.shapes_coco))
             read_results(results)  # before it is needed
         if args.norm:
@@ -201,8 +206,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         trained = trained_as(cfg, args.cfg_options)
         if args.record:
             record(results, dict(
-                norm=', '.join(sorted(
-                    {norm['type'] for _, norm in norm_cfgs(cfg.model, '')})),
+                norm=norms_in(cfg),
                 seed=args.seed,
                 ap=metrics.get('coco/bbox_mAP', 0.),
                 **({'mask_ap': metrics['coco/segm_mAP']}
@@ -216,6 +220,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             show(results_table(read_results(results)), Console())
         beside = batch_norm_note(read_results(results), trained)
     report(metrics, beside, work_dir, Console())
+    if is_demo:
+        say_what_next(Console())
 
 
 if __name__ == '__main__':

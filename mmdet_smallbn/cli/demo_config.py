@@ -10,14 +10,16 @@ from ..layers import SmallBatchNorm, suggested_window_size
 from ..norm_report import norm_cfgs
 
 _PARTS = ('shapes_coco.py', 'demo_schedule.py')
+_BURN_IN = dict(type='BurnInHook', iters=250)  # the demo's schedule's
 
 
 def put_on_shapes(cfg: Config, folder: Path) -> None:
     """Let a config train on the demo's images, by the demo's schedule.
 
     The model, its norms, the batch size and the accumulation stay. Data,
-    pipelines, schedule and hooks become the demo's. No weights are loaded, so
-    nothing is frozen.
+    pipelines and schedule become the demo's, hooks are those that the norms
+    want. No weights are loaded, so nothing is frozen. Masks are trained if a
+    RoI head has them.
 
     Args:
         cfg (Config): Of a detector.
@@ -48,6 +50,26 @@ def put_on_shapes(cfg: Config, folder: Path) -> None:
             cfg.model.backbone[key] = value
     if 'mask_head' in cfg.model.get('roi_head', {}):
         _add_masks(cfg)
+    _fit_hooks(cfg)
+
+
+def _fit_hooks(cfg: Config) -> None:
+    """The demo's burn-in if a norm burns in, else what tells the steps."""
+    kinds = [_ours(norm['type']) for _, norm in norm_cfgs(cfg.model, 'model')]
+    burn_in = [
+        hook for hook in cfg.get('custom_hooks') or []
+        if hook['type'] == 'BurnInHook'
+    ]
+    others = [
+        hook for hook in cfg.get('custom_hooks') or []
+        if hook['type'] not in ('BurnInHook', 'SmallBatchNormHook')
+    ]
+    if any(kind and kind.burns_in for kind in kinds):
+        cfg.custom_hooks = others + (burn_in or [_BURN_IN])
+    elif any(kind is not None for kind in kinds):
+        cfg.custom_hooks = others + [dict(type='SmallBatchNormHook')]
+    else:
+        cfg.custom_hooks = others
 
 
 def _add_masks(cfg: Config) -> None:
@@ -62,7 +84,7 @@ def use_norm(cfg: Config, kind: str) -> None:
     """Put another norm, with its defaults, in place of this package's.
 
     ``eps``, ``momentum`` and ``requires_grad`` stay as the config has them.
-    Convolutions stay what they are. The burn-in ends if the norm has none.
+    Convolutions stay what they are. Hooks become those that the norm wants.
 
     Args:
         cfg (Config): Of a detector.
@@ -82,15 +104,7 @@ def use_norm(cfg: Config, kind: str) -> None:
         for key in set(norm_cfg) - {'eps', 'momentum', 'requires_grad'}:
             del norm_cfg[key]
         norm_cfg['type'] = kind
-    new = _ours(kind)
-    if new is not None and new.burns_in:
-        return
-    cfg.custom_hooks = [
-        hook for hook in cfg.get('custom_hooks', [])
-        if hook['type'] != 'BurnInHook'
-    ]
-    if new is not None:
-        cfg.custom_hooks.append(dict(type='SmallBatchNormHook'))
+    _fit_hooks(cfg)
 
 
 def _ours(kind: str) -> Optional[Type[SmallBatchNorm]]:
@@ -109,18 +123,27 @@ def use_size(cfg: Config, size: int) -> None:
 
 
 def stretch(cfg: Config, times: float) -> None:
-    """Make the schedule longer, all of its parts alike."""
+    """Make the schedule longer, all of its parts alike.
+
+    Raises:
+        SetupError: If the schedule counts epochs.
+    """
+    if cfg.train_cfg.get('max_iters') is None:
+        raise SetupError(
+            '--iters and --images stretch a schedule of iterations, but the '
+            f'config has {cfg.train_cfg}. With --data a config trains as it '
+            'is: set what you want by --cfg-options')
 
     def longer(holder: dict, *keys: str) -> None:
         for key in keys:
-            if holder.get(key) is not None:
-                holder[key] = round(holder[key] * times)
+            if holder.get(key):
+                holder[key] = max(round(holder[key] * times), 1)
 
     longer(cfg.train_cfg, 'max_iters', 'val_interval')
     longer(cfg.default_hooks.checkpoint, 'interval')
     for scheduler in cfg.param_scheduler:
         longer(scheduler, 'begin', 'end')
-    for hook in cfg.custom_hooks:
+    for hook in cfg.get('custom_hooks') or []:
         longer(hook, 'iters')
 
 

@@ -1,4 +1,5 @@
 """Trainings of the demo: kept, compared, and shown."""
+import hashlib
 import json
 from itertools import groupby
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any, Dict, List, Optional, Sequence
 from mmengine.config import Config
 
 from ..files import write_runs
+from ..norm_report import norm_cfgs
 from ..tables import spread
 
 
@@ -23,6 +25,7 @@ def trained_as(cfg: Config,
              if transform.type == 'Resize'}
     return dict(
         detector=cfg.model.type,
+        model=_model_key(cfg.model),
         data={k: v for k, v in cfg.shapes_coco.items() if k != 'root'},
         size=size,
         images=cfg.train_dataloader.batch_size,
@@ -30,6 +33,30 @@ def trained_as(cfg: Config,
         iterations=cfg.train_cfg.max_iters,
         lr=cfg.optim_wrapper.optimizer.lr,
         options={key: str(value) for key, value in (options or {}).items()})
+
+
+def norms_in(cfg: Config) -> str:
+    """The norms of a config's model, and its convolutions for them."""
+    return ', '.join(
+        dict.fromkeys(found['type'] for kind in ('norm_cfg', 'conv_cfg')
+                      for _, found in norm_cfgs(cfg.model, 'model', kind)))
+
+
+def _model_key(model: Dict[str, Any]) -> str:
+    """Models are alike but for their norms if this is the same."""
+
+    def bare(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {
+                key: bare(value) for key, value in node.items()
+                if key not in ('norm_cfg', 'conv_cfg', '_scope_')
+            }
+        if isinstance(node, (list, tuple)):
+            return [bare(value) for value in node]
+        return node
+
+    text = json.dumps(bare(model), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def read_results(path: Path) -> List[Dict[str, Any]]:

@@ -55,6 +55,7 @@ class SmallBatchNorm(RunningNorm):
         self._call = 0
         self._first_passes = FirstPasses(MAX_CALLS)
         self._warned_of_fallback = False
+        self._warned_of_calls = False
 
     @property
     def held_iterations(self) -> List[int]:
@@ -106,6 +107,25 @@ class SmallBatchNorm(RunningNorm):
             self._first_passes.clear()
         self._last_iteration = iteration
         self._call = 0
+
+    def check_calls(self) -> None:
+        """For norms whose calls in an iteration have statistics each.
+
+        Raises:
+            RuntimeError: If there are too many to be of one iteration.
+        """
+        if self._call == 1 and not self._warned_of_calls:
+            self._warned_of_calls = True
+            warnings.warn(
+                f'{name_of(self)} is called several times in an iteration, as '
+                'a head that pyramid levels share. Each call has past '
+                'statistics of its own, but the running statistics mix them: '
+                'take a head with a norm for each level (RetinaSepBNHead)')
+        if self._call == MAX_CALLS:
+            raise RuntimeError(
+                f'{name_of(self)} was called {MAX_CALLS} times in iteration '
+                f'{self.iteration}. If training was interrupted and the model '
+                'is now used otherwise, set .iteration = None on its norms')
 
     def warn_once(self, reason: str, remedy: str) -> None:
         """Say that the layer falls back to the present batch, and why."""

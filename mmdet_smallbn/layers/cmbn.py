@@ -23,21 +23,26 @@ class CmBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
     batches, its parts. Each part is normalised with the statistics of all
     values of the step so far, its own included. The weights stand still
     between the parts, so the statistics need no correction as in
-    :class:`CBN`. The last part sees exactly the mean and variance of the
-    joined batch; with one part a step the layer is ``nn.BatchNorm2d``.
+    :class:`CBN`. The last part is normalised with exactly the mean and
+    variance of all values that the layer got in the step; with one part a
+    step the layer is ``nn.BatchNorm2d``. A network of several such layers is
+    not exactly one with BatchNorm on the joined batch: behind the first norm
+    the values of earlier parts come from fewer images.
 
     The gradient of a part flows through its own share of the statistics. The
     parts before are constants: their graphs are gone. Each part enters the
     running statistics by itself, as in BatchNorm.
 
     :class:`mmdet_smallbn.SmallBatchNormHook` tells the layer when a step was
-    taken. Without the hook the layer sees it by its own scale: a step changes
-    it, and ``zero_grad()`` takes its gradient away. If the scale does not
-    train either, each batch is normalised by itself, with a warning.
+    taken, and each of its calls in an iteration has parts of its own then.
+    Without the hook every call is a part, and the layer sees a step by its
+    own scale: ``zero_grad()`` takes its gradient away, or the step changes
+    its version. A fused optimizer with ``zero_grad(set_to_none=False)`` does
+    neither: take the hook. If the scale does not train, each batch is
+    normalised by itself, with a warning.
 
-    A call of the layer in an iteration has parts of its own, as in
-    :class:`CBN`. Loading a state dict ends the step. Checkpoints and copies
-    do not hold its parts, as they do not hold the accumulated gradients.
+    Loading a state dict ends the step. Checkpoints do not hold its parts, as
+    they do not hold the accumulated gradients.
 
     Args:
         num_features (int): Channels C.
@@ -110,8 +115,9 @@ class CmBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
         super()._load_from_state_dict(*args, **kwargs)
         self.reset_state()
 
-    def __getstate__(self) -> dict:
-        return dict(super().__getstate__(), _parts=[])
+    def count_call(self, x: Tensor) -> None:
+        super().count_call(x)
+        self.check_calls()
 
 
 class StepMoments:

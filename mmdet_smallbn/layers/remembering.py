@@ -5,7 +5,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from .base import MAX_CALLS, SmallBatchNorm
+from .base import SmallBatchNorm
 from .checks import name_of
 from .ring import Ring
 
@@ -37,7 +37,6 @@ class RememberingNorm(SmallBatchNorm):
         self.states: List[Any] = []
         self._made_with: Dict[str, Any] = {}
         self._last_seen: Optional[Tuple[int, torch.Size]] = None
-        self._warned_of_calls = False
         self._warned_of_levels = False
 
     # Settings that a state depends on.
@@ -148,26 +147,11 @@ class RememberingNorm(SmallBatchNorm):
         return None if anchor is None else anchor.device
 
     def count_call(self, x: Tensor) -> None:
-        """Set the index of this forward among those of the iteration.
-
-        Raises:
-            RuntimeError: If there are too many to be of one iteration.
-        """
+        """Set the index of this forward among those of the iteration."""
         super().count_call(x)
         if self.iteration is None:
             self._watch_for_levels(x)
-        if self._call == 1 and not self._warned_of_calls:
-            self._warned_of_calls = True
-            warnings.warn(
-                f'{name_of(self)} is called several times in an iteration, as '
-                'a head that pyramid levels share. Each call has past '
-                'statistics of its own, but the running statistics mix them: '
-                'take a head with a norm for each level (RetinaSepBNHead)')
-        if self._call == MAX_CALLS:
-            raise RuntimeError(
-                f'{name_of(self)} was called {MAX_CALLS} times in iteration '
-                f'{self.iteration}. If training was interrupted and the model '
-                'is now used otherwise, set .iteration = None on its norms')
+        self.check_calls()
 
     def _watch_for_levels(self, x: Tensor) -> None:
         """Warn of levels of a pyramid that pose as iterations.

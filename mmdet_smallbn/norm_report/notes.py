@@ -99,6 +99,11 @@ def _without_hook(norms, hooks) -> Iterator[str]:
         yield ('there is no BurnInHook in custom_hooks: past iterations count '
                'from the first, and norms cannot tell two calls of an '
                'iteration from two iterations')
+    if any(n.kind == 'CmBN' and n.mode == 'train' for n in norms) and not any(
+            isinstance(hook, SmallBatchNormHook) for hook in hooks):
+        yield ('there is no SmallBatchNormHook in custom_hooks: CmBN sees the '
+               "optimizer's steps by its own scale alone, and cannot tell two "
+               'calls of an iteration from two parts of a step')
 
 
 def _ignored(modules, norms, model_cfg) -> Iterator[str]:

@@ -5,6 +5,7 @@ from mmengine.registry import MODELS, init_default_scope
 NORMS = {
     'BN': dict(norm_cfg=dict(type='BN')),
     'CBN': dict(norm_cfg=dict(type='CBN')),
+    'CmBN': dict(norm_cfg=dict(type='CmBN')),
     'NaiveCBN': dict(norm_cfg=dict(type='NaiveCBN')),
     'MABN': dict(
         norm_cfg=dict(type='MABN', momentum=0.3),

@@ -34,6 +34,7 @@ SMALL = [
 NORMS = {
     'CBN': dict(type='CBN'),
     'NaiveCBN': dict(type='NaiveCBN'),
+    'CmBN': dict(type='CmBN'),
     'MABN': dict(type='MABN'),
     'BRN': dict(type='BRN'),
     'BGN, weight 0': dict(type='BGN', num_groups=2, example_weight=0.),

@@ -1,6 +1,5 @@
 """Cross mini-Batch Normalization: BatchNorm over the parts of a step."""
 import copy
-import warnings
 
 import pytest
 import torch
@@ -66,12 +65,12 @@ def test_one_part_a_step_is_batch_norm():
     torch.testing.assert_close(norm.state_dict(), stock.state_dict())
 
 
-@pytest.mark.parametrize('make', [
-    lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
-    lambda p: torch.optim.SGD(p, 0.1, foreach=True),
-    lambda p: torch.optim.AdamW(p, fused=True),
+@pytest.mark.parametrize('make, to_none', [
+    (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), False),
+    (lambda p: torch.optim.SGD(p, 0.1, foreach=True), False),
+    (lambda p: torch.optim.AdamW(p, fused=True), True),
 ], ids=['loop', 'foreach', 'fused'])
-def test_a_step_of_the_optimizer_begins_anew(make):
+def test_a_step_of_the_optimizer_begins_anew(make, to_none):
     norm = CmBN(6).train()
     optimizer = make(norm.parameters())
     for _ in range(3):
@@ -79,7 +78,7 @@ def test_a_step_of_the_optimizer_begins_anew(make):
             norm(torch.randn(2, 6, 4, 4)).square().sum().backward()
         assert norm.held_iterations == [2], 'parts of another step'
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(to_none)
 
 
 def test_the_loop_tells_the_steps_where_the_scale_does_not():
@@ -102,8 +101,7 @@ def test_each_call_of_an_iteration_has_parts_of_its_own():
     norm = CmBN(6).train()
     loop = TrainingLoop(dict(norm=norm))
     low, high = torch.randn(2, 2, 6, 4, 4), torch.randn(2, 2, 6, 8, 8) + 9
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='.*called several times.*')
+    with pytest.warns(UserWarning, match='called several times'):
         for iteration in range(2):
             loop.begin(iteration, after_step=iteration == 0)
             norm(low[iteration])
@@ -134,6 +132,16 @@ def test_an_empty_part_changes_nothing():
         layer(x).square().sum().backward()
     assert other(torch.empty(0, 6, 4, 4)).shape == (0, 6, 4, 4)
     torch.testing.assert_close(norm(y), other(y))
+
+
+def test_an_iteration_that_never_ends_is_told():
+    norm = CmBN(6).train()
+    norm.iteration = 7
+    norm.training_step.optimizer_steps = 1
+    with pytest.warns(UserWarning), pytest.raises(
+            RuntimeError, match='64 times in iteration 7'):
+        for _ in range(65):
+            norm(torch.randn(2, 6, 4, 4))
 
 
 def test_checkpoints_hold_no_parts_and_loading_ends_the_step():

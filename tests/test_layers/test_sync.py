@@ -7,8 +7,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from mmdet_smallbn import (BRN, CBN, MABN, BatchGroupNorm, GhostBN, NaiveCBN,
-                           calibrate_group_norms, functional)
+from mmdet_smallbn import (BRN, CBN, MABN, BatchGroupNorm, CmBN, GhostBN,
+                           NaiveCBN, calibrate_group_norms, functional)
 from mmdet_smallbn.functional.sync import ExampleGroups
 from mmdet_smallbn.layers import TrainingLoop, norms_of
 from tests.reference import relative_error
@@ -27,6 +27,7 @@ CASES = {
                           gradient='released',
                           derivative_positions=None), False),
     'NaiveCBN': (NaiveCBN, dict(window_size=3), True),
+    'CmBN': (CmBN, {}, False),
     'BRN': (BRN, dict(r_max=1.1, d_max=0.2, momentum=0.2), False),
     'BRN without affine': (BRN, dict(affine=False), False),
     'MABN': (MABN, dict(buffer_size=3, momentum=0.2), False),
@@ -66,9 +67,11 @@ def _train(case, rank=None):
     """One record a step, of this process's part of the batches."""
     model = _model(case)
     records = []
-    for parts, x, grad in _batches():
+    for index, (parts, x, grad) in enumerate(_batches()):
         if rank is not None:
             x, grad = x.split(parts)[rank], grad.split(parts)[rank]
+        # Two parts a step, for CmBN.
+        model[1].training_step.optimizer_steps = index // 2
         x = x.clone().requires_grad_()
         out = model(x)
         out.backward(grad)

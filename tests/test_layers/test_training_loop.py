@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmdet_smallbn import BRN, CBN, MABN, CenConv2d, GhostBN, NaiveCBN
+from mmdet_smallbn import (BRN, CBN, MABN, CenConv2d, CmBN, GhostBN,
+                           NaiveCBN)
 from mmdet_smallbn.functional import ConvCall, Processes
 from mmdet_smallbn.layers import (SmallBatchNorm, TrainingLoop,
                                   remember_calls)
@@ -48,6 +49,7 @@ NORMS = {
     'MABN': partial(MABN, buffer_size=3),
     'MABN, centred': partial(
         MABN, centered=True, backward_statistics='ema', buffer_size=3),
+    'CmBN': CmBN,
     'BRN': BRN,
     'GhostBN': GhostBN,
 }

@@ -3,9 +3,11 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
+from mmengine.registry import HOOKS
 
 from mmdet_smallbn.cli.demo_config import (put_on_shapes, stretch,
                                            use_images, use_norm)
+from mmdet_smallbn.cli.runtime import build_model
 from mmdet_smallbn.errors import SetupError
 from mmdet_smallbn.norm_report import norm_cfgs
 
@@ -30,7 +32,7 @@ def test_data_and_schedule_are_the_demos(path):
     wanted = Config.fromfile(
         CONFIGS / 'demo' / 'faster-rcnn_r18_fpn_cbn-all_1xb2_shapes-coco.py')
     for key in ('shapes_coco', 'val_dataloader', 'train_cfg',
-                'param_scheduler', 'custom_hooks', 'default_hooks'):
+                'param_scheduler', 'default_hooks'):
         assert cfg[key] == wanted[key], key
     assert cfg.train_dataloader.batch_size == before.train_dataloader.batch_size
     assert cfg.train_dataloader.dataset.data_root == 'data/shapes_coco/'
@@ -48,6 +50,28 @@ def test_data_and_schedule_are_the_demos(path):
     load = cfg.train_dataloader.dataset.pipeline[1]
     assert load.get('with_mask', False) == masks
     assert cfg.val_evaluator.metric == (['bbox', 'segm'] if masks else 'bbox')
+
+
+@pytest.mark.parametrize('path, hooks', [
+    (RTMDET, ['BurnInHook']),
+    (CMBN, ['SmallBatchNormHook']),
+    (CONFIGS / 'bgn' / 'faster-rcnn_r50_fpn_4conv1fc_bgn-head_8xb2-1x_coco.py',
+     ['SmallBatchNormHook']),
+    (CONFIGS / 'baselines' /
+     'faster-rcnn_r50_fpn_4conv1fc_gn-head_4xb4-1x_coco.py', []),
+], ids=['CBN', 'CmBN', 'BGN', 'GN'])
+def test_hooks_are_those_that_the_norms_want(path, hooks):
+    cfg = Config.fromfile(path)
+    put_on_shapes(cfg, CONFIGS / '_base_')
+    assert [hook['type'] for hook in cfg.custom_hooks] == hooks
+    model = build_model(cfg)
+    for hook in cfg.custom_hooks:
+        HOOKS.build(hook).find_layers(model)  # which refuses what does not fit
+
+
+def test_a_schedule_of_epochs_is_not_stretched():
+    with pytest.raises(SetupError, match='stretch a schedule of iterations'):
+        stretch(Config.fromfile(MASK), 2.)
 
 
 def test_without_the_demos_files_there_is_a_remedy(tmp_path):
@@ -69,6 +93,8 @@ def test_another_norm_in_place_of_the_configs():
     assert [hook.type for hook in cfg.custom_hooks] == ['BurnInHook']
     use_norm(cfg, 'CmBN')
     assert cfg.custom_hooks == [dict(type='SmallBatchNormHook')]
+    use_norm(cfg, 'CBN')  # and back
+    assert cfg.custom_hooks == [dict(type='BurnInHook', iters=250)]
 
     cfg = Config.fromfile(RTMDET)
     use_norm(cfg, 'BN')

@@ -1,8 +1,13 @@
 """The demo's trainings, kept and compared."""
-from mmdet_smallbn.cli import demo_results
+from pathlib import Path
 
-HOW = dict(detector='FasterRCNN', data=dict(train=8), size=64, images=2,
-           parts=1, iterations=4, lr=1e-3, options={})
+from mmengine.config import Config
+
+from mmdet_smallbn.cli import demo_results
+from mmdet_smallbn.cli.demo_config import put_on_shapes, use_norm
+
+HOW = dict(detector='FasterRCNN', model='a', data=dict(train=8), size=64,
+           images=2, parts=1, iterations=4, lr=1e-3, options={})
 
 
 def _run(norm, seed, ap, **how):
@@ -35,3 +40,26 @@ def test_batch_norm_is_shown_if_it_was_trained_in_the_same_way():
         'BatchNorm, trained in the same way: 0.300 ± 0.141 AP (2 seeds, '
         'python tools/demo.py BN.py)')
     assert demo_results.batch_norm_note(runs, dict(HOW, lr=1e-4)) == ''
+
+
+def test_models_differ_by_more_than_their_norms():
+    def key(name, norm=None):
+        cfg = Config.fromfile(f'configs/{name}.py')
+        if norm:
+            use_norm(cfg, norm)
+        if 'shapes_coco' not in cfg:
+            put_on_shapes(cfg, Path('configs/_base_'))
+        return demo_results.trained_as(cfg), demo_results.norms_in(cfg)
+
+    bn, cbn, mabn = (
+        key(f'demo/faster-rcnn_r18_fpn_{norm}-all_1xb2_shapes-coco')
+        for norm in ('bn', 'cbn', 'mabn'))
+    assert bn[0] == cbn[0] == mabn[0]
+    assert (bn[1], cbn[1], mabn[1]) == ('BN', 'CBN', 'MABN, CenConv')
+    centred = key('demo/faster-rcnn_r18_fpn_mabn-all_1xb2_shapes-coco', 'BN')
+    assert centred == (bn[0], 'BN, CenConv')
+    tiny, small = (key(f'cbn/rtmdet_{size}_cbn-all_1xb4-40e_coco')
+                   for size in ('tiny', 's'))
+    assert tiny[0] != small[0]
+    deep = key('cbn/faster-rcnn_r50_fpn_4conv1fc_cbn-all_1xb2-1x_coco')
+    assert deep[0] != cbn[0]

@@ -305,7 +305,7 @@ def test_demo_shows_what_batch_norm_has_in_the_same_training(tmp_path):
             '--size 64)')
     assert said in out
     assert run['norm'] == 'BN' and run['trained_as'] == dict(
-        detector='FasterRCNN', data=dict(train=8, val=4, size=64), size=64,
+        detector='FasterRCNN', model=run['trained_as']['model'], data=dict(train=8, val=4, size=64), size=64,
         images=2, parts=1, iterations=4, lr=7e-4, options={})
     assert said in _run(*command)
     out = _run(*command, '--cfg-options', 'optim_wrapper.optimizer.lr=1e-4')
