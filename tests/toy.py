@@ -73,7 +73,8 @@ def toy_runner(tmp_path, hooks, model=None, by_epoch=True, **kwargs):
         default_hooks=dict(
             checkpoint=dict(
                 type='CheckpointHook', interval=1, by_epoch=by_epoch)),
-        custom_hooks=hooks)
+        # As the tools have it.
+        custom_hooks=[*hooks, dict(type='PlainCheckpointHook')])
     return Runner(**{**settings, **kwargs})
 
 

@@ -1,4 +1,5 @@
 """Checkpoints: which one to resume, and how they are loaded."""
+import argparse
 import os
 import pickle
 from pathlib import Path
@@ -18,6 +19,29 @@ from mmengine.runner.checkpoint import (get_deprecated_model_names,
                                         get_torchvision_models)
 
 from ..errors import SetupError, did_you_mean
+
+# What torch's files began with before they were archives.
+_MAGIC = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
+TRUST_FLAG = '--trust-checkpoint'
+_trusts_checkpoints = False
+
+
+def trust_checkpoints(trust: bool) -> None:
+    """Say whether local checkpoints may hold more than tensors.
+
+    To load those is to run what is in them.
+    """
+    global _trusts_checkpoints
+    _trusts_checkpoints = trust
+
+
+def add_trust_argument(parser: argparse.ArgumentParser) -> None:
+    """The flag that says so."""
+    parser.add_argument(
+        TRUST_FLAG,
+        action='store_true',
+        help='load a checkpoint that holds more than tensors: that runs '
+        'what is in it, so use it for files that you trust alone')
 
 
 def latest_checkpoint(work_dir: str) -> Optional[str]:
@@ -64,19 +88,21 @@ def _is_whole(path: Path) -> bool:
     if is_zipfile(path):
         return True
     try:  # what old versions wrote has none
-        load_from_local(str(path), 'cpu')
+        torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError:
         return True
-    except SetupError:
+    except Exception:  # whatever a file's bytes may lead to
         return False
+    return True
 
 
 def register_checkpoint_loader() -> None:
-    """Let mmengine load its own checkpoints on torch >= 2.6.
+    """Let mmengine load checkpoints safely, and its own where it is trusted.
 
-    Those hold message buffers beside the tensors, which torch's safe loading
-    refuses. A local file is tried safely first, and loaded as older versions
-    did if that fails: it is the one that the user named. What comes from an
-    address is loaded safely or not at all.
+    Checkpoints that mmengine 0.10 writes by itself hold message buffers
+    beside the tensors, which torch's safe loading refuses. Such a local file
+    is loaded if the user says so by ``--trust-checkpoint``. What comes from
+    an address is loaded safely or not at all.
 
     Names of published weights (``torchvision://resnet50``) become addresses
     by mmengine's own lists, which need no torchvision.
@@ -92,7 +118,7 @@ def register_checkpoint_loader() -> None:
 
 
 def load_from_local(filename: str, map_location: Optional[str] = None):
-    """Load a local checkpoint, safely where that is possible.
+    """Load a local checkpoint, safely unless the user trusts it.
 
     Args:
         filename (str): Path of the checkpoint.
@@ -103,7 +129,8 @@ def load_from_local(filename: str, map_location: Optional[str] = None):
 
     Raises:
         FileNotFoundError: If there is no such file.
-        SetupError: If the file is not a checkpoint.
+        SetupError: If the file is not a checkpoint, or holds more than
+            tensors and is not trusted.
     """
     path = Path(filename).expanduser()
     if not path.is_file():
@@ -112,17 +139,27 @@ def load_from_local(filename: str, map_location: Optional[str] = None):
             'them to its work folder')
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError:
-        pass
+    except pickle.UnpicklingError as error:
+        if not _is_torchs(path):
+            raise _not_a_checkpoint(filename, error) from error
+        if not _trusts_checkpoints:
+            raise SetupError(
+                f'{filename} holds more than tensors. To load it is to run '
+                'what is in it. If you trust where it comes from, add '
+                f'{TRUST_FLAG}') from error
     except Exception as error:  # whatever a file's bytes may lead to
         raise _not_a_checkpoint(filename, error) from error
-    print_log(
-        f'{path.name} holds more than tensors: loading it unpickles what it '
-        'contains. Use files from sources that you trust', 'current')
     try:
         return torch.load(path, map_location=map_location, weights_only=False)
     except Exception as error:
         raise _not_a_checkpoint(filename, error) from error
+
+
+def _is_torchs(path: Path) -> bool:
+    """Whether torch wrote a file: an archive, or what old versions wrote."""
+    with path.open('rb') as file:
+        begins = file.read(len(_MAGIC))
+    return begins == _MAGIC or is_zipfile(path)
 
 
 def _not_a_checkpoint(filename: str, error: Exception) -> SetupError:
@@ -185,7 +222,7 @@ def load_from_torchvision(filename: str, map_location: Optional[str] = None):
     addresses = load(Path(hub_path[0]) / 'torchvision_0.12.json')
     if name not in addresses:
         try:
-            addresses = get_torchvision_models()
+            addresses = {**addresses, **get_torchvision_models()}
         except Exception as error:  # whatever its operators may run into
             raise SetupError(
                 f'{filename}: names with a dot need torchvision, which '

@@ -9,7 +9,8 @@ from ..deploy.released import LAYOUTS, Conversion, convert, layout_of
 from ..deploy.state_dict import find_state_dict, load_strictly
 from ..errors import SetupError, one_line_errors
 from ..words import some
-from .checkpoints import load_from_local
+from .checkpoints import (add_trust_argument, load_from_local,
+                          trust_checkpoints)
 from .runtime import build_model, open_config
 
 
@@ -41,6 +42,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         action='store_true',
         help='mmdet1: change the scales of CBN to evaluate as the released '
         'code, which adds eps to the root; not where it had out_p=True')
+    add_trust_argument(parser)
     parser.add_argument(
         '--verbose', action='store_true', help='print what each key became')
     args = parser.parse_args(argv)
@@ -76,6 +78,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Convert a file."""
     args = parse_args(argv)
     with one_line_errors():
+        trust_checkpoints(args.trust_checkpoint)
         checkpoint = load_from_local(args.checkpoint, map_location='cpu')
         state = find_state_dict(checkpoint, args.checkpoint)
         try:

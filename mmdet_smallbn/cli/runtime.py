@@ -18,7 +18,8 @@ from ..errors import SetupError, did_you_mean
 from ..hooks import PlainCheckpointHook
 from ..layers import SmallBatchNorm
 from ..norm_report import norm_cfgs
-from .checkpoints import register_checkpoint_loader
+from .checkpoints import (add_trust_argument, register_checkpoint_loader,
+                          trust_checkpoints)
 from .own_data import use_data
 
 
@@ -37,6 +38,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         help='override entries of the config: optim_wrapper.optimizer.lr=0.01 '
         'custom_hooks.0.epochs=1 model.backbone.depth=18; lists as key=a,b or '
         'key="[a,b]", without white space')
+    add_trust_argument(parser)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +78,7 @@ def read_config(args: argparse.Namespace,
 
     ``check``: also look into every image of ``--data``.
     """
+    trust_checkpoints(args.trust_checkpoint)
     cfg = cfg or open_config(args.config)
     if args.data is not None:
         use_data(cfg, args.data, training, check)

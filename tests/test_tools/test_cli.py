@@ -76,53 +76,6 @@ def test_tta_flips():
     assert [t.prob for t in last.transforms[0]] == [1., 0.]
 
 
-def test_plain_checkpoints_load_safely(tmp_path, monkeypatch):
-    path = tmp_path / 'weights.pth'
-    torch.save(dict(state_dict=dict(w=torch.ones(2))), path)
-    asked = []
-    real = torch.load
-
-    def load(*args, **kwargs):
-        asked.append(kwargs['weights_only'])
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(torch, 'load', load)
-    register_checkpoint_loader()
-    loaded = CheckpointLoader.load_checkpoint(str(path), 'cpu')
-    assert asked == [True]
-    torch.testing.assert_close(loaded['state_dict']['w'], torch.ones(2))
-    # What mmengine adds makes the second way necessary.
-    torch.save(dict(message_hub=Config(dict(a=1))), path)
-    asked.clear()
-    CheckpointLoader.load_checkpoint(str(path), 'cpu')
-    assert asked == [True, False]
-
-
-def test_what_is_no_checkpoint_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match='no checkpoint at .*none.pth'):
-        load_from_local(str(tmp_path / 'none.pth'))
-    path = tmp_path / 'text.pth'
-    path.write_text('hello')
-    torch.save(dict(w=torch.ones(99)), tmp_path / 'whole.pth')
-    whole = (tmp_path / 'whole.pth').read_bytes()
-    for content in (b'hello', b'', b'<html>', pickle.dumps([1])[:-1],
-                    whole[:len(whole) // 2]):
-        path.write_bytes(content)
-        with pytest.raises(SetupError, match='text.pth is not a checkpoint'):
-            load_from_local(str(path))
-
-
-def test_addresses_are_loaded_safely_or_not_at_all(tmp_path):
-    source, cache = tmp_path / 'source', tmp_path / 'cache'
-    source.mkdir()
-    torch.save(dict(w=torch.ones(2)), source / 'plain.pth')
-    loaded = load_from_address((source / 'plain.pth').as_uri(), 'cpu', cache)
-    torch.testing.assert_close(loaded['w'], torch.ones(2))
-    torch.save(dict(more=Config(dict(a=1))), source / 'more.pth')
-    with pytest.raises(SetupError, match='not loaded from an address'):
-        load_from_address((source / 'more.pth').as_uri(), 'cpu', cache)
-
-
 def test_norm_types_are_looked_up_wherever_they_stand():
     check_norms(Config.fromfile(HEAD))
     for kind in ('BN', 'SyncBN', 'GN', 'NaiveCBN'):
