@@ -59,16 +59,22 @@ def _comes_from_a_loop(error: BaseException) -> bool:
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(after_stop: str = '') -> Iterator[None]:
     """End the program with status 1 and one line on the user's errors.
 
     Until a training or test loop runs, everything that goes wrong is taken to
     be the configuration's doing; after that, only :class:`SetupError` and
     missing files are. The environment variable ``SMALLBN_TRACEBACK=1`` shows
-    the whole trace.
+    the whole trace. Ctrl-C ends it with status 130.
+
+    Args:
+        after_stop (str): What to say after Ctrl-C: how to go on.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        print(f'stopped by Ctrl-C. {after_stop}'.rstrip(), file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         mendable = (
             isinstance(error, (SetupError, FileNotFoundError))

@@ -24,17 +24,20 @@ def _installed(distributions):
     return distributions[0], None
 
 
-def check_versions() -> None:
+def check_versions(whole: bool = False) -> None:
     """Compare what is installed with :data:`BOUNDS`.
 
     mmcv and mmdet may be missing: the layers work in any mmengine model.
+
+    Args:
+        whole (bool): Whether mmcv and mmdet must be there, as for the tools.
 
     Raises:
         ImportError: Naming the package, what was found and the bounds.
     """
     for distributions, lower, upper, optional in BOUNDS.values():
         name, found = _installed(distributions)
-        if found is None and optional:
+        if found is None and optional and not whole:
             continue
         wanted = f'>={lower}' + (f',<{upper}' if upper else '')
         if found is None:

@@ -46,6 +46,8 @@ def test_without_mmcv_and_mmdet_the_layers_work(monkeypatch):
             for name in ('mmcv', 'onedl-mmcv', 'mmdet', 'onedl-mmdetection')
         })
     check_versions()
+    with pytest.raises(ImportError, match='mmcv.*not installed. Remedy'):
+        check_versions(whole=True)  # as the tools do
     _pretend(monkeypatch, **{'mmengine': None, 'onedl-mmengine': None})
     with pytest.raises(ImportError, match='mmengine.*not installed'):
         check_versions()

@@ -1,1 +1,4 @@
 """The command lines behind ``tools/``."""
+from ..version import check_versions
+
+check_versions(whole=True)

@@ -36,11 +36,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--shape',
         type=int,
-        nargs=2,
-        default=(320, 320),
-        metavar=('H', 'W'),
-        help='height and width of the example that the network is run with '
-        '(320 320)')
+        nargs='+',
+        default=(320, ),
+        metavar='PIXELS',
+        help='height and width, or both at once, of the example that the '
+        'network is run with (320)')
     parser.add_argument(
         '--dynamic',
         nargs='*',
@@ -60,8 +60,10 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         metavar='N',
         help="version of ONNX's operators (17)")
     args = parser.parse_args(argv)
-    if min(args.shape) < 1:
-        parser.error(f'--shape must be at least 1, but got {args.shape}')
+    if len(args.shape) > 2 or min(args.shape) < 1:
+        parser.error('--shape takes one or two numbers of at least 1, but got '
+                     f'{args.shape}')
+    args.shape = tuple(args.shape) * (3 - len(args.shape))
     if not args.out.endswith('.onnx'):
         parser.error(f'--out must end in .onnx, but got {args.out}')
     return args

@@ -23,6 +23,11 @@ from .checkpoints import (add_trust_argument, register_checkpoint_loader,
 from .own_data import use_data
 
 
+# Keys of mmdet 2.x that 3.x does not look at.
+_OLD_KEYS = ('data', 'optimizer_config', 'lr_config', 'runner',
+             'checkpoint_config', 'log_config', 'evaluation')
+
+
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """The config, and the flags that change what it says."""
     parser.add_argument('config', help='config file')
@@ -64,6 +69,14 @@ def open_config(path: str) -> Config:
         raise FileNotFoundError(
             f'no config at {path}: check the path, configs are in configs/')
     cfg = Config.fromfile(path)
+    old = [key for key in _OLD_KEYS if isinstance(cfg.get(key), dict)]
+    if 'optim_wrapper' not in cfg and 'optimizer' in cfg:
+        old.append('optimizer')
+    if old:
+        raise SetupError(
+            f'{path} has {", ".join(old)}: that is a config of mmdet 2.x, '
+            'whose keys mmdet 3.x ignores. This package is for mmdet 3.x; its '
+            'documentation says how to migrate a config')
     if cfg.get('model') is None:
         raise SetupError(f'{path} has no model: it is a part of a config, or '
                          'one of something else')

@@ -63,7 +63,8 @@ def summary(runner: Runner) -> str:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Train as the command line says."""
     args = parse_args(argv)
-    with one_line_errors():
+    with one_line_errors('To go on from the last checkpoint, add --resume to '
+                         'the same command'):
         cfg = load_config(args)
         apply_train_flags(cfg, args)
         runner = build_runner(cfg)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from mmengine.runner import BaseLoop
 
+from mmdet_smallbn.cli.runtime import open_config
 from mmdet_smallbn.errors import SetupError, describe, one_line_errors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,3 +111,25 @@ def test_what_a_running_loop_meets_keeps_its_trace(capsys):
     with pytest.raises(SystemExit), one_line_errors():
         _Loop(FileNotFoundError('no image')).run()
     assert capsys.readouterr().err == 'error: do this\nerror: no image\n'
+
+
+def test_ctrl_c_says_how_to_go_on(capsys):
+    with pytest.raises(SystemExit) as stop, one_line_errors('Add --resume'):
+        raise KeyboardInterrupt
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == 'stopped by Ctrl-C. Add --resume\n'
+
+
+def test_a_config_of_mmdet_2_is_told(tmp_path):
+    path = tmp_path / 'old.py'
+    path.write_text('model = dict(type="FasterRCNN")\n'
+                    'data = dict(samples_per_gpu=2)\n'
+                    'optimizer = dict(type="SGD")\n')
+    with pytest.raises(SetupError, match='has data, optimizer: that is a '
+                       'config of mmdet 2.x'):
+        open_config(str(path))
+    # mmsegmentation names its optimizer first.
+    path.write_text('model = dict(type="FasterRCNN")\n'
+                    'optimizer = dict(type="SGD")\n'
+                    'optim_wrapper = dict(optimizer=optimizer)\n')
+    assert open_config(str(path)).optimizer.type == 'SGD'
