@@ -233,6 +233,9 @@ def _build(cfg):
         model.backbone = dict(model.backbone, depth=18)
         model.neck = dict(model.neck, in_channels=[64, 128, 256, 512])
     model.backbone = dict(model.backbone, init_cfg=None)
+    # YOLOX would bring the images to other sizes.
+    model.data_preprocessor = dict(model.data_preprocessor)
+    model.data_preprocessor.pop('batch_augments', None)
     if 'roi_head' in model:
         train_cfg = model.train_cfg.copy()
         train_cfg.rpn_proposal = dict(
