@@ -145,7 +145,8 @@ def test_a_group_of_one_value_is_refused(shape, settings):
 
 @pytest.mark.parametrize('settings, message', [
     (dict(num_groups=5), 'num_groups must divide num_features=12.*5'),
-    (dict(), 'divide num_features=12, but got 32.*common divisor'),
+    (dict(num_groups=32),
+     'divide num_features=12, but got 32.*common divisor'),
     (dict(num_groups=0), 'num_groups.*at least 1'),
     (dict(num_groups=4, examples_per_group=0), 'examples_per_group.*least 1'),
     (dict(num_groups=4, example_weight=1.5), r'from 0 to 1.*1\.5'),
@@ -155,3 +156,9 @@ def test_bad_arguments_are_named(settings, message):
         BatchGroupNorm(12, **settings)
     with pytest.raises(ValueError, match='ghost_size.*-1'):
         GhostBN(12, ghost_size=-1)
+
+
+@pytest.mark.parametrize('width, groups', [(8, 8), (12, 12), (48, 24),
+                                           (64, 32), (37, 1)])
+def test_groups_by_default_divide_the_channels(width, groups):
+    assert BatchGroupNorm(width).num_groups == groups
