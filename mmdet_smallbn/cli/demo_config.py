@@ -1,13 +1,12 @@
 """What the flags of the demo change in a config."""
 from pathlib import Path
-from typing import Optional, Type
 
 from mmengine.config import Config
-from mmengine.registry import MODELS
 
 from ..errors import SetupError
-from ..layers import SmallBatchNorm, suggested_window_size
+from ..layers import suggested_window_size
 from ..norm_report import norm_cfgs
+from .runtime import find_norm, is_ours
 
 _PARTS = ('shapes_coco.py', 'demo_schedule.py')
 _BURN_IN = dict(type='BurnInHook', iters=250)  # the demo's schedule's
@@ -55,21 +54,21 @@ def put_on_shapes(cfg: Config, folder: Path) -> None:
 
 def _fit_hooks(cfg: Config) -> None:
     """The demo's burn-in if a norm burns in, else what tells the steps."""
-    kinds = [_ours(norm['type']) for _, norm in norm_cfgs(cfg.model, 'model')]
-    burn_in = [
-        hook for hook in cfg.get('custom_hooks') or []
-        if hook['type'] == 'BurnInHook'
-    ]
+    norms = [find_norm(norm_cfg['type'])
+             for _, norm_cfg in norm_cfgs(cfg.model, 'model')]
+    ours = [norm for norm in norms if is_ours(norm)]
+    hooks = cfg.get('custom_hooks') or []
+    burn_in = [hook for hook in hooks if hook['type'] == 'BurnInHook']
+    wanted = []
+    if any(norm.burns_in for norm in ours):
+        wanted = burn_in or [dict(_BURN_IN)]
+    elif ours:
+        wanted = [dict(type='SmallBatchNormHook')]
     others = [
-        hook for hook in cfg.get('custom_hooks') or []
+        hook for hook in hooks
         if hook['type'] not in ('BurnInHook', 'SmallBatchNormHook')
     ]
-    if any(kind and kind.burns_in for kind in kinds):
-        cfg.custom_hooks = others + (burn_in or [_BURN_IN])
-    elif any(kind is not None for kind in kinds):
-        cfg.custom_hooks = others + [dict(type='SmallBatchNormHook')]
-    else:
-        cfg.custom_hooks = others
+    cfg.custom_hooks = others + wanted
 
 
 def _add_masks(cfg: Config) -> None:
@@ -95,7 +94,7 @@ def use_norm(cfg: Config, kind: str) -> None:
     """
     found = [
         norm_cfg for _, norm_cfg in norm_cfgs(cfg.model, 'model')
-        if _ours(norm_cfg['type'])
+        if is_ours(find_norm(norm_cfg['type']))
     ]
     if not found:
         raise SetupError(f'--norm {kind}: the config has no norm of this '
@@ -105,12 +104,6 @@ def use_norm(cfg: Config, kind: str) -> None:
             del norm_cfg[key]
         norm_cfg['type'] = kind
     _fit_hooks(cfg)
-
-
-def _ours(kind: str) -> Optional[Type[SmallBatchNorm]]:
-    found = MODELS.get(kind)
-    ours = isinstance(found, type) and issubclass(found, SmallBatchNorm)
-    return found if ours else None
 
 
 def use_size(cfg: Config, size: int) -> None:

@@ -185,15 +185,13 @@ def check_norms(cfg: Config) -> None:
     import mmcv.cnn  # noqa: F401  registers BN, GN, ...
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     for path, norm_cfg in norm_cfgs(cfg.get('model'), 'model'):
-        kind = found = norm_cfg['type']
-        if isinstance(kind, str):
-            with MODELS.switch_scope_and_registry(None) as registry:
-                found = registry.get(kind)
+        kind = norm_cfg['type']
+        found = find_norm(kind)
         if found is None:
-            ours = [k for k, c in MODELS.module_dict.items() if _is_ours(c)]
+            ours = [k for k, c in MODELS.module_dict.items() if is_ours(c)]
             raise SetupError(f'{path}.type={kind!r} is not a known norm. '
                              f'{did_you_mean(kind, ours)}')
-        if not _is_ours(found):
+        if not is_ours(found):
             continue
         _check_settings(path, norm_cfg, found)
         if cfg.get('sync_bn') and cfg.get('launcher', 'none') != 'none':
@@ -211,7 +209,16 @@ def build_model(cfg: Config) -> nn.Module:
     return MODELS.build(cfg.model)
 
 
-def _is_ours(cls: Any) -> bool:
+def find_norm(kind: Any) -> Any:
+    """The class of a ``norm_cfg``'s type; None if it is not registered."""
+    if not isinstance(kind, str):
+        return kind
+    with MODELS.switch_scope_and_registry(None) as registry:
+        return registry.get(kind)
+
+
+def is_ours(cls: Any) -> bool:
+    """Whether it is a norm of this package."""
     return isinstance(cls, type) and issubclass(cls, SmallBatchNorm)
 
 

@@ -94,13 +94,13 @@ def _not_followed(modules, norms) -> Iterator[str]:
 
 
 def _without_hook(norms, hooks) -> Iterator[str]:
-    if any(n.burn_in == 'none' for n in norms) and not any(
-            isinstance(hook, SmallBatchNormHook) for hook in hooks):
+    if any(isinstance(hook, SmallBatchNormHook) for hook in hooks):
+        return
+    if any(n.burn_in == 'none' for n in norms):
         yield ('there is no BurnInHook in custom_hooks: past iterations count '
                'from the first, and norms cannot tell two calls of an '
                'iteration from two iterations')
-    if any(n.kind == 'CmBN' and n.mode == 'train' for n in norms) and not any(
-            isinstance(hook, SmallBatchNormHook) for hook in hooks):
+    if any(n.kind == 'CmBN' and n.mode == 'train' for n in norms):
         yield ('there is no SmallBatchNormHook in custom_hooks: CmBN sees the '
                "optimizer's steps by its own scale alone, and cannot tell two "
                'calls of an iteration from two parts of a step')
