@@ -90,8 +90,8 @@ def main() -> None:
                  'after pip install -e .')
     python = folder / 'bin' / 'python'
     log = folder / 'setup.log'
-    ready = folder / 'ready'
-    if ready.exists():
+    ready, wanted = folder / 'ready', ROOT / 'setup.cfg'
+    if ready.exists() and ready.stat().st_mtime < wanted.stat().st_mtime:
         print('setup.cfg is newer than the environment: bringing it up to '
               'date', flush=True)
     if not python.exists():

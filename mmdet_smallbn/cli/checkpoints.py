@@ -206,7 +206,8 @@ def load_from_address(filename: str,
     except pickle.UnpicklingError as error:
         raise SetupError(
             f'{filename} holds more than tensors, and is not loaded from an '
-            f'address. If you trust it, name the file: {path}') from error
+            f'address. If you trust it, name the file, {path}, and add '
+            f'{TRUST_FLAG}') from error
 
 
 def load_from_torchvision(filename: str, map_location: Optional[str] = None):
