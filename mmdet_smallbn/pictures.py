@@ -2,8 +2,8 @@
 import io
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import (Any, Dict, List, NamedTuple, Optional, Sequence, Tuple,
-                    Union)
+from typing import (TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional,
+                    Sequence, Tuple, Union)
 
 import cv2
 import numpy as np
@@ -11,7 +11,9 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon, Rectangle
-from pycocotools.coco import COCO
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
 
 _INK = '#333333'
 
@@ -38,13 +40,14 @@ def _finish(ax: Axes) -> None:
     ax.spines[['top', 'right']].set_visible(False)
 
 
-def quiet_coco(ann_file: Union[str, Path]) -> COCO:
+def quiet_coco(ann_file: Union[str, Path]) -> 'COCO':
     """pycocotools' index of an annotation file, without its messages."""
+    from pycocotools.coco import COCO
     with redirect_stdout(io.StringIO()):
         return COCO(str(ann_file))
 
 
-def coco_objects(coco: COCO, image_id: int) -> Objects:
+def coco_objects(coco: 'COCO', image_id: int) -> Objects:
     """Ground truth of one image."""
     anns = coco.loadAnns(coco.getAnnIds(image_id, iscrowd=False))
     order = {cat: i for i, cat in enumerate(coco.getCatIds())}

@@ -9,6 +9,30 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        '--device',
+        default='cpu',
+        help='where tensors are made: cpu, or cuda for tests/test_layers, '
+        'tests/test_functional and tests/test_hooks')
+
+
+def pytest_configure(config):
+    device = torch.device(config.getoption('--device'))
+    if device.type == 'cpu':
+        # mmengine trains on a GPU wherever it sees one.
+        os.environ['CUDA_VISIBLE_DEVICES'] = ''
+        return
+    if not torch.cuda.is_available():
+        raise pytest.UsageError(
+            f'--device {device}: this torch sees no GPU. Leave the option out '
+            'to test on the CPU')
+    os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':4096:8'
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    torch.set_default_device(device)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

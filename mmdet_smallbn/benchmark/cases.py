@@ -1,9 +1,9 @@
 """What is measured: norms, blocks, detectors, in training and inference."""
+from collections import OrderedDict
 from contextlib import nullcontext
 from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 import torch
-from mmcv.cnn import ConvModule
 from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from torch.utils._pytree import tree_flatten
 
 from ..deploy import fuse_norm
-from ..layers import (SmallBatchNorm, TrainingLoop, norms_of,
+from ..layers import (CenConv2d, SmallBatchNorm, TrainingLoop, norms_of,
                       set_example_weight)
 from .measure import Run
 
@@ -53,6 +53,8 @@ BLOCKS = {
     'bottleneck, 2x256x32x32, 1x1': Block((2, 256, 32, 32), 1),
     'RoI head, 128x256x7x7, 3x3': Block((128, 256, 7, 7), 3),
 }
+# By the names that mmcv's ConvModule takes; measuring blocks needs no mmcv.
+_STOCK = dict(BN=nn.BatchNorm2d, GN=nn.GroupNorm)
 # As in a model, whose layers share what is done for all at once.
 IN_A_ROW = 4
 # At inference these stand for all: what a layer remembers is not used there.
@@ -123,12 +125,21 @@ def _tensors(values: Any) -> List[Tensor]:
     return [v for v in tree_flatten(values)[0] if isinstance(v, Tensor)]
 
 
-def _block(norm: dict, block: Block, setting: Setting) -> ConvModule:
+def _block(norm: dict, block: Block, setting: Setting) -> nn.Sequential:
+    """Convolution, norm and ReLU, as mmcv's ConvModule has them."""
     channels, kernel = block.shape[1], block.kernel_size
-    module = ConvModule(
-        channels, channels, kernel, padding=kernel // 2, bias=False, **norm)
-    module.init_weights()
-    return setting.put(module)
+    centred = norm.get('conv_cfg') is not None
+    conv = (CenConv2d if centred else nn.Conv2d)(
+        channels, channels, kernel, padding=kernel // 2, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
+    parts: Dict[str, nn.Module] = OrderedDict(conv=conv)
+    if norm['norm_cfg'] is not None:
+        settings = dict(norm['norm_cfg'])
+        kind = settings.pop('type')
+        settings['num_channels' if kind == 'GN' else 'num_features'] = channels
+        parts['norm'] = (_STOCK.get(kind) or MODELS.get(kind))(**settings)
+    parts['relu'] = nn.ReLU(inplace=True)
+    return setting.put(nn.Sequential(parts))
 
 
 def _inputs(block: Block, setting: Setting, count: int = 4) -> List[Tensor]:
@@ -246,7 +257,7 @@ def _infer(module: nn.Module, inputs: List[Tensor], setting: Setting,
     if fold:
         # As trained, BGN normalises each image with its own statistics.
         set_example_weight(module, 0)
-        fuse_norm(module)
+        fuse_norm(module, inputs[0])
     next_input = _in_turn(inputs)
 
     def run() -> None:

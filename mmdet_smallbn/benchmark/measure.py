@@ -129,6 +129,8 @@ def launches(run: Run, device: torch.device) -> int:
         kinds.append(ProfilerActivity.CUDA)
     with profile(activities=kinds) as record:
         run()
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
     events = record.events()
     if device.type == 'cuda':
         return sum(

@@ -16,6 +16,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.runner import Runner
 from rich.console import Console
 
+from ..benchmark.contests import processor
 from ..data.coco_folder import CocoSplit, find_coco_split
 from ..data.shapes_coco import make_shapes_coco
 from ..errors import SetupError, one_line_errors
@@ -23,7 +24,6 @@ from ..layers import check_positive_int
 from ..pictures import (Objects, coco_objects, quiet_coco, save_curves,
                         save_detections)
 from ..tables import show
-from .benchmark import processor
 from .demo_config import (put_on_shapes, stretch, use_images, use_norm,
                           use_size)
 from .demo_results import (batch_norm_note, norms_in, read_results, record,

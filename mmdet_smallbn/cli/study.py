@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.progress import (BarColumn, MofNCompleteColumn, Progress,
                            TextColumn, TimeRemainingColumn)
 
+from ..benchmark.contests import processor
 from ..errors import check_known, one_line_errors
 from ..files import write_runs
 from ..pictures import save_lines
 from ..study.regimes import EXAMPLE_WEIGHTS, REGIMES, asked, run
 from ..study.settings import ABLATIONS, SETTINGS
 from ..tables import as_sections, show, spread
-from .benchmark import processor
 
 # Settings, and images of a batch that is normalised, in an order in which
 # early results say most. What is the same at any number of images trains at

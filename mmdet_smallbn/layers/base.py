@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..functional import (Moments, Processes, batch_moments, normalize,
                           run_eagerly)
-from .checks import check_count, check_input, name_of
+from .checks import check_count, check_input, check_no_capture, name_of
 from .forward_pass import ForwardPass, current_pass
 from .recomputation import FirstPasses
 from .running_norm import RunningNorm
@@ -108,12 +108,15 @@ class SmallBatchNorm(RunningNorm):
         self._last_iteration = iteration
         self._call = 0
 
-    def check_calls(self) -> None:
+    def check_calls(self, x: Tensor) -> None:
         """For norms whose calls in an iteration have statistics each.
 
         Raises:
-            RuntimeError: If there are too many to be of one iteration.
+            RuntimeError: If there are too many to be of one iteration, or if
+                a CUDA graph is being captured.
         """
+        if self.uses_past():
+            check_no_capture(self, x)
         if self._call == 1 and not self._warned_of_calls:
             self._warned_of_calls = True
             warnings.warn(

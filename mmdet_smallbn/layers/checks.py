@@ -78,6 +78,16 @@ def check_input(layer: nn.Module, x: Tensor) -> None:
             'built for')
 
 
+def check_no_capture(layer: nn.Module, x: Tensor) -> None:
+    """Refuse a CUDA graph, which would repeat one iteration's bookkeeping."""
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f'{name_of(layer)} cannot be captured in a CUDA graph in '
+            'training: it stores each iteration in another place, and a graph '
+            'would always use the same one. Train without the graph, or use '
+            'BRN, BGN or GhostBN')
+
+
 def check_count(layer: nn.Module, count: Any) -> None:
     """Refuse one value a channel, of which there is no variance."""
     if isinstance(count, int) and count == 1:

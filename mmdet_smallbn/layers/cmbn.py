@@ -117,7 +117,7 @@ class CmBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
 
     def count_call(self, x: Tensor) -> None:
         super().count_call(x)
-        self.check_calls()
+        self.check_calls(x)
 
 
 class StepMoments:

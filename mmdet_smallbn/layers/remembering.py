@@ -151,7 +151,7 @@ class RememberingNorm(SmallBatchNorm):
         super().count_call(x)
         if self.iteration is None:
             self._watch_for_levels(x)
-        self.check_calls()
+        self.check_calls(x)
 
     def _watch_for_levels(self, x: Tensor) -> None:
         """Warn of levels of a pyramid that pose as iterations.

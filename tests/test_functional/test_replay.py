@@ -14,6 +14,7 @@ from mmdet_smallbn.functional import (ConvCall, Filters, Loan, Memory,
                                       follow_filters, mix_moments, normalize,
                                       pool, replay)
 from mmdet_smallbn.functional.positions import _TURNS
+from tests.device import device_type, seeded
 
 
 def _call(x, weight, bias=None, groups=1, **kwargs):
@@ -97,7 +98,7 @@ def test_mean_is_exact_at_any_weight_and_variance_is_clamped():
 def test_autocast_does_not_coarsen_the_products():
     call = _call(torch.randn(2, 8, 6, 6), torch.randn(8, 8, 3, 3))
     plain = _at_weight(call, call.filters.weight * 1.001)
-    with torch.autocast('cpu', torch.bfloat16):
+    with torch.autocast(device_type(), torch.bfloat16):
         memory, _ = _remembered([call])
         assert memory.outputs.dtype == torch.float32
         cast = _at_weight(call, call.filters.weight * 1.001)
@@ -200,7 +201,7 @@ def _gradient(calls, filters, positions):
     live = filters.rows.clone().requires_grad_()
     own, = follow_filters(memory, past, pool(past), [len(live)], [live],
                           [Loan(patches)])
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     x, factor = torch.randn(
         (2, 3, len(live), 4, 4), generator=generator, dtype=live.dtype)
     mean, var = mix_moments(own.moments, torch.stack(batch_moments(x)[:2]),

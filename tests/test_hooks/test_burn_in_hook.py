@@ -9,7 +9,6 @@ from torch import nn
 
 from mmdet_smallbn import (BRN, CBN, MABN, BatchGroupNorm, BurnInHook,
                            NaiveCBN)
-from mmdet_smallbn.cli.checkpoints import register_checkpoint_loader
 from mmdet_smallbn.errors import SetupError
 from tests.toy import Images, LossScale, Toy, read_log, toy_runner
 
@@ -73,7 +72,6 @@ def test_by_iteration_and_prefix(tmp_path):
 
 @pytest.mark.parametrize('by_epoch', [True, False])
 def test_resume_continues_where_it_was(tmp_path, by_epoch):
-    register_checkpoint_loader()
     hook = (
         dict(type='BurnInHook', epochs=2)
         if by_epoch else dict(type='BurnInHook', iters=4))
@@ -119,7 +117,6 @@ KINDS = {
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, kind, save):
     """To the last bit of the losses, weights and buffers."""
-    register_checkpoint_loader()
     norm, remembers = KINDS[kind]
     hooks = [] if kind == 'BGN' else [
         dict(type='BurnInHook', iters=2, save_states=save)
@@ -149,7 +146,6 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, kind, save):
 
 
 def test_what_does_not_fit_fills_anew(tmp_path):
-    register_checkpoint_loader()
     hooks = [dict(type='BurnInHook', epochs=0)]
     toy_runner(tmp_path, hooks).train()
     runner = toy_runner(
@@ -168,7 +164,6 @@ def test_what_does_not_fit_fills_anew(tmp_path):
 
 
 def test_states_in_a_checkpoint_load_safely_and_fine_tuning_forgets(tmp_path):
-    register_checkpoint_loader()
     hooks = [dict(type='BurnInHook', epochs=0)]
     runner = toy_runner(tmp_path, hooks)
     runner.train()
@@ -206,7 +201,6 @@ def test_states_in_the_format_of_an_older_version_are_refused(tmp_path):
         state.pop('version')
         state['state'] = dict(filled=4)
     torch.save(checkpoint, path)
-    register_checkpoint_loader()
     runner = toy_runner(
         tmp_path,
         hooks,

@@ -5,7 +5,6 @@ from mmengine.hooks import Hook
 from torch import nn
 
 from mmdet_smallbn import CBN, MABN, FreezeStatisticsHook
-from mmdet_smallbn.cli.checkpoints import register_checkpoint_loader
 from mmdet_smallbn.errors import SetupError
 from tests.toy import Toy, read_log, toy_runner
 
@@ -51,7 +50,6 @@ def test_an_epoch_does_not_wake_them(tmp_path):
 
 
 def test_a_resumed_training_is_the_uninterrupted_one(tmp_path):
-    register_checkpoint_loader()
     hook = [dict(type='FreezeStatisticsHook', iters=2)]
     whole, resumed = Toy(), Toy()
     toy_runner(tmp_path, hook, whole, False).train()

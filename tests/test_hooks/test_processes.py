@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from mmdet.engine.hooks.sync_norm_hook import SyncNormHook
 from mmengine.hooks import Hook, SyncBuffersHook
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
@@ -18,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from mmdet_smallbn import (BRN, CBN, MABN, BatchGroupNorm, BurnInHook, CmBN,
                            GhostBN, NaiveCBN)
-from mmdet_smallbn.cli.checkpoints import register_checkpoint_loader
+from tests.device import device_type, seeded
 from tests.toy import Toy, toy_runner
 
 NORMS = {
@@ -50,7 +49,10 @@ SETUPS = {
 }
 if hasattr(fsdp, 'fully_shard'):
     SETUPS['shards of blocks'] = dict()
-SYNC_HOOKS = {'SyncBuffersHook': SyncBuffersHook, 'SyncNormHook': SyncNormHook}
+SYNC_HOOKS = {
+    'SyncBuffersHook': SyncBuffersHook,
+    'SyncNormHook': pytest.importorskip('mmdet.engine.hooks').SyncNormHook
+}
 LR = 0.1
 CASES = [(norm, sync) for norm in NORMS for sync in (False, True)]
 
@@ -79,7 +81,7 @@ def _norms(model):
 
 
 def _examples(rank, step, n=2):
-    generator = torch.Generator().manual_seed(2 * step + rank)
+    generator = seeded(2 * step + rank)
     x = torch.randn((n, 3, 8, 8), generator=generator, dtype=torch.float64)
     return (rank + 1) * x + rank
 
@@ -108,7 +110,7 @@ def _record(model, losses=()):
 
 
 def _sharded(model):
-    mesh = init_device_mesh('cpu', (2, ))
+    mesh = init_device_mesh(device_type(), (2, ))
     for part in (model.backbone, model.head, model):
         fsdp.fully_shard(part, mesh=mesh)
     return model
@@ -248,10 +250,10 @@ def _results_of(rank, norm, sync, folder):
         yield hook, _before_and_after(rank, norm, sync, hook)
 
 
-def _work(rank, folder):
+def _work(rank, folder, device):
+    torch.set_default_device(device)
     os.environ['LOCAL_RANK'] = str(rank)
     torch.set_num_threads(1)
-    register_checkpoint_loader()
     dist.init_process_group(
         'gloo',
         init_method=f'file://{folder}/store',
@@ -272,7 +274,7 @@ def _work(rank, folder):
 @pytest.fixture(scope='module')
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp('processes')
-    mp.spawn(_work, (folder, ), nprocs=2)
+    mp.spawn(_work, (folder, torch.get_default_device()), nprocs=2)
     return [torch.load(folder / f'{rank}.pth') for rank in range(2)]
 
 

@@ -7,7 +7,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mmdet_smallbn import MABN, StatisticsHook
-from mmdet_smallbn.cli import plot_statistics
 from mmdet_smallbn.errors import SetupError
 from mmdet_smallbn.pictures import draw_statistics
 from tests.toy import Images, LossScale, Toy, read_log, toy_runner
@@ -207,6 +206,12 @@ def test_the_layers_are_left_alone_after_training(tmp_path):
     assert not model.head[1].weight._backward_hooks
 
 
+@pytest.fixture
+def plot_statistics():
+    return pytest.importorskip(
+        'mmdet_smallbn.cli.plot_statistics', exc_type=ImportError)
+
+
 def _record_mabn(tmp_path):
     _run(
         tmp_path,
@@ -217,7 +222,7 @@ def _record_mabn(tmp_path):
     return path
 
 
-def test_the_figure_is_drawn(tmp_path, capsys):
+def test_the_figure_is_drawn(tmp_path, plot_statistics, capsys):
     path = _record_mabn(tmp_path)
     plot_statistics.main([str(path), '--layers', 'head.1'])
     picture = path.with_suffix('.png')
@@ -225,7 +230,7 @@ def test_the_figure_is_drawn(tmp_path, capsys):
     assert picture.read_bytes().startswith(b'\x89PNG')
 
 
-def test_the_figure_has_the_recorded_lines(tmp_path):
+def test_the_figure_has_the_recorded_lines(tmp_path, plot_statistics):
     path = _record_mabn(tmp_path)
     rows = plot_statistics.read_rows([str(path)])
     figure = draw_statistics(rows, ['head.1'])
@@ -241,7 +246,7 @@ def test_the_figure_has_the_recorded_lines(tmp_path):
     ]
 
 
-def test_a_resumed_runs_files_are_one(tmp_path):
+def test_a_resumed_runs_files_are_one(tmp_path, plot_statistics):
     """And a line that was cut off is none."""
     first, second = tmp_path / 'a.jsonl', tmp_path / 'b.jsonl'
 
@@ -262,7 +267,8 @@ def test_a_resumed_runs_files_are_one(tmp_path):
     (['nothing.jsonl'], 'no file nothing.jsonl'),
     (['README.md'], 'README.md holds no records'),
 ])
-def test_the_plot_says_what_is_wrong(arguments, message, capsys):
+def test_the_plot_says_what_is_wrong(arguments, message, plot_statistics,
+                                     capsys):
     with pytest.raises(SystemExit):
         plot_statistics.main(arguments)
     assert message in capsys.readouterr().err

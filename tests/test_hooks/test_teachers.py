@@ -5,9 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from mmdet.engine.hooks import MeanTeacherHook
-from mmdet.registry import MODELS
-from mmdet.testing import demo_mm_inputs
 from mmengine.hooks import Hook
 from mmengine.hub import get_config
 from mmengine.model import BaseModel
@@ -18,6 +15,10 @@ from mmdet_smallbn import CBN, BatchGroupNorm
 from mmdet_smallbn.errors import SetupError
 from mmdet_smallbn.layers import SmallBatchNorm
 from tests.toy import Toy, read_log, toy_runner
+
+MeanTeacherHook = pytest.importorskip('mmdet.engine.hooks').MeanTeacherHook
+MODELS = pytest.importorskip('mmdet.registry').MODELS
+demo_mm_inputs = pytest.importorskip('mmdet.testing').demo_mm_inputs
 
 BRANCHES = ('sup', 'unsup_teacher', 'unsup_student')
 

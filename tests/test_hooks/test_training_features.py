@@ -14,7 +14,6 @@ from torch import nn
 
 from mmdet_smallbn import (BRN, CBN, MABN, BatchGroupNorm, CmBN, GhostBN,
                            NaiveCBN)
-from mmdet_smallbn.cli.checkpoints import register_checkpoint_loader
 from tests.toy import LossScale, Toy, read_log, toy_runner
 
 NORMS = {
@@ -174,7 +173,6 @@ class Began(Hook):
 def test_an_average_may_begin_or_end_with_a_resume(tmp_path, name,
                                                    resumed_with):
     """Without it, mmengine goes on from the average, and the norms anew."""
-    register_checkpoint_loader()
     model = Toy(NORMS[name])
     ema = dict(type='EMAHook', momentum=0.1)
     whole = _train(tmp_path / 'whole', copy.deepcopy(model), _hooks(name))
@@ -247,7 +245,6 @@ def test_parts_of_an_accumulated_batch_are_one_batch(tmp_path, norm, hook):
 @pytest.mark.filterwarnings('ignore:.*was given the statistics')
 def test_fine_tuning_from_a_stock_checkpoint(tmp_path, name, capsys):
     """Everything is found, and the log has no word on keys."""
-    register_checkpoint_loader()
     _train(tmp_path / 'stock', Toy(nn.BatchNorm2d))
     capsys.readouterr()
     runner = toy_runner(
@@ -274,7 +271,6 @@ def test_buffers_of_another_length_are_named(tmp_path, capsys):
     model = Toy()
     with pytest.raises(RuntimeError, match=r'head.1.running_var.*\[5\].*\[4'):
         model.load_state_dict(state)
-    register_checkpoint_loader()
     torch.save(dict(state_dict=state), tmp_path / 'other.pth')
     runner = toy_runner(
         tmp_path, [dict(type='BurnInHook', iters=1)],

@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-from mmcv.cnn import ConvModule, build_norm_layer, is_norm
 from mmengine.analysis import get_model_complexity_info
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
@@ -17,7 +16,9 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import checkpoint
 
 from mmdet_smallbn.functional import fold_groups
-from mmdet_smallbn.layers import CenConv2d, SmallBatchNorm, remember_calls
+from mmdet_smallbn.layers import (CenConv2d, SmallBatchNorm, TrainingLoop,
+                                  remember_calls)
+from tests.device import device_type
 
 NORMS = sorted(name for name, cls in MODELS.module_dict.items()
                if inspect.isclass(cls) and issubclass(cls, SmallBatchNorm))
@@ -36,9 +37,13 @@ def _cfg(name, **kwargs):
     return dict(type=name, **SETTINGS.get(name, {}), **kwargs)
 
 
+def _build(name, **kwargs):
+    return MODELS.build(_cfg(name, num_features=6, **kwargs))
+
+
 @pytest.fixture(params=NORMS)
 def norm(request):
-    layer = build_norm_layer(_cfg(request.param), 6)[1]
+    layer = _build(request.param)
     layer.registered_as = request.param
     return layer
 
@@ -62,11 +67,12 @@ def test_the_norms_are_registered():
 @pytest.mark.parametrize('scope', ['mmengine', 'mmdet', 'mmcv'])
 @pytest.mark.parametrize('name', NORMS)
 def test_built_in_every_scope_under_batch_norms_name(name, scope):
+    cnn = pytest.importorskip('mmcv.cnn')
     with DefaultScope.overwrite_default_scope(scope):
-        key, layer = build_norm_layer(
+        key, layer = cnn.build_norm_layer(
             _cfg(name, requires_grad=False), 6, postfix=1)
     assert key == 'bn1'  # so that pretrained weights load
-    assert isinstance(layer, nn.BatchNorm2d) and is_norm(layer)
+    assert isinstance(layer, nn.BatchNorm2d) and cnn.is_norm(layer)
     # ConstantInit looks there.
     assert {_BatchNorm, nn.BatchNorm2d} <= set(type(layer).__bases__)
     assert not any(p.requires_grad for p in layer.parameters())
@@ -261,7 +267,7 @@ def test_evaluation_in_autocast(norm):
     x = torch.randn(2, 3, 6, 6)
     with torch.no_grad():
         wanted = norm(conv(x))
-        with torch.autocast('cpu', torch.bfloat16):
+        with torch.autocast(device_type(), torch.bfloat16):
             out = norm(conv(x))
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), wanted, rtol=0.05, atol=0.05)
@@ -534,7 +540,7 @@ def test_no_value_is_asked_for(norm):
     """Nothing waits for the device: the tensors here have no values."""
     with FakeTensorMode():
         conv = nn.Conv2d(3, 6, 3)
-        layer = build_norm_layer(_cfg(norm.registered_as), 6)[1]
+        layer = _build(norm.registered_as)
         x = torch.randn(4, 3, 66, 66).requires_grad_()
         for _ in range(3):
             layer(conv(x)).sum().backward()
@@ -542,6 +548,94 @@ def test_no_value_is_asked_for(norm):
     # What was made there is not taken for the truth here.
     conv = nn.Conv2d(3, 6, 3)
     assert norm(conv(torch.randn(4, 3, 66, 66))).isfinite().all()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_every_tensor_is_made_where_the_input_is(norm, dtype):
+    """In training and evaluation, where the default device is another one."""
+    conv = nn.Conv2d(3, 6, 3)
+    loop = TrainingLoop({'norm': norm})
+    x = torch.randn(4, 3, 9, 9).requires_grad_()
+    with torch.device('meta'), torch.autocast(
+            x.device.type, dtype, enabled=dtype != torch.float32):
+        for iteration in range(3):
+            loop.begin(iteration)
+            norm(conv(x)).sum().backward()
+            loop.end()
+        for weight in (0., 0.5):
+            norm.eval().example_weight = weight
+            assert norm(conv(x)).device == x.device
+    for held in (x.grad, *norm.buffers(), *_tensors(norm)):
+        assert held.device.type in (x.device.type, 'cpu')
+        assert held.isfinite().all()
+
+
+def _only_on_cuda():
+    if device_type() != 'cuda':
+        pytest.skip('of CUDA: --device cuda')
+
+
+def test_the_host_waits_for_nothing(norm):
+    """In a training step, with a hook's work, and in evaluation."""
+    _only_on_cuda()
+    conv = nn.Conv2d(3, 6, 3)
+    loop = TrainingLoop({'norm': norm})
+    x = torch.randn(4, 3, 9, 9)
+    for iteration in range(12):
+        if iteration == 6:  # tables of positions are made
+            torch.cuda.set_sync_debug_mode('error')
+        try:
+            loop.begin(iteration)
+            norm(conv(x)).square().sum().backward()
+            loop.end()
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
+    norm.eval()
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        norm(conv(x))
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+
+
+# Their training forward is the same from step to step.
+CAPTURED = {'BGN', 'BRN', 'GhostBN'}
+
+
+def test_a_cuda_graph_replays_a_step_or_the_capture_is_refused(norm):
+    _only_on_cuda()
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), norm)
+    plain = copy.deepcopy(model)
+    x, grad = torch.randn(4, 3, 9, 9), torch.randn(4, 6, 7, 7)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for each in (model, plain):
+            for _ in range(3):
+                each(x).backward(grad)
+    torch.cuda.current_stream().wait_stream(side)
+    for each in (model, plain):
+        each.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    if norm.registered_as not in CAPTURED:
+        with pytest.raises(RuntimeError, match='CUDA graph'):
+            with torch.cuda.graph(graph):
+                model(x)
+        return
+    with torch.cuda.graph(graph):
+        out = model(x)
+        out.backward(grad)
+    for _ in range(3):
+        x.normal_()
+        graph.replay()
+        plain.zero_grad()
+        expected = plain(x)
+        expected.backward(grad)
+        torch.testing.assert_close(out, expected)
+        for a, b in zip(model.parameters(), plain.parameters()):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+    for a, b in zip(model.buffers(), plain.buffers()):
+        torch.testing.assert_close(a, b)
 
 
 def test_memory_does_not_grow(norm):
@@ -592,7 +686,7 @@ def test_output_keeps_the_dtype(norm, dtype):
 def test_autocast(norm):
     conv = nn.Conv2d(3, 6, 3)
     for _ in range(3):
-        with torch.autocast('cpu', torch.bfloat16):
+        with torch.autocast(device_type(), torch.bfloat16):
             out = norm(conv(torch.randn(2, 3, 6, 6)))
         assert out.dtype == torch.bfloat16
         out.float().square().sum().backward()
@@ -652,7 +746,7 @@ def test_wrong_inputs_are_named(norm):
 
 
 def test_in_mmcvs_conv_module(norm):
-    block = ConvModule(
+    block = pytest.importorskip('mmcv.cnn').ConvModule(
         3, 6, 3, norm_cfg=_cfg(norm.registered_as), bias=False)
     block.init_weights()
     for _ in range(3):

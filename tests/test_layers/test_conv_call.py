@@ -2,8 +2,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from mmcv.cnn import ConvModule, ConvWS2d, build_conv_layer
-from mmcv.ops import DeformConv2dPack, ModulatedDeformConv2dPack
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -12,6 +10,11 @@ from mmdet_smallbn.layers import CBN, MABN, CenConv2d, NaiveCBN
 from mmdet_smallbn.layers.conv_call import (FROZEN, UNKNOWN, find_producer,
                                             remember_calls)
 from mmdet_smallbn.layers.forward_pass import ForwardPass, current_pass
+from tests.device import device_type
+
+
+def _mmcv(part):
+    return pytest.importorskip(f'mmcv.{part}')
 
 
 def _find_producer(x):
@@ -30,7 +33,7 @@ def _frozen(conv):
 FOLLOWED = {
     'plain': lambda x: nn.Conv2d(4, 4, 3)(x),
     'biased by groups': lambda x: nn.Conv2d(4, 4, 3, groups=2, bias=True)(x),
-    'standardised': lambda x: ConvWS2d(4, 4, 3)(x),
+    'standardised': lambda x: _mmcv('cnn').ConvWS2d(4, 4, 3)(x),
     'spectral': lambda x: nn.utils.parametrizations.spectral_norm(
         nn.Conv2d(4, 4, 3))(x),
     'reflect': lambda x: nn.Conv2d(
@@ -38,8 +41,9 @@ FOLLOWED = {
     'same': lambda x: nn.Conv2d(4, 4, 2, padding='same')(x),
     'transposed by groups': lambda x: nn.ConvTranspose2d(
         4, 6, 3, stride=2, output_padding=1, groups=2)(x),
-    'deformable': lambda x: DeformConv2dPack(4, 4, 3)(x),
-    'modulated': lambda x: ModulatedDeformConv2dPack(4, 4, 3)(x),
+    'deformable': lambda x: _mmcv('ops').DeformConv2dPack(4, 4, 3)(x),
+    'modulated': lambda x: _mmcv('ops').ModulatedDeformConv2dPack(
+        4, 4, 3)(x),
 }
 NOT_FOLLOWED = {
     'sum': lambda x: nn.Conv2d(4, 4, 1)(x) + x,
@@ -113,7 +117,7 @@ def test_a_bias_alone_may_move():
 
 def test_autocast_hides_no_parameter():
     conv = nn.Conv2d(4, 4, 1)
-    with torch.autocast('cpu', torch.bfloat16):
+    with torch.autocast(device_type(), torch.bfloat16):
         call = _find_producer(conv(_x())).call
     assert call.filters.weight is conv.weight
     assert call.filters.are_parameters
@@ -154,8 +158,9 @@ REMEMBERED = {
     'same, not symmetric': lambda: nn.Conv2d(4, 4, 4, padding='same'),
     'centred': lambda: CenConv2d(4, 4, 3),
     'transposed': lambda: nn.ConvTranspose2d(4, 6, 4, stride=2, groups=2),
-    "mmcv's": lambda: build_conv_layer(dict(type='Conv'), 4, 6, 3),
-    "mmcv's transposed": lambda: build_conv_layer(
+    "mmcv's": lambda: _mmcv('cnn').build_conv_layer(
+        dict(type='Conv'), 4, 6, 3),
+    "mmcv's transposed": lambda: _mmcv('cnn').build_conv_layer(
         dict(type='deconv'), 4, 6, 4, stride=2),
     'frozen weight': lambda: nn.Conv2d(4, 4, 3).requires_grad_(False),
 }
@@ -174,7 +179,7 @@ def test_what_the_graph_tells_is_remembered(name, use_reentrant, dtype):
         told.append(_find_producer(x))
         return x
 
-    with torch.autocast('cpu', dtype, enabled=dtype is torch.bfloat16):
+    with torch.autocast(device_type(), dtype, enabled=dtype is torch.bfloat16):
         block(x)
         checkpoint(block, x, use_reentrant=use_reentrant)
         handles = remember_calls(nn.Sequential(conv, CBN(conv.out_channels)))
@@ -198,7 +203,7 @@ def test_what_the_graph_tells_is_remembered(name, use_reentrant, dtype):
 
 
 OF_THEIR_OWN = {
-    'standardised': lambda: ConvWS2d(4, 4, 3),
+    'standardised': lambda: _mmcv('cnn').ConvWS2d(4, 4, 3),
     'weight norm': lambda: nn.utils.parametrizations.weight_norm(
         nn.Conv2d(4, 4, 3, bias=False)),
     'spectral norm': lambda: nn.utils.spectral_norm(
@@ -245,6 +250,7 @@ def test_what_works_on_the_output_ends_what_was_remembered(change):
 
 def test_only_what_cbn_may_follow_is_remembered():
     """A hook on a convolution parts the graphs of torch.compile."""
+    block = _mmcv('cnn').ConvModule
 
     def conv():
         return nn.Conv2d(4, 4, 1)
@@ -256,8 +262,8 @@ def test_only_what_cbn_may_follow_is_remembered():
                          (nn.Sequential(conv(), NaiveCBN(4)), 0),
                          (nn.Sequential(conv(), CBN(4)), 1),
                          (nn.ModuleList(
-                             [ConvModule(4, 4, 1, norm_cfg=dict(type='CBN')),
-                              ConvModule(4, 4, 1, norm_cfg=dict(type='BN')),
+                             [block(4, 4, 1, norm_cfg=dict(type='CBN')),
+                              block(4, 4, 1, norm_cfg=dict(type='BN')),
                               conv()]), 1), (lists, 2)):
         assert len(remember_calls(model)) == count
 

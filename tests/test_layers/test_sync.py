@@ -11,6 +11,7 @@ from mmdet_smallbn import (BRN, CBN, MABN, BatchGroupNorm, CmBN, GhostBN,
                            NaiveCBN, calibrate_group_norms, functional)
 from mmdet_smallbn.functional.sync import ExampleGroups
 from mmdet_smallbn.layers import TrainingLoop, norms_of
+from tests.device import device_type, seeded
 from tests.reference import relative_error
 
 # Examples of each process in each step: unequal, and none at all.
@@ -53,7 +54,7 @@ def _model(case):
 
 
 def _batches():
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     for step, parts in enumerate(PARTS):
         shape = (sum(parts), 3, 5 + step % 2, 4)
         x = torch.randn(shape, generator=generator, dtype=torch.float64) + 1
@@ -91,14 +92,14 @@ def _train(case, rank=None):
 
 def _bfloat16():
     """Features whose mean is large against their deviation."""
-    generator = torch.Generator().manual_seed(2)
+    generator = seeded(2)
     return (torch.randn((3, 8, 6, 6), generator=generator) + 20).bfloat16()
 
 
 def _in_autocast(case, x):
     cls, settings, _ = CASES[case]
     norm = cls(8, sync=True, **settings)
-    with torch.autocast('cpu', torch.bfloat16):
+    with torch.autocast(device_type(), torch.bfloat16):
         return norm(x)
 
 
@@ -125,7 +126,7 @@ def _many_beside_few(rank, prepared):
         nn.Conv2d(3, 4, 1), CBN(4, **norm), nn.Conv2d(4, 6, 2, 2),
         CBN(6, **norm)).double()
     loop = TrainingLoop(norms_of(model)) if prepared else None
-    generator = torch.Generator().manual_seed(rank)
+    generator = seeded(rank)
     means = []
     for iteration in range(5):
         shape = ((100, 5)[rank], 3, 4, 4)
@@ -140,7 +141,8 @@ def _many_beside_few(rank, prepared):
     return torch.stack(means)
 
 
-def _work(rank, folder):
+def _work(rank, folder, device):
+    torch.set_default_device(device)
     dist.init_process_group(
         'gloo',
         init_method=f'file://{folder}/store',
@@ -164,7 +166,7 @@ def _work(rank, folder):
 @pytest.fixture(scope='module')
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp('sync')
-    mp.spawn(_work, (folder, ), nprocs=2)
+    mp.spawn(_work, (folder, torch.get_default_device()), nprocs=2)
     return [torch.load(folder / f'{rank}.pth') for rank in range(2)]
 
 

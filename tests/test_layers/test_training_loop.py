@@ -13,6 +13,7 @@ from mmdet_smallbn import (BRN, CBN, MABN, CenConv2d, CmBN, GhostBN,
 from mmdet_smallbn.functional import ConvCall, Processes
 from mmdet_smallbn.layers import (SmallBatchNorm, TrainingLoop,
                                   remember_calls)
+from tests.device import device_type
 
 
 class Network(nn.Module):
@@ -180,7 +181,7 @@ def test_running_statistics_are_mended(name, dtype):
             x.data[0, 1, 0, 0] = torch.inf
             before = norm.running_var.clone()
         loop.begin(iteration)
-        with torch.autocast('cpu', torch.bfloat16, enabled=False):
+        with torch.autocast(device_type(), torch.bfloat16, enabled=False):
             norm(x * 1)
             stock(x)
         loop.end()

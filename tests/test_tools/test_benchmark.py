@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from mmdet_smallbn.benchmark import cases
+from mmdet_smallbn.benchmark import cases, contests
 from mmdet_smallbn.benchmark.measure import (interleave, launches,
                                              peak_memory, ratio)
 from mmdet_smallbn.cli import benchmark, statistics_error
@@ -60,7 +60,7 @@ def test_views_are_no_launches():
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(
-        benchmark, 'BLOCKS', {
+        contests, 'BLOCKS', {
             'backbone, 2x64x64x64, 3x3': cases.Block((2, 32, 16, 16), 3),
             'RoI head': cases.Block((4, 32, 7, 7), 3)
         })
@@ -120,7 +120,7 @@ def test_what_is_unknown_is_said(capsys):
 def test_a_detectors_step_is_measured(tmp_path):
     """A smaller one."""
     norm = cases.NORMS['CBN, window 4']
-    config = benchmark._CONFIGS / cases.DETECTORS['Mask R-CNN']
+    config = contests.CONFIGS / cases.DETECTORS['Mask R-CNN']
     step = cases.train_detector(
         str(config), 'all', norm, cases.Setting(), 1, (64, 64), 4)
     for _ in range(2):

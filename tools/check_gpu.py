@@ -1,0 +1,11 @@
+"""Whether the norms work on this GPU, and what they cost; see --help."""
+import sys
+from pathlib import Path
+
+# A script's own folder is on the path, a checkout's root is not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mmdet_smallbn.benchmark.check_gpu import main  # noqa: E402
+
+if __name__ == '__main__':
+    main()
