@@ -90,8 +90,10 @@ def _backward_uncentred(ctx, grad, x, mean, var, weight):
     if x.numel() == 0:
         dx, dweight, dbias = grad, torch.zeros_like(var), torch.zeros_like(var)
     else:
+        # What training would have saved: CUDA's kernel wants to be given it.
+        nothing = mean.new_empty(0)
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, var, None, None, False, ctx.eps,
+            grad, x, weight, mean, var, nothing, nothing, False, ctx.eps,
             [True, True, ctx.needs_input_grad[4]])
     per_value = x.size(1) / max(x.numel(), 1)
     _, mean_gz = ctx.gradient(

@@ -63,7 +63,7 @@ def restore_history(checkpoint: dict) -> None:
         return
     for name, buffer in checkpoint.get(_HISTORY, {}).items():
         checkpoint['message_hub']['log_scalars'][name] = HistoryBuffer(
-            buffer['values'].numpy(), buffer['counts'].numpy(),
+            buffer['values'].cpu().numpy(), buffer['counts'].cpu().numpy(),
             buffer['max_length'])
 
 

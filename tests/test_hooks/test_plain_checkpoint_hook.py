@@ -54,7 +54,8 @@ def test_numbers_of_numpy_become_plain_and_the_rest_stays():
     assert checkpoint['state_dict'] is state
     assert type(checkpoint['meta']['a'][0]) is int
     assert type(checkpoint['message_hub']['runtime_info']['best']) is float
-    torch.testing.assert_close(checkpoint['meta']['b'], torch.arange(3))
+    torch.testing.assert_close(checkpoint['meta']['b'],
+                               torch.arange(3, device='cpu'))
     restore_history(checkpoint)
     buffer = checkpoint['message_hub']['log_scalars']['loss']
     assert buffer.max_length == 7

@@ -14,6 +14,7 @@ from torch import nn
 
 from mmdet_smallbn import (BRN, CBN, MABN, BatchGroupNorm, CmBN, GhostBN,
                            NaiveCBN)
+from tests.device import device_type
 from tests.toy import LossScale, Toy, read_log, toy_runner
 
 NORMS = {
@@ -97,6 +98,28 @@ def test_an_overflow_costs_one_step(tmp_path, name):
         for block in (model.backbone, model.head):
             assert block[1].states[0].backward.mean().isfinite().all()
     assert _finite(model)
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+@pytest.mark.parametrize('name', NORMS)
+def test_mixed_precision_is_near_float32(tmp_path, name, dtype):
+    """By mmengine's AmpOptimWrapper."""
+    if device_type() != 'cuda':
+        pytest.skip('of CUDA: --device cuda')
+    scale = dict(loss_scale=dict(init_scale=2.**9), dtype=dtype)
+    models = []
+    for wrapper in (dict(), dict(type='AmpOptimWrapper', **scale)):
+        torch.manual_seed(0)
+        models.append(Toy(NORMS[name]))
+        _train(
+            tmp_path / str(len(models)),
+            models[-1],
+            _hooks(name),
+            optim_wrapper=dict(
+                optimizer=dict(type='SGD', lr=0.01), **wrapper))
+        assert _finite(models[-1])
+    for a, b in zip(*(model.parameters() for model in models)):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.01)
 
 
 class Weights(Hook):
@@ -253,7 +276,10 @@ def test_fine_tuning_from_a_stock_checkpoint(tmp_path, name, capsys):
         Toy(NORMS[name]),
         load_from=str(tmp_path / 'stock/epoch_4.pth'))
     runner.load_or_resume()
-    stock = torch.load(tmp_path / 'stock/epoch_4.pth', weights_only=False)
+    stock = torch.load(
+        tmp_path / 'stock/epoch_4.pth',
+        torch.get_default_device(),
+        weights_only=True)
     for key, value in runner.model.state_dict().items():
         if name != 'MABN' or 'running' not in key:
             assert torch.equal(value, stock['state_dict'][key]), key

@@ -639,8 +639,9 @@ def test_an_overflowing_batch_is_what_batch_norm_makes_of_it(
     for factor in (1., 1., 1., scale):
         x = conv(torch.randn(2, 3, 8, 8) * factor)
         out = layer(x)
-    torch.testing.assert_close(
-        out, stock(x), rtol=0, atol=0, equal_nan=True)
+    with torch.backends.cudnn.flags(enabled=False):  # whose moments overflow
+        expected = stock(x)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
     out = layer(conv(torch.randn(2, 3, 8, 8)))
     assert out.isfinite().all()
     out.square().sum().backward()

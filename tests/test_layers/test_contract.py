@@ -667,12 +667,18 @@ def test_an_empty_batch_touches_nothing_and_keeps_the_graph(norm):
 def test_channels_last(norm):
     conv = _trained(norm)
     other = copy.deepcopy(norm)
-    x = torch.randn(2, 3, 5, 5)
+    x, grad = torch.randn(2, 3, 5, 5), torch.randn(2, 6, 5, 5)
     y = conv(x.to(memory_format=torch.channels_last))
     assert y.is_contiguous(memory_format=torch.channels_last)
     out = other(y)
     assert out.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(out, norm(conv(x)), rtol=1e-4, atol=1e-5)
+    expected = norm(conv(x))
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    found = torch.autograd.grad(
+        out, [conv.weight, other.weight],
+        grad.to(memory_format=torch.channels_last))
+    wanted = torch.autograd.grad(expected, [conv.weight, norm.weight], grad)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16,

@@ -97,7 +97,7 @@ def test_what_is_prepared_is_what_a_layer_would_compute(name):
                     model.first.weight.mul_(1.1)
                     model.shared.bias.add_(0.1)
         if iteration == 8:  # the model moves
-            models[1].to('cpu')
+            models[1].to('cpu').to(device_type())
         outs = [_step(model, x, skip=iteration == 5) for model in models]
         loop.end()
         torch.testing.assert_close(*outs, rtol=1e-7, atol=1e-7)
