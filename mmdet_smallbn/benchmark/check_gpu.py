@@ -98,8 +98,9 @@ def run_tests(paths: Sequence[str], device: str,
         except subprocess.TimeoutExpired as error:
             raise SetupError(f'the tests were not done after {seconds:.0f} '
                              's. Give them more: --minutes') from error
-        if not report.exists():
-            said = (ended.stderr or ended.stdout).strip().splitlines()
+        # 0: all passed; 1: some failed.
+        if ended.returncode > 1 or not report.exists():
+            said = (ended.stdout + ended.stderr).strip().splitlines()
             raise SetupError('the tests did not run: '
                              f'{said[-1] if said else "pytest said nothing"}')
         found = read_report(report)
@@ -226,14 +227,19 @@ def page(result: Dict[str, Any]) -> str:
               for one in tests['failed']]
     lines += [f'- skipped, {count}: {reason}'
               for reason, count in tests['skipped'].items()]
+    graphs = {name: one['graph'] for name, one in result['steps'].items()}
     lines += [
         '', '## Waiting, and CUDA graphs', '',
         'How often the host waits for the GPU in a training step of four '
         'blocks, and whether a step can be captured in a CUDA graph.', '',
         as_markdown([['norm', 'waits', 'CUDA graph'],
-                     *([name, str(one['waits']), one['graph']]
-                       for name, one in result['steps'].items())])
+                     *([name, str(one['waits']),
+                        'yes' if graphs[name] == 'yes' else 'no']
+                       for name, one in result['steps'].items())]), ''
     ]
+    reasons = {text.partition(' ')[2]: text for text in graphs.values()
+               if text != 'yes'}
+    lines += [f'- no: {text}' for text in reasons.values()]
     for title, rows in result['costs'].items():
         lines += [
             '', f'## Time of a training step, {title}', '',
@@ -283,9 +289,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                 row for contest in contests(LEVELS, NORMS, setting)
                 for row in measure(*contest, setting, args.rounds)
             ]
-        command = ' '.join(sys.argv[1:] if argv is None else argv)
         result = dict(
-            command=f'python tools/check_gpu.py {command}'.strip(),
+            command='python tools/check_gpu.py '
+            f'--minutes {args.minutes:g} --rounds {args.rounds}',
             machine=machine(),
             seconds=round(time.perf_counter() - begin),
             tests=tests,

@@ -128,9 +128,11 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path, kind, save):
         kwargs = dict(
             resume=True,
             load_from=str(tmp_path / 'epoch_3.pth')) if resumed else {}
+        with torch.device('cpu'):  # MABN with 'ema' diverges for some weights
+            model = Toy(norm)
         runner = toy_runner(
             tmp_path, [*hooks, losses],
-            Toy(norm),
+            model,
             train_cfg=dict(by_epoch=True, max_epochs=6),
             optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.3)),
             randomness=dict(seed=0),
