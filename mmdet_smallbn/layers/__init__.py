@@ -1,6 +1,6 @@
 """The norms. Importing this registers them in mmengine's root registry."""
 from .base import SmallBatchNorm, norms_of
-from .batch_group_norm import BatchGroupNorm, GhostBN
+from .batch_group_norm import BGN, GhostBN
 from .batch_renorm import BRN
 from .calibration import calibrate_group_norms
 from .cbn import CBN, NaiveCBN, suggested_window_size
@@ -16,7 +16,7 @@ from .mabn import MABN
 from .training_loop import TrainingLoop
 
 __all__ = [
-    'BRN', 'BatchGroupNorm', 'CBN', 'CenConv2d', 'CmBN', 'GhostBN', 'MABN',
+    'BGN', 'BRN', 'CBN', 'CenConv2d', 'CmBN', 'GhostBN', 'MABN',
     'NaiveCBN', 'SmallBatchNorm', 'TrainingLoop', 'calibrate_group_norms',
     'check_example_weight',
     'check_positive_int', 'in_backward', 'is_batch_norm', 'is_under',
