@@ -12,12 +12,13 @@ from .doctor import diagnose  # noqa: E402
 from .hooks import (BurnInHook, ExampleWeightHook,  # noqa: E402
                     FreezeStatisticsHook, PlainCheckpointHook,
                     SmallBatchNormHook, StatisticsHook)
-from .layers import (BGN, BRN, CBN, MABN, CenConv2d, CmBN,  # noqa: E402
-                     GhostBN, NaiveCBN, calibrate_group_norms,
-                     set_example_weight, suggested_window_size)
+from .layers import (BGN, BRN, CBN, MABN, CenConv,  # noqa: E402
+                     CenConv2d, CmBN, GhostBN, NaiveCBN,
+                     calibrate_group_norms, set_example_weight,
+                     suggested_window_size)
 
 __all__ = [
-    'BGN', 'BRN', 'BurnInHook', 'CBN', 'CenConv2d', 'CmBN',
+    'BGN', 'BRN', 'BurnInHook', 'CBN', 'CenConv', 'CenConv2d', 'CmBN',
     'ExampleWeightHook', 'FreezeStatisticsHook', 'GhostBN', 'MABN', 'NaiveCBN',
     'PlainCheckpointHook', 'SmallBatchNormHook', 'StatisticsHook',
     '__version__', 'calibrate_group_norms', 'diagnose', 'fuse_norm',
