@@ -65,8 +65,17 @@ class CmBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
         >>> optim_wrapper = dict(accumulative_counts=8)
     """
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self,
+                 num_features: int,
+                 eps: float = 1e-5,
+                 momentum: Optional[float] = 0.1,
+                 affine: bool = True,
+                 track_running_stats: bool = True,
+                 sync: bool = False,
+                 device=None,
+                 dtype=None) -> None:
+        super().__init__(num_features, eps, momentum, affine,
+                         track_running_stats, sync, device, dtype)
         self._parts: List[StepMoments] = []
 
     @property
