@@ -13,7 +13,7 @@ from .hooks import (BurnInHook, ExampleWeightHook,  # noqa: E402
                     FreezeStatisticsHook, PlainCheckpointHook,
                     SmallBatchNormHook, StatisticsHook)
 from .layers import (BGN, BRN, CBN, MABN, CenConv,  # noqa: E402
-                     CenConv2d, CmBN, GhostBN, NaiveCBN,
+                     CenConv2d, CmBN, GhostBN, NaiveCBN, TrainingLoop,
                      calibrate_group_norms, set_example_weight,
                      suggested_window_size)
 
@@ -21,6 +21,6 @@ __all__ = [
     'BGN', 'BRN', 'BurnInHook', 'CBN', 'CenConv', 'CenConv2d', 'CmBN',
     'ExampleWeightHook', 'FreezeStatisticsHook', 'GhostBN', 'MABN', 'NaiveCBN',
     'PlainCheckpointHook', 'SmallBatchNormHook', 'StatisticsHook',
-    '__version__', 'calibrate_group_norms', 'diagnose', 'fuse_norm',
-    'set_example_weight', 'suggested_window_size'
+    'TrainingLoop', '__version__', 'calibrate_group_norms', 'diagnose',
+    'fuse_norm', 'set_example_weight', 'suggested_window_size'
 ]
