@@ -7,6 +7,7 @@ from .version import __version__, check_versions
 
 check_versions()
 
+from .conversion import convert_norms  # noqa: E402
 from .deploy import fuse_norm  # noqa: E402
 from .doctor import diagnose  # noqa: E402
 from .hooks import (BurnInHook, ExampleWeightHook,  # noqa: E402
@@ -21,6 +22,6 @@ __all__ = [
     'BGN', 'BRN', 'BurnInHook', 'CBN', 'CenConv', 'CenConv2d', 'CmBN',
     'ExampleWeightHook', 'FreezeStatisticsHook', 'GhostBN', 'MABN', 'NaiveCBN',
     'PlainCheckpointHook', 'SmallBatchNormHook', 'StatisticsHook',
-    'TrainingLoop', '__version__', 'calibrate_group_norms', 'diagnose',
-    'fuse_norm', 'set_example_weight', 'suggested_window_size'
+    'TrainingLoop', '__version__', 'calibrate_group_norms', 'convert_norms',
+    'diagnose', 'fuse_norm', 'set_example_weight', 'suggested_window_size'
 ]
