@@ -1,5 +1,5 @@
 """The BatchNorms of any model become norms of this package."""
-from typing import (Any, Dict, NamedTuple, Optional, Sequence, Tuple,
+from typing import (Any, Dict, NamedTuple, Optional, Sequence, Set, Tuple,
                     Union)
 
 from mmengine.registry import MODELS
@@ -18,7 +18,7 @@ _GIVEN = ('affine', 'track_running_stats', 'device', 'dtype')
 # nn.BatchNorm2d's default. A norm with another one needs that.
 _MOMENTUM = 0.1
 
-Names = Dict[Optional[str], None]  # in their order
+Names = Set[Optional[str]]
 
 
 class NormConversion(NamedTuple):
@@ -48,11 +48,11 @@ def convert_norms(model: nn.Module,
     """Turn the BatchNorms of a model into a norm of this package, in place.
 
     The modules stay the same objects, and so do their parameters and buffers:
-    an optimizer, an average of the weights or a hook that was there before
-    goes on with them. What else a BatchNorm has stays, too: ``eps``, training
-    or evaluation mode, ``requires_grad``, dtype and device. ``momentum`` stays
-    unless the norm has one of its own by default (MABN, BRN, BGN), or it is
-    given here.
+    an optimizer or a hook that was there before goes on with them. Copies of
+    the model, as of an average of its weights, are not converted. What else a
+    BatchNorm has stays, too: ``eps``, training or evaluation mode,
+    ``requires_grad``, dtype and device. ``momentum`` stays unless the norm has
+    one of its own by default (MABN, BRN, BGN), or it is given here.
 
     ``nn.BatchNorm2d`` is converted, and ``nn.SyncBatchNorm``, which becomes a
     norm with ``sync=True``. Classes derived from them are left: they may do
@@ -106,15 +106,16 @@ def convert_norms(model: nn.Module,
         if None in before.get(name, ()):
             converted[name] += ', whose input is no output of a convolution'
     modules = dict(model.named_modules())
-    for name in {name: None for names in before.values() for name in names}:
-        if name is None or isinstance(modules[name], CenConv2d):
+    for name in {name for names in before.values() for name in names} - {None}:
+        conv = modules[name]
+        if isinstance(conv, CenConv2d):
             continue
-        reason = _why_not_centred(modules[name])
+        reason = _why_not_centred(conv)
         if reason is None:
-            modules[name].__class__ = CenConv2d
+            conv.__class__ = CenConv2d
             converted[name] = 'Conv2d -> CenConv2d'
         else:
-            left[name] = f'{type(modules[name]).__name__} {reason}'
+            left[name] = f'{type(conv).__name__} {reason}'
     return NormConversion(*({name: found[name] for name in modules
                              if name in found} for found in (converted, left)))
 
@@ -200,7 +201,7 @@ def _why_left(norm: nn.Module) -> Optional[str]:
 
 def _why_not_centred(conv: nn.Module) -> Optional[str]:
     if type(conv) is not nn.Conv2d:
-        return 'is no nn.Conv2d: it is not centred'
+        return 'is not centred: that is for nn.Conv2d itself'
     if conv.weight[0].numel() == 1:
         return 'has one weight a filter, which centring would make 0'
     return None
@@ -238,7 +239,7 @@ def _convolutions_before(model: nn.Module, norms: Dict[str, nn.Module],
     None among them: something else made one.
     """
     names = {module: name for name, module in model.named_modules()}
-    found: Dict[str, Names] = {name: {} for name in norms}
+    found: Dict[str, Names] = {name: set() for name in norms}
     made: Dict[int, tuple] = {}  # outputs are kept, so that ids stay theirs
 
     def after_convolution(conv, args, out) -> None:
@@ -248,7 +249,7 @@ def _convolutions_before(model: nn.Module, norms: Dict[str, nn.Module],
         x = args[0] if args else kwargs['input']
         _, version, conv = made.get(id(x), (None, None, None))
         # An operation in place leaves the object what it was.
-        found[names[norm]][conv if version == x._version else None] = None
+        found[names[norm]].add(conv if version == x._version else None)
 
     handles = [
         *(module.register_forward_hook(after_convolution)

@@ -340,7 +340,7 @@ def test_mabns_convolutions_are_found_in_a_forward_pass():
     assert report.left == {
         'depthwise': 'Conv2d has one weight a filter, which centring would '
         'make 0',
-        'up': 'ConvTranspose2d is no nn.Conv2d: it is not centred'
+        'up': 'ConvTranspose2d is not centred: that is for nn.Conv2d itself'
     }
 
 
