@@ -7,20 +7,21 @@ from .version import __version__, check_versions
 
 check_versions()
 
+from .conversion import convert_norms  # noqa: E402
 from .deploy import fuse_norm  # noqa: E402
 from .doctor import diagnose  # noqa: E402
 from .hooks import (BurnInHook, ExampleWeightHook,  # noqa: E402
                     FreezeStatisticsHook, PlainCheckpointHook,
                     SmallBatchNormHook, StatisticsHook)
-from .layers import (BRN, CBN, MABN, BatchGroupNorm,  # noqa: E402
-                     CenConv2d, CmBN, GhostBN, NaiveCBN,
+from .layers import (BGN, BRN, CBN, MABN, CenConv,  # noqa: E402
+                     CenConv2d, CmBN, GhostBN, NaiveCBN, TrainingLoop,
                      calibrate_group_norms, set_example_weight,
                      suggested_window_size)
 
 __all__ = [
-    'BRN', 'BatchGroupNorm', 'BurnInHook', 'CBN', 'CenConv2d', 'CmBN',
+    'BGN', 'BRN', 'BurnInHook', 'CBN', 'CenConv', 'CenConv2d', 'CmBN',
     'ExampleWeightHook', 'FreezeStatisticsHook', 'GhostBN', 'MABN', 'NaiveCBN',
     'PlainCheckpointHook', 'SmallBatchNormHook', 'StatisticsHook',
-    '__version__', 'calibrate_group_norms', 'diagnose', 'fuse_norm',
-    'set_example_weight', 'suggested_window_size'
+    'TrainingLoop', '__version__', 'calibrate_group_norms', 'convert_norms',
+    'diagnose', 'fuse_norm', 'set_example_weight', 'suggested_window_size'
 ]

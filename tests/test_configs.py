@@ -21,8 +21,8 @@ from mmengine.utils.dl_utils.parrots_wrapper import SyncBatchNorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdet_smallbn.layers import (BRN, CBN, MABN, BatchGroupNorm, CenConv2d,
-                                  CmBN, GhostBN, NaiveCBN, SmallBatchNorm)
+from mmdet_smallbn.layers import (BGN, BRN, CBN, MABN, CenConv2d, CmBN,
+                                  GhostBN, NaiveCBN, SmallBatchNorm)
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = sorted(
@@ -50,7 +50,7 @@ NORMS = {
     'naivecbn': NaiveCBN,
     'mabn': MABN,
     'brn': BRN,
-    'bgn': BatchGroupNorm,
+    'bgn': BGN,
     'ghostbn': GhostBN,
 }
 FOLDER_OF = {

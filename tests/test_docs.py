@@ -18,7 +18,8 @@ PAGES = [
     ROOT / 'README.md', ROOT / 'docs' / 'training_features.md',
     ROOT / 'docs' / 'costs.md', ROOT / 'docs' / 'deployment.md',
     ROOT / 'docs' / 'gradient.md', ROOT / 'docs' / 'study.md',
-    ROOT / 'docs' / 'doctor.md', ROOT / 'docs' / 'results' / 'doctor.md',
+    ROOT / 'docs' / 'doctor.md', ROOT / 'docs' / 'torch_only.md',
+    ROOT / 'docs' / 'results' / 'doctor.md',
     ROOT / 'docs' / 'results' / 'README.md',
     ROOT / 'docs' / 'results' / 'analyses.md',
     *sorted((ROOT / 'configs').rglob('README.md'))

@@ -14,8 +14,8 @@ from torch import nn
 from mmdet_smallbn import (BurnInHook, ExampleWeightHook,
                            SmallBatchNormHook, set_example_weight)
 from mmdet_smallbn.cli.print_norms import main
-from mmdet_smallbn.layers import (BRN, CBN, MABN, BatchGroupNorm, CenConv2d,
-                                  CmBN, GhostBN, NaiveCBN)
+from mmdet_smallbn.layers import (BGN, BRN, CBN, MABN, CenConv2d, CmBN,
+                                  GhostBN, NaiveCBN)
 from mmdet_smallbn.norm_report import describe_norms, norm_summary, notes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,9 +59,9 @@ def _said(layer, images=4, processes=2, **kwargs):
          '4 images, ema forward, batch backward', 'running averages'),
         (BRN(8), '4 images, moved to the running averages',
          'running averages'),
-        (BatchGroupNorm(8, num_groups=2),
+        (BGN(8, num_groups=2),
          'groups of 2 images, 2 groups of channels', "each example's own"),
-        (BatchGroupNorm(8, num_groups=2, example_weight=0.25),
+        (BGN(8, num_groups=2, example_weight=0.25),
          'groups of 2 images, 2 groups of channels',
          "running averages, 0.25 of each example's own"),
         (GhostBN(8, ghost_size=1), 'groups of 1 image', 'running averages'),
@@ -112,7 +112,7 @@ def test_a_norm_in_evaluation_has_no_burn_in():
 
     hooks = [BurnInHook(epochs=3, prefix='0'), BurnInHook(iters=0)]
     model = nn.Sequential(
-        nn.Sequential(NaiveCBN(4)), Asleep(CBN(4), BatchGroupNorm(64)), BRN(4),
+        nn.Sequential(NaiveCBN(4)), Asleep(CBN(4), BGN(64)), BRN(4),
         nn.BatchNorm2d(4))
     norms = describe_norms(model, 2, hooks=hooks)
     assert [n.burn_in for n in norms] == ['3 epochs', '-', '-', 'none', '-']

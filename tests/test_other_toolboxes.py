@@ -82,7 +82,7 @@ for kind in ('CBN', 'NaiveCBN', 'CmBN', 'MABN', 'BRN', 'BGN', 'GhostBN'):
         print(type(norm).__name__, int(norm.num_batches_tracked))
 '''
 TRAINED = [
-    'CBN', '8', 'NaiveCBN', '8', 'CmBN', '8', 'MABN', '8', 'BRN', '8', 'BatchGroupNorm',
+    'CBN', '8', 'NaiveCBN', '8', 'CmBN', '8', 'MABN', '8', 'BRN', '8', 'BGN',
     '8', 'GhostBN', '8'
 ]
 

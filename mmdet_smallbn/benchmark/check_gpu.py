@@ -100,8 +100,7 @@ def run_tests(paths: Sequence[str], device: str,
                              's. Give them more: --minutes') from error
         # 0: all passed; 1: some failed.
         if ended.returncode > 1 or not report.exists():
-            lines = (ended.stdout + ended.stderr).strip().splitlines()
-            said = [line for line in lines if line.startswith('ERROR')] or lines
+            said = (ended.stderr or ended.stdout).strip().splitlines()
             raise SetupError('the tests did not run: '
                              f'{said[-1] if said else "pytest said nothing"}')
         found = read_report(report)

@@ -2,7 +2,6 @@
 import argparse
 import os
 from copy import deepcopy
-from inspect import signature
 from pathlib import Path
 from typing import Any, Optional
 
@@ -16,7 +15,7 @@ from torch import nn
 
 from ..errors import SetupError, did_you_mean
 from ..hooks import PlainCheckpointHook
-from ..layers import SmallBatchNorm
+from ..layers import SmallBatchNorm, check_settings
 from ..norm_report import norm_cfgs
 from .checkpoints import (add_trust_argument, register_checkpoint_loader,
                           trust_checkpoints)
@@ -229,13 +228,9 @@ def _check_settings(path: str, norm_cfg: dict, cls: type) -> None:
         for key, value in norm_cfg.items()
         if key not in ('type', 'requires_grad', '_scope_')
     }
-    known = list(signature(cls.__init__).parameters)[2:]
-    for key in settings:
-        if key not in known:
-            raise SetupError(f'{path}: {cls.__name__} takes no {key!r}. '
-                             f'{did_you_mean(key, known)}')
     groups = settings.get('num_groups')
     try:
+        check_settings(cls, settings)
         cls(groups if isinstance(groups, int) else 1, **settings)
     except (TypeError, ValueError) as error:
         raise SetupError(f'{path}: {error}') from error

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten
 from ..errors import SetupError
 from ..layers import is_batch_norm
 from ..layers.cen_conv import CenConv2d, effective_weight
+from ..layers.conv_call import remember_call
 from .difference import difference
 from .example_run import Inputs, copies, example_run
 from .statistics import fixed_statistics
@@ -171,11 +172,13 @@ class _Watch(TorchFunctionMode):
             for name, module in self._watched.items()
             for tensor in (*module.parameters(), *module.buffers())
         }
+        # What a training loop has left is of no use any more.
         self._hooked = {
             name
             for name, module in self._watched.items()
-            if module._forward_hooks or module._forward_pre_hooks
-            or 'forward' in vars(module)
+            if any(hook is not remember_call
+                   for hook in module._forward_hooks.values())
+            or module._forward_pre_hooks or 'forward' in vars(module)
         }
         self._inside: List[str] = []
         self._before: Dict[str, Set[Optional[str]]] = defaultdict(set)

@@ -1,15 +1,13 @@
 """What the training loop tells the norms, and what it keeps for them."""
-from typing import Dict, List
+from typing import Dict, Optional
 
 from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from ..errors import SetupError
-from ..layers import (SmallBatchNorm, TrainingLoop, is_under, norms_of,
-                      remember_calls)
+from ..layers import SmallBatchNorm, TrainingLoop, is_under, norms_of
 from .model import (bare_model, gradient_scale, is_after_step,
                     norms_of_teachers)
 from .plain_checkpoint_hook import make_plain, restore_history
@@ -62,7 +60,7 @@ class SmallBatchNormHook(Hook):
         self.save_states = save_states
         self._norms: Dict[str, SmallBatchNorm] = {}
         self._teaching: Dict[str, SmallBatchNorm] = {}
-        self._handles: List[RemovableHandle] = []
+        self._loop: Optional[TrainingLoop] = None
         self._loaded: Dict[str, list] = {}
         self._kept: Dict[SmallBatchNorm, list] = {}
         self._leads = False
@@ -86,17 +84,15 @@ class SmallBatchNormHook(Hook):
                 f'{type(self).__name__}: the model holds no norm of this '
                 'package. If sync_bn (or use_syncbn) stands in the config, '
                 'remove it: it converts every kind of BatchNorm')
-        for name, layer in self._norms.items():
-            layer.layer_name = name
+        for layer in self._norms.values():
             # Of an earlier training of the same model object.
             layer.reset_state()
-        self._loop = TrainingLoop(self._norms)
+        if self._loop is not None:  # of one that ended in an error
+            self._loop.release()
+        self._loop = TrainingLoop(model)
         self._check_teachers(runner)
         self._check_wrapper(runner)
         self._restore(runner)
-        # Of an earlier training that ended in an error, too.
-        self._forget_calls()
-        self._handles = remember_calls(model)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         """Tell the layers the iteration, and prepare their past."""
@@ -115,7 +111,6 @@ class SmallBatchNormHook(Hook):
 
     def after_train(self, runner) -> None:
         """Let the layers go: who calls them next has iterations of his own."""
-        self._forget_calls()
         if self._leads:
             self._loop.release()
 
@@ -179,11 +174,6 @@ class SmallBatchNormHook(Hook):
                 f'{len(refused)} norms do not take up what the checkpoint '
                 f'remembers of past iterations, and fill anew: {refused[0]}')
         self._loaded = {}
-
-    def _forget_calls(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
 
     def _check_teachers(self, runner) -> None:
         # mmdet's, whose teacher is of that name.

@@ -1,13 +1,13 @@
 """The norms. Importing this registers them in mmengine's root registry."""
 from .base import SmallBatchNorm, norms_of
-from .batch_group_norm import BatchGroupNorm, GhostBN
+from .batch_group_norm import BGN, GhostBN
 from .batch_renorm import BRN
 from .calibration import calibrate_group_norms
 from .cbn import CBN, NaiveCBN, suggested_window_size
-from .cen_conv import CenConv2d
+from .cen_conv import CenConv, CenConv2d
 from .cmbn import CmBN
-from .checks import (check_example_weight, check_positive_int, is_batch_norm,
-                     is_under)
+from .checks import (check_example_weight, check_positive_int, check_settings,
+                     is_batch_norm, is_under)
 from .conv_call import remember_calls
 from .example_weight import (lacks_averages, set_example_weight,
                              weights_as_trained)
@@ -16,10 +16,10 @@ from .mabn import MABN
 from .training_loop import TrainingLoop
 
 __all__ = [
-    'BRN', 'BatchGroupNorm', 'CBN', 'CenConv2d', 'CmBN', 'GhostBN', 'MABN',
+    'BGN', 'BRN', 'CBN', 'CenConv', 'CenConv2d', 'CmBN', 'GhostBN', 'MABN',
     'NaiveCBN', 'SmallBatchNorm', 'TrainingLoop', 'calibrate_group_norms',
-    'check_example_weight',
-    'check_positive_int', 'in_backward', 'is_batch_norm', 'is_under',
-    'lacks_averages', 'norms_of', 'remember_calls', 'set_example_weight',
-    'suggested_window_size', 'weights_as_trained'
+    'check_example_weight', 'check_positive_int', 'check_settings',
+    'in_backward', 'is_batch_norm', 'is_under', 'lacks_averages', 'norms_of',
+    'remember_calls', 'set_example_weight', 'suggested_window_size',
+    'weights_as_trained'
 ]

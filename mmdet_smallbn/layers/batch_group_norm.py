@@ -18,8 +18,8 @@ from .checks import check_count, check_example_weight, check_positive_int
 from .statistics import Batch, Statistics
 
 
-@MODELS.register_module('BGN')
-class BatchGroupNorm(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
+@MODELS.register_module()
+class BGN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
     r"""Batch-Group Normalization (arXiv:1906.03548, Sec. 3.4).
 
     Statistics are over groups of examples and groups of channels at once:
@@ -149,7 +149,7 @@ class BatchGroupNorm(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
 
 
 @MODELS.register_module()
-class GhostBN(BatchGroupNorm, nn.BatchNorm2d, _BatchNorm):
+class GhostBN(BGN, nn.BatchNorm2d, _BatchNorm):
     """Ghost Batch Normalization (arXiv:1705.08741; arXiv:1906.03548, Eq. 4).
 
     Batch normalisation of each ``ghost_size`` examples by themselves:
@@ -161,10 +161,10 @@ class GhostBN(BatchGroupNorm, nn.BatchNorm2d, _BatchNorm):
     Args:
         num_features (int): Channels C.
         eps, momentum, affine, track_running_stats: As in ``nn.BatchNorm2d``;
-            the moving averages are those of :class:`BatchGroupNorm`.
+            the moving averages are those of :class:`BGN`.
         ghost_size (int): Examples of a ghost batch; in a RoI head, regions.
             The last ghost batch may be smaller.
-        example_weight (float): As in :class:`BatchGroupNorm`.
+        example_weight (float): As in :class:`BGN`.
         sync (bool): Whether the batch is that of all processes.
     """
 

@@ -72,12 +72,13 @@ class CBN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
     - After anything else (a sum, a pooling), or a computed bias, the layer
       normalises with the present batch, as BatchNorm, and warns once.
     - Inside activation checkpointing or torch.compile nothing changes if
-      :class:`mmdet_smallbn.SmallBatchNormHook` is there. Without the hook, or
-      after a convolution with a forward of its own, it is the present batch
-      again, with a warning.
+      :class:`mmdet_smallbn.SmallBatchNormHook` is there, or
+      :class:`mmdet_smallbn.TrainingLoop` in a loop of your own. Without them,
+      or after a convolution with a forward of its own, it is the present
+      batch again, with a warning.
     - Under ``no_grad`` in training mode it is the present batch, too.
-    - If the hook tells the iterations, each call of the layer in an iteration
-      has a window of its own. Without a hook every call is an iteration.
+    - If they tell the iterations, each call of the layer in an iteration has
+      a window of its own. Without them every call is an iteration.
 
     Loading a state dict empties the window. It is in no state dict; the hook
     puts it into its checkpoints, for a resume.
@@ -182,8 +183,9 @@ class CBN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
                 'runs inside activation checkpointing, under other hooks on '
                 'saved tensors or in torch.compile, and is not told there of '
                 'a convolution that it could compensate for',
-                'SmallBatchNormHook in custom_hooks tells it of all but those '
-                'with a forward or a computed weight of their own')
+                'SmallBatchNormHook in custom_hooks, or TrainingLoop(model) '
+                'in a loop of your own, tells it of all but those with a '
+                'forward or a computed weight of their own')
             return
         made_by = 'a leaf' if x.grad_fn is None else x.grad_fn.name()
         self.warn_once(

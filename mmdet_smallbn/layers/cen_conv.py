@@ -77,3 +77,8 @@ def effective_weight(conv: nn.Module) -> Tensor:
     if isinstance(conv, CenConv2d):
         return centred(conv.weight)
     return conv.weight
+
+
+# The short name is the one of configs; the long one says what it stands for,
+# as torch's do.
+CenConv = CenConv2d

@@ -1,9 +1,12 @@
 """What the layers ask of arguments and names."""
-from typing import Any
+from inspect import signature
+from typing import Any, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..errors import did_you_mean
 
 
 def check_positive_int(name: str, value: Any) -> None:
@@ -27,6 +30,15 @@ def check_example_weight(value: Any) -> None:
             value, bool) or not 0 <= value <= 1:
         raise ValueError('the weight of an example must be a number from 0 to '
                          f'1, but got {value!r}')
+
+
+def check_settings(cls: type, settings: Iterable[str]) -> None:
+    """Refuse settings that a norm does not take, by name."""
+    known = list(signature(cls).parameters)[1:]  # without num_features
+    for name in settings:
+        if name not in known:
+            raise ValueError(f'{cls.__name__} takes no {name!r}. '
+                             f'{did_you_mean(name, known)}')
 
 
 def is_batch_norm(module: nn.Module) -> bool:

@@ -34,12 +34,13 @@ class CmBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
     running statistics by itself, as in BatchNorm.
 
     :class:`mmdet_smallbn.SmallBatchNormHook` tells the layer when a step was
-    taken, and each of its calls in an iteration has parts of its own then.
-    Without the hook every call is a part, and the layer sees a step by its
-    own scale: ``zero_grad()`` takes its gradient away, or the step changes
-    its version. A fused optimizer with ``zero_grad(set_to_none=False)`` does
-    neither: take the hook. If the scale does not train, each batch is
-    normalised by itself, with a warning.
+    taken, and :class:`mmdet_smallbn.TrainingLoop` in a loop of your own. Each
+    of its calls in an iteration has parts of its own then. Without them every
+    call is a part, and the layer sees a step by its own scale:
+    ``zero_grad()`` takes its gradient away, or the step changes its version.
+    A fused optimizer with ``zero_grad(set_to_none=False)`` does neither: take
+    the hook or the loop. If the scale does not train, each batch is normalised
+    by itself, with a warning.
 
     Loading a state dict ends the step. Checkpoints do not hold its parts, as
     they do not hold the accumulated gradients.
@@ -65,8 +66,17 @@ class CmBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
         >>> optim_wrapper = dict(accumulative_counts=8)
     """
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self,
+                 num_features: int,
+                 eps: float = 1e-5,
+                 momentum: Optional[float] = 0.1,
+                 affine: bool = True,
+                 track_running_stats: bool = True,
+                 sync: bool = False,
+                 device=None,
+                 dtype=None) -> None:
+        super().__init__(num_features, eps, momentum, affine,
+                         track_running_stats, sync, device, dtype)
         self._parts: List[StepMoments] = []
 
     @property
@@ -85,7 +95,8 @@ class CmBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
         if step is None:
             self.warn_once(
                 'cannot tell when the optimizer takes a step',
-                'SmallBatchNormHook in custom_hooks tells it')
+                'SmallBatchNormHook in custom_hooks tells it, and '
+                'TrainingLoop.iteration(after_step=...) in a loop of your own')
             return self.batch_statistics(batch)
         while len(self._parts) <= self._call:
             self._parts.append(StepMoments())

@@ -157,8 +157,8 @@ def remember_calls(model: nn.Module) -> List[RemovableHandle]:
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))
     }
     return [
-        conv.register_forward_hook(_remember_call) for conv in convolutions
-        if _remember_call not in conv._forward_hooks.values()
+        conv.register_forward_hook(remember_call) for conv in convolutions
+        if remember_call not in conv._forward_hooks.values()
     ]
 
 
@@ -181,8 +181,9 @@ class _Call(NamedTuple):
 
 
 @run_eagerly
-def _remember_call(conv: nn.Module, inputs: Tuple[Tensor],
-                   output: Tensor) -> None:
+def remember_call(conv: nn.Module, inputs: Tuple[Tensor],
+                  output: Tensor) -> None:
+    """The hook that :func:`remember_calls` gives to a convolution."""
     if (inputs  # by their position, as everywhere in the toolboxes
             and current_pass() in (ForwardPass.PLAIN, ForwardPass.CHECKPOINTED)
             and _has_stock_forward(conv)

@@ -171,7 +171,8 @@ class RememberingNorm(SmallBatchNorm):
                 'between two steps, and takes every call for an iteration. If '
                 'they are levels of a pyramid that share a head, take one '
                 'with a norm for each level (RetinaSepBNHead), or let '
-                'SmallBatchNormHook tell the iterations')
+                'SmallBatchNormHook tell the iterations, or '
+                'TrainingLoop(model) in a loop of your own')
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -1,8 +1,8 @@
 """What a norm does in a training step and at inference, in words."""
 from typing import Any, List, NamedTuple, Optional, Sequence
 
-from mmcv.cnn import is_norm
 from mmengine.registry import MODELS
+from mmengine.utils.dl_utils import is_norm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd

@@ -11,8 +11,8 @@ from mmcv.ops import ModulatedDeformConv2dPack
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdet_smallbn import (CBN, MABN, BatchGroupNorm, CenConv2d, GhostBN,
-                           fuse_norm, set_example_weight)
+from mmdet_smallbn import (BGN, CBN, MABN, CenConv2d, GhostBN, fuse_norm,
+                           set_example_weight)
 from mmdet_smallbn.errors import SetupError
 from tests.test_deploy.models import (NORMS, backbone, build, neck, retinanet,
                                       tensors, train)
@@ -107,7 +107,7 @@ def test_two_stages_fold_with_all_of_their_heads():
 ], ids=repr)
 @pytest.mark.parametrize('norm', [
     CBN(8), CBN(8, affine=False), GhostBN(8), MABN(8),
-    BatchGroupNorm(8, num_groups=2, example_weight=0.), nn.BatchNorm2d(8),
+    BGN(8, num_groups=2, example_weight=0.), nn.BatchNorm2d(8),
     nn.SyncBatchNorm(8)
 ], ids=repr)
 def test_every_kind_of_convolution(conv, norm):
@@ -236,8 +236,8 @@ _USED = "'norm' follows 'conv', whose output or weight is used"
     (_plain,
      nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, padding=1)),
      None, 'which does more than convolve'),
-    (_plain, None, BatchGroupNorm(4, num_groups=2),
-     "BatchGroupNorm 'norm' has the example weight 1: it normalises each"),
+    (_plain, None, BGN(4, num_groups=2),
+     "BGN 'norm' has the example weight 1: it normalises each"),
     (_plain, None, CBN(4, track_running_stats=False), 'no moving averages'),
 ], ids=lambda v: getattr(v, '__name__', type(v).__name__))
 def test_what_is_not_certain_is_refused(forward, conv, norm, message):

@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from mmdet_smallbn import (CBN, MABN, BatchGroupNorm, CenConv2d, GhostBN,
+from mmdet_smallbn import (BGN, CBN, MABN, CenConv2d, GhostBN,
                            set_example_weight)
 from mmdet_smallbn.cli import export_onnx as cli
 from mmdet_smallbn.deploy import onnx_export
@@ -196,7 +196,7 @@ def _trained(norm, conv=nn.Conv2d):
 @pytest.mark.parametrize(
     'norm', [
         CBN, MABN, nn.BatchNorm2d, GhostBN,
-        lambda c: BatchGroupNorm(c, num_groups=2)
+        lambda c: BGN(c, num_groups=2)
     ],
     ids=['CBN', 'MABN', 'BN', 'GhostBN', 'BGN'])
 def test_examples_with_a_weight(norm, weight, tmp_path):
@@ -230,7 +230,7 @@ def test_centring_is_done_before(tmp_path):
 
 
 def test_a_norms_groups_are_constants(tmp_path):
-    norm = BatchGroupNorm(8, num_groups=2, example_weight=0.)
+    norm = BGN(8, num_groups=2, example_weight=0.)
     path = tmp_path / 'groups.onnx'
     export_onnx(_trained(norm), path, (1, 3, 16, 16))
     assert set(_operators(path)) == {'Conv', 'Relu'}
@@ -241,7 +241,7 @@ def test_the_exporter_is_quiet(tmp_path, capfd):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         export_onnx(
-            _trained(BatchGroupNorm(8, num_groups=2)), tmp_path / 'a.onnx',
+            _trained(BGN(8, num_groups=2)), tmp_path / 'a.onnx',
             (1, 3, 16, 16))
     assert capfd.readouterr() == ('', '')
 

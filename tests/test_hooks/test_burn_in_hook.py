@@ -7,8 +7,7 @@ from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from torch import nn
 
-from mmdet_smallbn import (BRN, CBN, MABN, BatchGroupNorm, BurnInHook,
-                           NaiveCBN)
+from mmdet_smallbn import BGN, BRN, CBN, MABN, BurnInHook, NaiveCBN
 from mmdet_smallbn.errors import SetupError
 from tests.toy import Images, LossScale, Toy, read_log, toy_runner
 
@@ -109,7 +108,7 @@ KINDS = {
     'MABN, ema backward':
     (partial(MABN, backward_statistics='ema', centered=True), True),
     'BRN': (BRN, False),
-    'BGN': (partial(BatchGroupNorm, num_groups=2), False),
+    'BGN': (partial(BGN, num_groups=2), False),
 }
 
 
@@ -230,7 +229,7 @@ class Mixed(Toy):
         super().__init__(BRN)
         self.head = nn.Sequential(
             nn.Conv2d(4, 4, 3), MABN(4, buffer_size=8), nn.Conv2d(4, 4, 1),
-            BatchGroupNorm(4, num_groups=2), nn.BatchNorm2d(4))
+            BGN(4, num_groups=2), nn.BatchNorm2d(4))
 
 
 def test_a_model_may_mix_norms(tmp_path):

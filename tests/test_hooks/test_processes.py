@@ -15,8 +15,8 @@ from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 
-from mmdet_smallbn import (BRN, CBN, MABN, BatchGroupNorm, BurnInHook, CmBN,
-                           GhostBN, NaiveCBN)
+from mmdet_smallbn import (BGN, BRN, CBN, MABN, BurnInHook, CmBN, GhostBN,
+                           NaiveCBN)
 from tests.device import device_type, seeded
 from tests.toy import Toy, toy_runner
 
@@ -26,7 +26,7 @@ NORMS = {
     'MABN': partial(MABN, buffer_size=3, momentum=0.2),
     'CmBN': CmBN,
     'BRN': partial(BRN, r_max=1.1, d_max=0.2),
-    'BGN': partial(BatchGroupNorm, num_groups=2),
+    'BGN': partial(BGN, num_groups=2),
     'GhostBN': partial(GhostBN, ghost_size=2)
 }
 REMEMBER = ['CBN', 'NaiveCBN', 'MABN']

@@ -11,7 +11,7 @@ from mmengine.model import BaseModel
 from mmengine.registry import init_default_scope
 from torch.utils.data import Dataset
 
-from mmdet_smallbn import CBN, BatchGroupNorm
+from mmdet_smallbn import BGN, CBN
 from mmdet_smallbn.errors import SetupError
 from mmdet_smallbn.layers import SmallBatchNorm
 from tests.toy import Toy, read_log, toy_runner
@@ -181,9 +181,9 @@ def test_a_frozen_detector_of_another_name_is_no_mean_teacher(tmp_path):
 
 def test_a_teacher_that_needs_none_is_not(tmp_path):
     """Groups of an example's own need no running statistics."""
-    model = Pair(lambda c: BatchGroupNorm(c, num_groups=2))
+    model = Pair(lambda c: BGN(c, num_groups=2))
     model.student.head[1] = CBN(4)
-    model.teacher.head[1] = BatchGroupNorm(4, num_groups=2)
+    model.teacher.head[1] = BGN(4, num_groups=2)
     model.teacher.requires_grad_(False)
     hooks = [dict(type='BurnInHook', iters=1), MeanTeacherHook()]
     toy_runner(tmp_path, hooks, model).train()

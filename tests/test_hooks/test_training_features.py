@@ -12,8 +12,7 @@ from mmengine.hooks import Hook
 from mmengine.model import ExponentialMovingAverage
 from torch import nn
 
-from mmdet_smallbn import (BRN, CBN, MABN, BatchGroupNorm, CmBN, GhostBN,
-                           NaiveCBN)
+from mmdet_smallbn import BGN, BRN, CBN, MABN, CmBN, GhostBN, NaiveCBN
 from tests.device import device_type
 from tests.toy import LossScale, Toy, read_log, toy_runner
 
@@ -23,7 +22,7 @@ NORMS = {
     'MABN': partial(MABN, buffer_size=4),
     'BRN': BRN,
     'CmBN': CmBN,
-    'BGN': partial(BatchGroupNorm, num_groups=2),
+    'BGN': partial(BGN, num_groups=2),
     'GhostBN': GhostBN
 }
 EPOCHS = dict(by_epoch=True, max_epochs=8)

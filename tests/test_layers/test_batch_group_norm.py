@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmdet_smallbn import BatchGroupNorm, GhostBN
+from mmdet_smallbn import BGN, GhostBN
 from tests.reference import (literal_batch_group_norm,
                              literal_example_weighting, relative_error)
 
@@ -35,7 +35,7 @@ def _check(layer, x, expected, theirs=None):
 def test_equals_the_literal_equations(num_groups, examples):
     """Outputs, gradients, averages, with batches that do not divide."""
     layer = _prepare(
-        BatchGroupNorm(
+        BGN(
             12,
             momentum=0.1,
             num_groups=num_groups,
@@ -60,7 +60,7 @@ def test_equals_the_literal_equations(num_groups, examples):
 @pytest.mark.parametrize('training', [True, False])
 def test_one_example_a_group_is_group_norm(training):
     theirs = _prepare(nn.GroupNorm(4, 12))
-    layer = BatchGroupNorm(12, num_groups=4, examples_per_group=1).double()
+    layer = BGN(12, num_groups=4, examples_per_group=1).double()
     layer.load_state_dict(theirs.state_dict(), strict=False)
     layer.train(training)
     x = _input(3)
@@ -68,7 +68,7 @@ def test_one_example_a_group_is_group_norm(training):
 
 
 def test_the_whole_batch_and_single_channels_are_batch_norm():
-    for layer in (BatchGroupNorm(12, num_groups=12, examples_per_group=9),
+    for layer in (BGN(12, num_groups=12, examples_per_group=9),
                   GhostBN(12, ghost_size=5)):
         theirs = _prepare(nn.BatchNorm2d(12))
         layer.double().load_state_dict(theirs.state_dict())
@@ -91,7 +91,7 @@ def test_ghost_batches_are_batch_norms_of_their_own(n):
 @pytest.mark.parametrize('num_groups', [1, 4, 12])
 def test_evaluation_weighs_examples(num_groups, alpha):
     layer = _prepare(
-        BatchGroupNorm(
+        BGN(
             12, momentum=0.3, num_groups=num_groups, example_weight=alpha))
     for step in range(5):
         layer(_input(2 + step % 2))
@@ -106,15 +106,14 @@ def test_evaluation_weighs_examples(num_groups, alpha):
 
 
 def test_without_averages_evaluation_groups_as_training():
-    layer = BatchGroupNorm(
-        12, num_groups=4, track_running_stats=False).double()
+    layer = BGN(12, num_groups=4, track_running_stats=False).double()
     x = _input(3)
     trained = layer(x)
     torch.testing.assert_close(layer.eval()(x), trained)
 
 
 def test_half_precision_averages_are_folded_in_float32():
-    layer = BatchGroupNorm(4, num_groups=2, example_weight=0.)
+    layer = BGN(4, num_groups=2, example_weight=0.)
     layer.running_mean.copy_(torch.tensor([600., -600., 3., 3.]))
     wide = layer.eval()(torch.full((1, 4, 2, 2), 300.))
     half = layer.half()(torch.full((1, 4, 2, 2), 300.).half())
@@ -122,7 +121,7 @@ def test_half_precision_averages_are_folded_in_float32():
 
 
 def test_it_may_be_called_as_often_as_a_head_likes(recwarn):
-    layer = BatchGroupNorm(4, num_groups=2)
+    layer = BGN(4, num_groups=2)
     layer.iteration = 3
     for _ in range(70):
         layer(torch.randn(2, 4, 3, 3))
@@ -134,12 +133,12 @@ def test_it_may_be_called_as_often_as_a_head_likes(recwarn):
     ((1, 4, 1, 1), dict(num_groups=4, examples_per_group=8)),
 ])
 def test_a_group_of_one_value_is_refused(shape, settings):
-    layer = BatchGroupNorm(4, **settings)
+    layer = BGN(4, **settings)
     with pytest.raises(ValueError, match='one value per channel'):
         layer(torch.randn(shape))
     assert layer.num_batches_tracked == 0
     layer(torch.randn(2, 4, 1, 1))  # two examples
-    layer = BatchGroupNorm(4, num_groups=2)
+    layer = BGN(4, num_groups=2)
     layer(torch.randn(shape))  # two channels
 
 
@@ -153,7 +152,7 @@ def test_a_group_of_one_value_is_refused(shape, settings):
 ])
 def test_bad_arguments_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
-        BatchGroupNorm(12, **settings)
+        BGN(12, **settings)
     with pytest.raises(ValueError, match='ghost_size.*-1'):
         GhostBN(12, ghost_size=-1)
 
@@ -161,4 +160,4 @@ def test_bad_arguments_are_named(settings, message):
 @pytest.mark.parametrize('width, groups', [(8, 8), (12, 12), (48, 24),
                                            (64, 32), (37, 1)])
 def test_groups_by_default_divide_the_channels(width, groups):
-    assert BatchGroupNorm(width).num_groups == groups
+    assert BGN(width).num_groups == groups

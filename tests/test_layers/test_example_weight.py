@@ -6,7 +6,7 @@ import torch
 from mmengine.model.utils import revert_sync_batchnorm
 from torch import nn
 
-from mmdet_smallbn import (BRN, CBN, MABN, BatchGroupNorm, GhostBN,
+from mmdet_smallbn import (BGN, BRN, CBN, MABN, GhostBN,
                            calibrate_group_norms, set_example_weight)
 from tests.reference import literal_example_weighting, relative_error
 
@@ -32,7 +32,7 @@ NORMS = {
     'MABN': lambda: MABN(6),
     'BRN': lambda: BRN(6),
     'GhostBN': lambda: GhostBN(6),
-    'BGN': lambda: BatchGroupNorm(6, num_groups=3, example_weight=0.),
+    'BGN': lambda: BGN(6, num_groups=3, example_weight=0.),
 }
 
 
@@ -172,7 +172,7 @@ def test_group_norm_after_calibration():
 
 
 def test_bgn_goes_back_to_what_it_was_built_with():
-    norm = _train(BatchGroupNorm(6, num_groups=3))
+    norm = _train(BGN(6, num_groups=3))
     x = torch.randn(2, 6, 4, 5).double()
     before = norm(x)
     set_example_weight(norm, 0.)

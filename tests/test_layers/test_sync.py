@@ -7,8 +7,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from mmdet_smallbn import (BRN, CBN, MABN, BatchGroupNorm, CmBN, GhostBN,
-                           NaiveCBN, calibrate_group_norms, functional)
+from mmdet_smallbn import (BGN, BRN, CBN, MABN, CmBN, GhostBN, NaiveCBN,
+                           calibrate_group_norms, functional)
 from mmdet_smallbn.functional.sync import ExampleGroups
 from mmdet_smallbn.layers import TrainingLoop, norms_of
 from tests.device import device_type, seeded
@@ -32,10 +32,9 @@ CASES = {
     'BRN': (BRN, dict(r_max=1.1, d_max=0.2, momentum=0.2), False),
     'BRN without affine': (BRN, dict(affine=False), False),
     'MABN': (MABN, dict(buffer_size=3, momentum=0.2), False),
-    'BGN': (BatchGroupNorm, dict(num_groups=2), False),
-    'BGN, groups across processes': (BatchGroupNorm,
-                                     dict(num_groups=4,
-                                          examples_per_group=3), False),
+    'BGN': (BGN, dict(num_groups=2), False),
+    'BGN, groups across processes': (BGN, dict(
+        num_groups=4, examples_per_group=3), False),
     'GhostBN': (GhostBN, dict(ghost_size=2), False),
 }
 

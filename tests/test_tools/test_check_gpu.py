@@ -44,7 +44,7 @@ def test_a_device_that_is_not_there_is_refused():
 def test_tests_run_and_are_counted():
     found = check_gpu.run_tests(['tests/test_version.py'], 'cpu', 300)
     assert found['passed'] > 0 and not found['failed']
-    with pytest.raises(SetupError, match='tests did not run.*nowhere'):
+    with pytest.raises(SetupError, match='the tests did not run'):
         check_gpu.run_tests(['tests/nowhere.py'], 'cpu', 300)
 
 

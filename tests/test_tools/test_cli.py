@@ -106,6 +106,7 @@ def test_a_norms_settings_are_checked_where_they_stand(norm_cfg, message):
         check_norms(cfg)
     for good in (dict(type='BGN', num_groups=24, requires_grad=False),
                  dict(type=CBN, sync=True, momentum=None),
+                 dict(type='CmBN', momentum=0.2, sync=True),
                  dict(type='GhostBN', ghost_size=3, device='cpu')):
         check_norms(Config(dict(model=dict(neck=dict(norm_cfg=good)))))
 
