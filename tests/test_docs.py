@@ -18,7 +18,9 @@ PAGES = [
     ROOT / 'README.md', ROOT / 'docs' / 'training_features.md',
     ROOT / 'docs' / 'costs.md', ROOT / 'docs' / 'deployment.md',
     ROOT / 'docs' / 'gradient.md', ROOT / 'docs' / 'study.md',
-    ROOT / 'docs' / 'doctor.md', ROOT / 'docs' / 'torch_only.md',
+    ROOT / 'docs' / 'doctor.md', ROOT / 'docs' / 'get_started.md',
+    ROOT / 'docs' / 'which_norm.md', ROOT / 'docs' / 'statistics.md',
+    ROOT / 'docs' / 'verified.md', ROOT / 'docs' / 'torch_only.md',
     ROOT / 'docs' / 'results' / 'doctor.md',
     ROOT / 'docs' / 'results' / 'README.md',
     ROOT / 'docs' / 'results' / 'analyses.md',
@@ -194,7 +196,12 @@ def test_the_analyses_tables_are_the_results():
         json.loads((folder / 'analyses.json').read_text()))
 
 
-def test_the_readmes_study_is_the_results():
+def test_the_short_tables_are_the_results():
     results = study.Results(ROOT / 'docs' / 'results')
-    assert as_markdown(study.in_short(results)) in (
-        ROOT / 'README.md').read_text()
+    for page, part in (('README.md', study.README), ('docs/which_norm.md', {})):
+        assert as_markdown(study.in_short(results, **part)) in (
+            ROOT / page).read_text()
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / 'README.md').read_text().split()) <= 900

@@ -237,15 +237,25 @@ def table(results: Results, regime: str) -> List[List[str]]:
     return rows
 
 
-def in_short(results: Results) -> List[List[str]]:
+_SHORT = ('BN', 'BN, the best example weight', 'BN, frozen late',
+          'BN, CenConv', 'CBN', 'MABN', 'GN, weight standardisation')
+# What README shows of it.
+README = dict(
+    regimes=('detector', 'plain detector', 'video', 'head'),
+    batches=('2', ),
+    names=('BN', 'CBN', 'MABN', 'GN, weight standardisation'))
+
+
+def in_short(results: Results,
+             regimes: Sequence[str] = tuple(REGIMES),
+             batches: Sequence[str] = ('2', '1'),
+             names: Sequence[str] = _SHORT) -> List[List[str]]:
     """What most readers look for, a row for each regime and small batch.
 
     GroupNorm is the same at any number of images, and trained at 16.
     """
-    names = ('BN', 'BN, the best example weight', 'BN, frozen late',
-             'BN, CenConv', 'CBN', 'MABN', 'GN, weight standardisation')
     rows = [['regime, images', 'BN at 16 images', *names]]
-    for regime in REGIMES:
+    for regime in regimes:
         head, *others = table(results, regime)
         if not others:
             continue
@@ -255,7 +265,7 @@ def in_short(results: Results) -> List[List[str]]:
             [f'{regime}, {images}', found.get(('BN', '16'), ''),
              *(found.get((name, '16' if name.startswith('GN') else images), '')
                for name in names)]
-            for images in ('2', '1'))
+            for images in batches)
     return rows
 
 

@@ -150,10 +150,10 @@ def test_what_cannot_be_downloaded_has_a_remedy(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_readmes_command_trains_without_torchvision(
+def test_the_documented_command_trains_without_torchvision(
         shapes, tmp_path, monkeypatch):
     """One GPU, 2 images, a folder of one's own, ImageNet weights."""
-    page = (ROOT / 'README.md').read_text()
+    page = (ROOT / 'docs' / 'get_started.md').read_text()
     config, = re.findall(
         r'^python tools/train\.py (\S+) --data path/to/folder$', page, re.M)
     folder = tmp_path / 'torch' / 'hub' / 'checkpoints'
