@@ -357,41 +357,33 @@ def save_cosines(found: Dict[str, Dict[str, Sequence[float]]],
     figure.savefig(path, dpi=110)
 
 
-def save_costs(rows: Sequence[Dict[str, Any]], path: Union[str,
-                                                           Path]) -> None:
-    """Draw what norms cost, a panel for each case.
+def save_costs(panels: Dict[str, Dict[str, Dict[str, float]]],
+               path: Union[str, Path]) -> None:
+    """Draw the time of norms beside BatchNorm's as bars, a panel a title.
 
     Args:
-        rows (Sequence[dict]): What the benchmark measured: level, case, norm,
-            and the median and quartiles of the time's ratio to BatchNorm.
+        panels (dict): By title and norm, the median, low and high quartile of
+            the ratio of times.
         path (str | Path): Image file to write.
     """
-    cases = list(dict.fromkeys((row['level'], row['case']) for row in rows))
-    columns = min(3, len(cases))
-    lines = -(-len(cases) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.4 * lines), layout='tight')
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for ax, (level, case) in zip(axes, cases):
-        own = [r for r in rows if (r['level'], r['case']) == (level, case)]
-        own = own[::-1]
-        medians = np.array([row['time']['median'] for row in own])
-        spread = np.abs([[row['time'][q] for row in own] - medians
+    heights = [len(bars) for bars in panels.values()]
+    figure = Figure(
+        figsize=(7, 0.32 * sum(heights) + 0.7 * len(heights)), layout='tight')
+    axes = figure.subplots(
+        len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)
+    for ax, (title, bars) in zip(axes.ravel(), panels.items()):
+        medians = np.array([ratio['median'] for ratio in bars.values()])
+        spread = np.abs([[ratio[q] for ratio in bars.values()] - medians
                          for q in ('low', 'high')])
-        ax.barh([row['norm'] for row in own],
-                medians,
-                xerr=spread,
-                color='#8fb8de',
-                ecolor=_INK,
-                height=0.65)
+        ax.barh(list(bars), medians, xerr=spread, color='#8fb8de',
+                ecolor=_INK, height=0.65)
         for place, median in enumerate(medians):
-            ax.text(0.02, place, f'{median:.2f}', va='center', fontsize=8)
+            ax.text(0.03, place, f'{median:.2f}', va='center', fontsize=9)
         ax.axvline(1, color='#c0392b', lw=1)
-        ax.set_title(f'{level}: {case}', fontsize=9)
-        ax.tick_params(labelsize=8)
+        ax.set_title(title, fontsize=10, loc='left')
+        ax.invert_yaxis()
         ax.spines[['top', 'right']].set_visible(False)
-    for ax in axes[len(cases):]:
-        ax.set_visible(False)
-    figure.supxlabel('time, as a ratio to BatchNorm', fontsize=9)
+    axes[-1, 0].set_xlabel('time of a training step / BatchNorm\'s')
     figure.savefig(path, dpi=110)
 
 

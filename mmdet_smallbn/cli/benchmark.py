@@ -14,8 +14,13 @@ from ..benchmark.cases import NORMS, Setting
 from ..benchmark.contests import (BASELINE, DTYPES, LEVELS, contests, machine,
                                   measure, table)
 from ..errors import check_known, one_line_errors
-from ..pictures import save_costs
+from ..pictures import save_costs, save_lines
 from ..tables import as_markdown
+
+
+_DOCS = Path(__file__).resolve().parents[2] / 'docs'
+# The tables have all norms.
+_DRAWN = ('GN', 'CBN, window 4', 'MABN', 'BRN', 'BGN', 'GhostBN')
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -59,7 +64,12 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--rois', type=int, default=64, help='regions of an image in training')
     parser.add_argument(
-        '--out', help='JSON file to write; a table and a picture go beside it')
+        '--out', help='JSON file to write; a table goes beside it')
+    parser.add_argument(
+        '--draw',
+        action='store_true',
+        help='measure nothing: draw docs/costs.png, windows.png and growth.png '
+        'from the measurements in docs')
     args = parser.parse_args(argv)
     if args.rounds < 3:
         parser.error(f'--rounds {args.rounds}: quartiles need at least 3')
@@ -92,9 +102,64 @@ def page(result: Dict[str, Any]) -> str:
     ])
 
 
+def draw(source: Path, target: Path) -> None:
+    """Draw three pictures of stored measurements, one question each.
+
+    Args:
+        source (Path): Folder of the measurements.
+        target (Path): Folder of the pictures.
+    """
+    stored = {
+        name: json.loads((source / name).read_text())
+        for name in ('benchmark_cpu.json', 'benchmark_detectors_cpu.json',
+                     'results/gpu.json')
+    }
+    cpu, detectors, gpu = stored.values()
+    detectors, gpu_name = detectors['rows'], gpu['machine']['gpu']
+    cpu, gpu = cpu['rows'], gpu['costs']['float32']
+    block = 'bottleneck, 2x256x32x32, 1x1'
+
+    def ratios(rows: List[Dict[str, Any]], level: str, case: str) -> dict:
+        return {row['norm']: row['time'] for row in rows
+                if (row['level'], row['case']) == (level, case)}
+
+    panels = {
+        'Faster R-CNN on a CPU, norms in neck and heads':
+        ratios(detectors, 'detector', 'Faster R-CNN, norms in heads'),
+        'Faster R-CNN on a CPU, norms everywhere':
+        ratios(detectors, 'detector', 'Faster R-CNN, norms in all'),
+        f'one block on a CPU ({block})': ratios(cpu, 'block', block),
+        f'one block on {gpu_name} ({block})': ratios(gpu, 'block', block)
+    }
+    save_costs(
+        {title: {name: bars[name] for name in _DRAWN if name in bars}
+         for title, bars in panels.items()}, target / 'costs.png')
+    cases = dict.fromkeys(r['case'] for r in cpu if r['level'] == 'block')
+    save_lines(
+        {'CBN in a block, on a CPU': {
+            case: {
+                str(k): [ratios(cpu, 'block', case)[f'CBN, window {k}']
+                         ['median']] for k in (1, 2, 4, 8, 16)
+            } for case in cases
+        }}, target / 'windows.png', 'window, iterations',
+        'time / BatchNorm\'s')
+    save_lines(
+        {f'{grown} of a block, on a CPU': {
+            norm: {
+                row['case'].split()[-1]: [row['time']['median']]
+                for row in cpu if row['level'] == 'growth'
+                and grown in row['case'] and row['norm'] == norm
+            } for norm in ('CBN, window 4', 'MABN')
+        } for grown in ('batch', 'channels')}, target / 'growth.png',
+        'images, or channels', 'time / BatchNorm\'s')
+
+
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Measure, print, write."""
     args = parse_args(argv)
+    if args.draw:
+        draw(_DOCS, _DOCS)
+        return
     torch.set_num_threads(args.threads)
     setting = Setting(
         torch.device(args.device), DTYPES[args.dtype], args.channels_last)
@@ -123,8 +188,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             rows=rows)
         path.write_text(json.dumps(result, indent=1) + '\n')
         path.with_suffix('.md').write_text(page(result))
-        save_costs(rows, path.with_suffix('.png'))
-        print(f'In {path.parent}: {path.name}, {path.stem}.md and .png')
+        print(f'In {path.parent}: {path.name} and {path.stem}.md')
 
 
 if __name__ == '__main__':
