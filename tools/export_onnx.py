@@ -1,4 +1,4 @@
-"""Export a trained detector's network to ONNX; see --help."""
+"""Export a trained detector to ONNX; see --help."""
 import sys
 from pathlib import Path
 

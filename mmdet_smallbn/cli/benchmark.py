@@ -136,22 +136,22 @@ def draw(source: Path, target: Path) -> None:
          for title, bars in panels.items()}, target / 'costs.png')
     cases = dict.fromkeys(r['case'] for r in cpu if r['level'] == 'block')
     save_lines(
-        {'CBN in a block, on a CPU': {
-            case: {
+        {'a block with CBN, on a CPU': {
+            case.partition(',')[0]: {
                 str(k): [ratios(cpu, 'block', case)[f'CBN, window {k}']
                          ['median']] for k in (1, 2, 4, 8, 16)
             } for case in cases
         }}, target / 'windows.png', 'window, iterations',
         'time / BatchNorm\'s')
     save_lines(
-        {f'{grown} of a block, on a CPU': {
+        {f'a block over its {grown}, on a CPU': {
             norm: {
                 row['case'].split()[-1]: [row['time']['median']]
                 for row in cpu if row['level'] == 'growth'
                 and grown in row['case'] and row['norm'] == norm
             } for norm in ('CBN, window 4', 'MABN')
         } for grown in ('batch', 'channels')}, target / 'growth.png',
-        'images, or channels', 'time / BatchNorm\'s')
+        'images of a batch, or channels', 'time / BatchNorm\'s')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

@@ -1,13 +1,13 @@
-"""Export a trained detector's network to ONNX."""
+"""Export a trained detector to ONNX."""
 import argparse
-from typing import Optional, Sequence
+from typing import Dict, Optional, Sequence, Tuple
 
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
-from ..deploy.onnx_export import AXES, export_onnx, require_onnx
+from ..deploy.onnx_export import AXES, Export, export_onnx, require_onnx
 from ..deploy.state_dict import find_state_dict, load_strictly
 from ..errors import one_line_errors
 from ..hooks import ExampleWeightHook
@@ -16,15 +16,26 @@ from .print_norms import norm_hooks
 from .checkpoints import register_checkpoint_loader
 from .runtime import add_config_arguments, build_model, read_config
 
+# What goes into and comes out of a whole detector.
+_MEANINGS = dict(
+    input='a normalised image, padded with zeros at the right and bottom',
+    size="the image's height and width without the padding",
+    boxes="x1, y1, x2, y2 in the input's pixels",
+    scores='the highest first',
+    labels='indices of the classes',
+    masks='probabilities, on a grid over the box')
+
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """Flags of the export."""
     parser = argparse.ArgumentParser(
-        description="Write a trained detector's network to an ONNX file, in "
-        'standard operators: from normalised images to what its head puts '
-        'out, of two-stage detectors to features and what the RPN head puts '
-        'out. Without the data preprocessor, and without what makes boxes of '
-        'it. Compared with torch if onnxruntime is installed')
+        description='Write a trained detector to an ONNX file, in standard '
+        'operators. Faster and Mask R-CNN: the whole detector, from one '
+        'normalised image of a fixed shape to boxes, scores, labels and '
+        'masks. Single-stage detectors: the network, from normalised images '
+        "to the head's outputs of each level, from which boxes are yet to be "
+        'made. The data preprocessor is not in the file. Before it is '
+        'written, it is compared with mmdet if onnxruntime is installed')
     add_config_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
@@ -39,16 +50,14 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         nargs='+',
         default=(320, ),
         metavar='PIXELS',
-        help='height and width, or both at once, of the example that the '
-        'network is run with (320)')
+        help='height and width, or both at once, of the images (320)')
     parser.add_argument(
         '--dynamic',
         nargs='*',
-        default=tuple(AXES),
         choices=tuple(AXES),
         metavar='AXIS',
-        help="which axes may differ from the example's: of batch, height, "
-        'width (all)')
+        help='which axes may differ from --shape in a single-stage '
+        "detector's file: of batch, height, width (all)")
     parser.add_argument(
         '--fold',
         action='store_true',
@@ -102,15 +111,31 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         weigh_examples(model, cfg)
         export = export_onnx(model, args.out, (1, 3, *args.shape), args.fold,
                              args.opset, args.dynamic)
-        print(f'written: {args.out}, of normalised images '
-              f'(1, 3, {args.shape[0]}, {args.shape[1]}) to')
-        for name, shape in export.outputs.items():
-            print(f'  {name} {shape}')
-        if export.difference is None:
-            print('not compared with torch: pip install onnxruntime')
-        else:
-            print('largest difference between onnxruntime and torch: '
-                  f'{export.difference:.1e}')
+        _tell(args.out, export)
+
+
+def _tell(file: str, export: Export) -> None:
+    """Print what was written, the file's outputs last."""
+    whole = 'size' in export.inputs
+    print(f'written: {file}')
+    if export.difference is None:
+        print('not compared with torch: pip install onnxruntime')
+    else:
+        print('largest difference between onnxruntime and torch'
+              f'{", of 19 in 20 detections" if whole else ""}: '
+              f'{export.difference:.1e}')
+    print('inputs:')
+    _list(export.inputs, whole)
+    print('outputs, ' +
+          ('the detections, here of a random image:'
+           if whole else 'of the head, from which boxes are yet to be made:'))
+    _list(export.outputs, whole)
+
+
+def _list(shapes: Dict[str, Tuple[int, ...]], whole: bool) -> None:
+    for name, shape in shapes.items():
+        meaning = f': {_MEANINGS[name]}' if whole else ''
+        print(f'  {name} {shape}{meaning}')
 
 
 if __name__ == '__main__':

@@ -21,16 +21,6 @@ from mmdet_smallbn.errors import SetupError
 from mmdet_smallbn.layers import SmallBatchNorm
 from tests.small_training import model_cfg
 
-DEMO = 'configs/demo/faster-rcnn_r18_fpn_cbn-all_1xb2_shapes-coco.py'
-SMALL = [
-    'model.backbone.base_channels=4', 'model.neck.in_channels=[4,8,16,32]',
-    'model.neck.out_channels=8', 'model.rpn_head.in_channels=8',
-    'model.rpn_head.feat_channels=8',
-    'model.roi_head.bbox_head.in_channels=8',
-    'model.roi_head.bbox_head.conv_out_channels=8',
-    'model.roi_head.bbox_head.fc_out_channels=8',
-    'model.roi_head.bbox_roi_extractor.out_channels=8'
-]
 NORMS = {
     'CBN': dict(type='CBN'),
     'NaiveCBN': dict(type='NaiveCBN'),
@@ -43,9 +33,8 @@ NORMS = {
 }
 
 
-def _retinanet(norm_cfg):
+def _retinanet_cfg(norm_cfg):
     """With a norm in backbone, neck and head, that all levels share."""
-    init_default_scope('mmdet')
     cfg = model_cfg('BN')
     head = cfg['bbox_head']
     head.update(type='RetinaHead')
@@ -54,7 +43,12 @@ def _retinanet(norm_cfg):
         part['norm_cfg'] = norm_cfg
         if norm_cfg['type'] == 'MABN':
             part['conv_cfg'] = dict(type='CenConv')
-    return MODELS.build(cfg)
+    return cfg
+
+
+def _retinanet(norm_cfg):
+    init_default_scope('mmdet')
+    return MODELS.build(_retinanet_cfg(norm_cfg))
 
 
 def _train(model):
@@ -137,8 +131,8 @@ def test_a_detectors_network(detector, tmp_path):
     image = torch.randn(2, 3, 128, 96)
     found = _run(path, image)
     assert list(found) == [
-        f'{name}_{i}' for name in ('cls_score', 'bbox_pred')
-        for i in range(5)
+        f'{name}_p{i}' for name in ('cls_score', 'bbox_pred')
+        for i in range(3, 8)
     ]
     _assert_same(found.values(), _head_outputs(detector, image))
     for name, value in detector.state_dict().items():
@@ -246,36 +240,22 @@ def test_the_exporter_is_quiet(tmp_path, capfd):
     assert capfd.readouterr() == ('', '')
 
 
-@pytest.fixture(scope='module')
-def two_stages():
-    init_default_scope('mmdet')
-    cfg = Config.fromfile(DEMO)
-    args = cli.parse_args([DEMO, 'a', '-o', 'a.onnx', '--cfg-options', *SMALL])
-    cfg.merge_from_dict(args.cfg_options)
-    torch.manual_seed(0)
-    return MODELS.build(cfg.model).eval()
-
-
-@pytest.mark.parametrize('fold', [False, True], ids=['norms', 'folded'])
-def test_two_stages_end_with_the_rpn_head(fold, two_stages, tmp_path):
-    path = tmp_path / 'rpn.onnx'
-    export_onnx(two_stages, path, (1, 3, 64, 64), fold)
-    image = torch.randn(2, 3, 64, 96)
-    found = _run(path, image)
-    levels = two_stages.neck.num_outs
-    assert list(found) == [
-        f'{name}_{i}' for name in ('feature', 'cls_score', 'bbox_pred')
-        for i in range(levels)
+def test_levels_of_other_strides_are_counted(tmp_path):
+    model = _retinanet(dict(type='CBN')).eval()
+    model.bbox_head.prior_generator.strides[-1] = (100, 100)
+    export = export_onnx(model, tmp_path / 'a.onnx', (1, 3, 64, 64))
+    assert list(export.outputs) == [
+        f'{name}_{i}' for name in ('cls_score', 'bbox_pred')
+        for i in range(5)
     ]
-    with torch.no_grad():
-        features = two_stages.extract_feat(image)
-        scores, boxes = two_stages.rpn_head(features)
-    _assert_same(found.values(), [*features, *scores, *boxes])
 
 
-def test_a_box_head_by_itself(two_stages, tmp_path):
-    assert two_stages.with_roi_head
-    head, path = two_stages.roi_head.bbox_head, tmp_path / 'box.onnx'
+def test_a_box_head_by_itself(tmp_path):
+    from mmdet.models.roi_heads import Shared4Conv1FCBBoxHead
+    head = Shared4Conv1FCBBoxHead(
+        in_channels=8, conv_out_channels=8, fc_out_channels=8,
+        norm_cfg=dict(type='CBN')).eval()
+    path = tmp_path / 'box.onnx'
     with pytest.raises(SetupError, match='cannot run on .*14, 14.*fewer axes'):
         export_onnx(head, path, (2, 8, 7, 7))
     export_onnx(head, path, (2, 8, 7, 7), dynamic=('batch', ))
@@ -365,29 +345,48 @@ def test_without_the_packages(tmp_path, monkeypatch):
         export_onnx(network, path, (1, 3, 16, 16))
 
 
-def _main(tmp_path, state, *arguments):
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / 'retinanet.py'
+    Config(dict(model=_retinanet_cfg(dict(type='CBN')))).dump(path)
+    return str(path)
+
+
+def _main(tmp_path, config, state, *arguments):
     checkpoint = tmp_path / 'trained.pth'
     torch.save(dict(state_dict=state), checkpoint)
     out = tmp_path / 'out.onnx'
     cli.main([
-        DEMO, str(checkpoint), '-o', str(out), '--shape', '64', '96',
-        *arguments, '--cfg-options', *SMALL
+        config, str(checkpoint), '-o', str(out), '--shape', '64', '96',
+        *arguments
     ])
     return out
 
 
-def test_the_tool(two_stages, tmp_path, capsys):
-    model = copy.deepcopy(two_stages)
+def test_the_tool(config, tmp_path, capsys):
+    model = _retinanet(dict(type='CBN')).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
-    out = _main(tmp_path, model.state_dict(), '--dynamic', 'batch')
+    out = _main(tmp_path, config, model.state_dict(), '--dynamic', 'batch')
     printed = capsys.readouterr().out
-    assert '(1, 3, 64, 96) to\n  feature_0 (1, 8, 16, 24)\n' in printed
-    assert 'largest difference between onnxruntime and torch: ' in printed
+    assert printed.startswith(f'written: {out}\nlargest difference between '
+                              'onnxruntime and torch: ')
+    assert printed.endswith(
+        'inputs:\n'
+        '  input (1, 3, 64, 96)\n'
+        'outputs, of the head, from which boxes are yet to be made:\n'
+        '  cls_score_p3 (1, 7, 8, 12)\n'
+        '  cls_score_p4 (1, 7, 4, 6)\n'
+        '  cls_score_p5 (1, 7, 2, 3)\n'
+        '  cls_score_p6 (1, 7, 1, 2)\n'
+        '  cls_score_p7 (1, 7, 1, 1)\n'
+        '  bbox_pred_p3 (1, 4, 8, 12)\n'
+        '  bbox_pred_p4 (1, 4, 4, 6)\n'
+        '  bbox_pred_p5 (1, 4, 2, 3)\n'
+        '  bbox_pred_p6 (1, 4, 1, 2)\n'
+        '  bbox_pred_p7 (1, 4, 1, 1)\n')
     image = torch.randn(2, 3, 64, 96)
-    with torch.no_grad():
-        wanted = model.extract_feat(image)[0]
-    _assert_same([_run(out, image)['feature_0']], [wanted])
+    _assert_same(_run(out, image).values(), _head_outputs(model, image))
 
 
 @pytest.mark.parametrize('change, message', [
@@ -397,12 +396,12 @@ def test_the_tool(two_stages, tmp_path, capsys):
      'is not of this config: 1 of another shape (backbone.conv1.weight '
      '(1,) for')
 ], ids=['missing', 'shape'])
-def test_the_tool_wants_all_weights(change, message, two_stages, tmp_path,
+def test_the_tool_wants_all_weights(change, message, config, tmp_path,
                                     capsys):
-    state = dict(two_stages.state_dict())
+    state = dict(_retinanet(dict(type='CBN')).state_dict())
     change(state)
     with pytest.raises(SystemExit):
-        _main(tmp_path, state)
+        _main(tmp_path, config, state)
     assert message in capsys.readouterr().err
     assert not (tmp_path / 'out.onnx').exists()
 
@@ -410,7 +409,7 @@ def test_the_tool_wants_all_weights(change, message, two_stages, tmp_path,
 def test_the_tool_tells_of_missing_packages(tmp_path, monkeypatch, capsys):
     _hide(monkeypatch, 'onnx')
     with pytest.raises(SystemExit):
-        cli.main([DEMO, 'a.pth', '-o', str(tmp_path / 'a.onnx')])
+        cli.main(['a.py', 'a.pth', '-o', str(tmp_path / 'a.onnx')])
     assert capsys.readouterr().err == (
         'error: exporting needs the package onnx, and onnxruntime to check '
         'what was exported: pip install onnx onnxruntime\n')
@@ -429,10 +428,19 @@ def test_the_tool_weighs_examples_as_testing_does():
 
 
 def test_flags():
-    args = cli.parse_args([DEMO, 'a.pth', '-o', 'a.onnx'])
+    args = cli.parse_args(['a.py', 'a.pth', '-o', 'a.onnx'])
     assert args.shape == (320, 320) and args.opset == 17 and not args.fold
-    assert args.dynamic == ('batch', 'height', 'width')
+    assert args.dynamic is None
     for wrong in (['-o', 'a.pth'], ['-o', 'a.onnx', '--shape', '0', '3'],
                   ['-o', 'a.onnx', '--dynamic', 'depth'], []):
         with pytest.raises(SystemExit):
-            cli.parse_args([DEMO, 'a.pth', *wrong])
+            cli.parse_args(['a.py', 'a.pth', *wrong])
+
+
+def test_help_says_what_a_file_holds(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse_args(['--help'])
+    told = ' '.join(capsys.readouterr().out.split())
+    assert ('Faster and Mask R-CNN: the whole detector, from one normalised '
+            'image of a fixed shape to boxes, scores, labels and masks.'
+            ) in told
