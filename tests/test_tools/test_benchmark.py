@@ -75,7 +75,6 @@ def test_every_norm_is_measured(small, tmp_path, dtype, capsys):
     ])
     result = json.loads(path.read_text())
     assert result['machine']['dtype'] == dtype
-    assert path.with_suffix('.png').stat().st_size > 10_000
     table = path.with_suffix('.md').read_text()
     assert result['command'] in table
     assert table.count('\n| ') == len(result['rows']) + 2
@@ -106,6 +105,12 @@ def test_every_norm_is_measured(small, tmp_path, dtype, capsys):
     for name, most in (('BRN', 32), ('MABN', 50), ('CBN, window 4', 50),
                        ('BGN', 80)):
         assert of_block(name)['launches'] - base < most * cases.IN_A_ROW, name
+
+
+def test_the_pictures_are_drawn_from_what_is_stored(tmp_path):
+    benchmark.draw(contests.CONFIGS.parents[1] / 'docs', tmp_path)
+    for name in ('costs', 'windows', 'growth'):
+        assert (tmp_path / f'{name}.png').stat().st_size > 10_000
 
 
 def test_what_is_unknown_is_said(capsys):
