@@ -24,6 +24,7 @@ PAGES = [
     ROOT / 'docs' / 'results' / 'doctor.md',
     ROOT / 'docs' / 'results' / 'README.md',
     ROOT / 'docs' / 'results' / 'analyses.md',
+    *sorted((ROOT / 'docs' / 'methods').glob('*.md')),
     *sorted((ROOT / 'configs').rglob('README.md'))
 ]
 COMMAND = re.compile(
