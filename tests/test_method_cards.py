@@ -3,6 +3,7 @@ import inspect
 import json
 import re
 import runpy
+from pathlib import Path
 from statistics import mean
 
 import matplotlib
@@ -18,9 +19,8 @@ from mmdet_smallbn.cli import demo_results, study
 from mmdet_smallbn.errors import SetupError
 from mmdet_smallbn.tables import spread
 
-from .test_docs import ROOT
+DOCS = Path(__file__).resolve().parents[1] / 'docs'
 
-DOCS = ROOT / 'docs'
 FOLDER = DOCS / 'methods'
 PAGES = {
     path.stem: path.read_text()
