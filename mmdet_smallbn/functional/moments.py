@@ -98,7 +98,7 @@ def batch_moments(x: Tensor,
 
 
 def example_moments(x: Tensor) -> Moments:
-    """Mean and biased variance of each channel of each example, over (H, W).
+    """Return mean and biased variance of each example's channels over (H, W).
 
     As :func:`batch_moments`, but for each example alone.
 
