@@ -18,13 +18,13 @@ MAX_CALLS = 64
 
 
 class SmallBatchNorm(RunningNorm):
-    """Base class of the norms: batch normalisation with other statistics.
+    """Base class of the norms; a subclass provides the training statistics.
 
     The toolboxes treat the layer as a BatchNorm. It has the same parameters,
     buffers and state dict, so pretrained weights load, and
     ``norm_decay_mult``, ``norm_eval`` and freezing apply. Evaluation is the
-    same affine map of each channel. A subclass computes the statistics for
-    training in :meth:`batch_statistics` and :meth:`statistics`.
+    same affine map of each channel. A subclass overrides :meth:`statistics`
+    and, if needed, :meth:`batch_statistics`.
 
     Activation checkpointing, re-entrant or not, does not change the results:
     the recomputation uses the statistics of the first forward pass. State

@@ -95,9 +95,7 @@ class CBN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
         eps (float): Added to the variance, inside the root.
         momentum (float, optional): Weight of the present batch in the running
             statistics. None: cumulative average.
-        affine (bool): If True, the layer learns a scale and a shift.
-        track_running_stats (bool): If True, the layer keeps running
-            statistics.
+        affine, track_running_stats (bool): As in ``nn.BatchNorm2d``.
         window_size (int): Iterations in the statistics, the present one
             included; see :func:`suggested_window_size`.
         compensate (bool): If False, the past statistics are not corrected:

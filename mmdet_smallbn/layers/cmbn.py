@@ -52,9 +52,7 @@ class CmBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
         eps (float): Added to the variance, inside the root.
         momentum (float, optional): Weight of a part in the running
             statistics. None: cumulative average.
-        affine (bool): If True, the layer learns a scale and a shift.
-        track_running_stats (bool): If True, the layer keeps running
-            statistics.
+        affine, track_running_stats (bool): As in ``nn.BatchNorm2d``.
         sync (bool): If True, a part is the batch of all processes.
 
     Shape:
@@ -95,7 +93,7 @@ class CmBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
 
     def statistics(self, batch: Batch) -> Statistics:
         """Return the mean and variance of the optimizer step so far."""
-        step, anew = self._step()
+        step, new_step = self._step()
         if step is None:
             self.warn_once(
                 'cannot tell when the optimizer takes a step',
@@ -105,7 +103,7 @@ class CmBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
         while len(self._parts) <= self._call:
             self._parts.append(StepMoments())
         parts = self._parts[self._call]
-        parts.begin(step, anew)
+        parts.begin(step, new_step)
         alone = parts.filled == 0
         if alone:
             found = self.batch_statistics(batch)
@@ -117,9 +115,9 @@ class CmBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
 
         The number is None if the layer cannot detect steps.
         """
-        told = self.training_step.optimizer_steps
-        if told is not None:
-            return told, False
+        steps = self.training_step.optimizer_steps
+        if steps is not None:
+            return steps, False
         scale = self.weight
         if scale is None or not scale.requires_grad:
             return None, False
@@ -145,9 +143,9 @@ class StepMoments:
         self._moments: Optional[Tensor] = None  # mean and variance, (2, C)
         self._count: Optional[Tensor] = None  # values of each channel, (C,)
 
-    def begin(self, step: int, anew: bool) -> None:
+    def begin(self, step: int, new_step: bool) -> None:
         """Forget the parts of the last step if a new step began."""
-        if anew or step != self._step:
+        if new_step or step != self._step:
             self._step, self.filled = step, 0
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from .checks import check_example_weight, is_batch_norm, is_under
 
 
 class _WeighsExamples:
-    """Mixin for stock norms whose examples have a weight.
+    """Mixin that gives a stock norm inference example weighting.
 
     Only the module's class changes. Its parameters, buffers and hooks stay,
     so the change can be undone completely.

@@ -18,7 +18,7 @@ class FirstPass:
         self.recomputed = 0
 
     def distance(self, own: Moments) -> Tensor:
-        """Return the distance of an input's moments; about 0 if it is this."""
+        """Return the distance to another input's moments, about 0 if equal."""
         mine = self.batch.own
         away = (mine.mean - own.mean).abs() + (mine.var - own.var).abs()
         return away.sum().nan_to_num(nan=torch.inf)

@@ -9,7 +9,7 @@ from .checks import check_at_least
 from .statistics import Batch, TrainingStep
 
 
-def _told(name: str) -> property:
+def _of_training_step(name: str) -> property:
     """Return a property of the layer that its training loop sets."""
     return property(
         lambda self: getattr(self.training_step, name),
@@ -31,9 +31,7 @@ class RunningNorm(nn.BatchNorm2d):
         eps (float): Added to variances, inside the root.
         momentum (float, optional): Weight of the present batch in the running
             statistics. None: cumulative average.
-        affine (bool): If True, the layer learns a scale and a shift.
-        track_running_stats (bool): If True, the layer keeps running
-            statistics.
+        affine, track_running_stats (bool): As in ``nn.BatchNorm2d``.
         sync (bool): If True, the batch is that of all processes, as in
             SyncBatchNorm. Everything else is independent of the number of
             processes.
@@ -55,8 +53,8 @@ class RunningNorm(nn.BatchNorm2d):
     follows_batch_norm = True
     num_groups: Optional[int] = None
     built_example_weight = 0.
-    iteration = _told('iteration')
-    gradient_scale = _told('gradient_scale')
+    iteration = _of_training_step('iteration')
+    gradient_scale = _of_training_step('gradient_scale')
 
     def __init__(self,
                  num_features: int,
@@ -84,11 +82,11 @@ class RunningNorm(nn.BatchNorm2d):
 
     def running_targets(self, moments: Moments,
                         factor: float) -> Tuple[Optional[Tensor], Tensor]:
-        """Return the new values of the running statistics' moving averages.
+        """Return the values that the running statistics move towards.
 
         Args:
             moments (Moments): Moments of the present batch, shape (C,).
-            factor (float): Weight of the new values.
+            factor (float): Weight of these values in the moving average.
 
         Returns:
             tuple: Targets of ``running_mean`` and ``running_var``, shape

@@ -109,7 +109,7 @@ class TrainingLoop:
                 scale in mixed precision, 1 / parts in gradient accumulation.
             after_step (bool, optional): True if the optimizer took a step
                 since the last iteration. In gradient accumulation it is True
-                for the first part alone. None: unknown.
+                for the first part of each step. None: unknown.
         """
         if self._kept:  # an error interrupted the last iteration
             self.end()
