@@ -129,7 +129,8 @@ def set_example_weight(
         if not chosen:
             raise ValueError('no norm of the model can weigh examples: it has '
                              f'{len(norms)} norms, and {len(norms)} of them '
-                             'are excluded. Exclude fewer modules')
+                             'are excluded. Give a model with norms, or '
+                             'exclude fewer modules')
         for name in chosen:
             if _lacks_averages(norms[name], weight):
                 raise ValueError(_without_averages(name, norms[name]))
