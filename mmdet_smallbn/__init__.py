@@ -1,6 +1,6 @@
 """Small-batch normalisation for the OpenMMLab toolboxes.
 
-Importing the package registers its norms and hooks in mmengine's root
+An import registers the package's norms and hooks in mmengine's root
 registries, where every toolbox finds them.
 """
 from .version import __version__, check_versions

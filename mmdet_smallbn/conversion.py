@@ -1,4 +1,4 @@
-"""The BatchNorms of any model become norms of this package."""
+"""Conversion of a model's BatchNorms into norms of this package."""
 from typing import (Any, Dict, NamedTuple, Optional, Sequence, Set, Tuple,
                     Union)
 
@@ -13,21 +13,22 @@ from .errors import SetupError, did_you_mean
 from .layers import CenConv2d, SmallBatchNorm, check_settings, is_under
 from .words import some
 
-# Settings that the BatchNorm's own parameters and buffers decide.
+# Settings that the BatchNorm's own parameters and buffers determine.
 _GIVEN = ('affine', 'track_running_stats', 'device', 'dtype')
-# nn.BatchNorm2d's default. A norm with another one needs that.
+# Default of nn.BatchNorm2d. A norm with another default keeps its own.
 _MOMENTUM = 0.1
 
 Names = Set[Optional[str]]
 
 
 class NormConversion(NamedTuple):
-    """What :func:`convert_norms` did; prints as a table.
+    """Result of :func:`convert_norms`; it prints as a table.
 
     Attributes:
-        converted (dict[str, str]): Modules by name, and what they became.
-        left (dict[str, str]): Norms that stay as they are, convolutions that
-            would have to be centred, and the reasons.
+        converted (dict[str, str]): The old and new type of each converted
+            module, by name.
+        left (dict[str, str]): The reasons for each norm that was not
+            converted and each convolution that was not centred, by name.
     """
     converted: Dict[str, str]
     left: Dict[str, str]
@@ -45,42 +46,43 @@ def convert_norms(model: nn.Module,
                   where: Union[str, Sequence[str], None] = None,
                   inputs: Optional[Inputs] = None,
                   **settings: Any) -> NormConversion:
-    """Turn the BatchNorms of a model into a norm of this package, in place.
+    """Convert the BatchNorms of a model to a norm of this package, in place.
 
-    The modules stay the same objects, and so do their parameters and buffers:
-    an optimizer or a hook that was there before goes on with them. Copies of
-    the model, as of an average of its weights, are not converted. What else a
-    BatchNorm has stays, too: ``eps``, training or evaluation mode,
-    ``requires_grad``, dtype and device. ``momentum`` stays unless the norm has
-    one of its own by default (MABN, BRN, BGN), or it is given here.
+    The modules stay the same objects, and so do their parameters and buffers,
+    so existing optimizers and hooks continue to work. Copies of the model,
+    such as an average of its weights, are not converted. A converted norm
+    keeps its ``eps``, training or evaluation mode, ``requires_grad``, dtype
+    and device. It keeps its ``momentum``, unless ``momentum`` is given here
+    or the new norm has another default (MABN, BRN, BGN).
 
-    ``nn.BatchNorm2d`` is converted, and ``nn.SyncBatchNorm``, which becomes a
-    norm with ``sync=True``. Classes derived from them are left: they may do
-    more. Before training, evaluation with CBN, NaiveCBN, CmBN, BRN and
-    GhostBN is what it was. With MABN and BGN it is not.
+    ``nn.BatchNorm2d`` and ``nn.SyncBatchNorm`` are converted; the second gets
+    ``sync=True``. Subclasses of them are not converted, because they may do
+    more. Before training, the evaluation of CBN, NaiveCBN, CmBN, BRN and
+    GhostBN is the same as before the conversion. MABN and BGN change it.
 
-    MABN does not subtract means, so the convolutions whose outputs it is given
-    become :class:`CenConv2d`. Which ones these are is seen in a forward pass,
-    as in :func:`fuse_norm`, in evaluation and without gradients.
+    MABN does not subtract means, so the convolutions before it become
+    :class:`CenConv2d`. A forward pass in evaluation mode and without
+    gradients finds them, as in :func:`fuse_norm`.
 
     Args:
         model (nn.Module): The model, or a part of it.
         norm (str): Name of the norm, such as ``'CBN'``.
-        where (str | Sequence[str], optional): Modules whose norms are meant,
-            such as ``'neck'`` or ``('neck', 'head')``. None: the whole model.
-        inputs (Tensor | Sequence, optional): For MABN: what to call the model
-            with, so that all of these norms are reached. None: random images
-            of 128 x 128 pixels.
-        **settings: Of the norm, such as ``window_size=8``.
+        where (str | Sequence[str], optional): Names of the modules whose
+            norms are converted, such as ``'neck'`` or ``('neck', 'head')``.
+            None: the whole model.
+        inputs (Tensor | Sequence, optional): Only for MABN: inputs for the
+            forward pass, which must reach all of these norms. None: random
+            images of 128 x 128 pixels.
+        **settings: Arguments of the norm, such as ``window_size=8``.
 
     Returns:
-        NormConversion: What was converted, what was not, and why.
+        NormConversion: The converted modules, and the others with the reason.
 
     Raises:
-        SetupError: If the norm or a setting is not known or does not fit a
+        SetupError: If the norm or a setting is unknown or does not fit a
             BatchNorm, if ``where`` or the model holds nothing to convert, or
-            if the forward pass fails or misses a norm. Nothing has changed
-            then.
+            if the forward pass fails or does not reach a norm. In each case
+            the model is unchanged.
 
     Example:
         >>> print(convert_norms(model, 'CBN', where='neck', window_size=8))
@@ -94,17 +96,17 @@ def convert_norms(model: nn.Module,
         before = _convolutions_before(model, norms, inputs)
     elif inputs is not None:
         raise SetupError('inputs are for norms that do not subtract means, '
-                         f'such as MABN: {norm} needs none')
+                         f'such as MABN. {norm} needs none: remove inputs')
 
     converted = {}
     for name, old in norms.items():
         converted[name] = f'{type(old).__name__} -> {norm}'
         _become(old, new[name])
-        # MABN makes a mean square of what BatchNorm has.
+        # On loading, MABN computes a mean square from BatchNorm's statistics.
         old.load_state_dict(old.state_dict())
         old.layer_name = name
         if None in before.get(name, ()):
-            converted[name] += ', whose input is no output of a convolution'
+            converted[name] += ', whose input does not come from a convolution'
     modules = dict(model.named_modules())
     for name in {name for names in before.values() for name in names} - {None}:
         conv = modules[name]
@@ -131,8 +133,8 @@ def _class_of(norm: str, settings: Dict[str, Any]) -> type:
                          f'{did_you_mean(str(norm), list(known))}')
     for name in _GIVEN:
         if name in settings:
-            raise SetupError(f'{name} is that of each BatchNorm: it cannot be '
-                             'given')
+            raise SetupError(f'{name} cannot be given: each norm keeps that '
+                             f'of its BatchNorm. Remove {name}')
     try:
         check_settings(known[norm], settings)
     except ValueError as error:
@@ -142,11 +144,11 @@ def _class_of(norm: str, settings: Dict[str, Any]) -> type:
 
 def _find(model: nn.Module, where: Union[str, Sequence[str], None]
           ) -> Tuple[Dict[str, nn.Module], Dict[str, str]]:
-    """The norms to convert, and the others with the reasons, by name."""
+    """Return the norms to convert, and why others are left, by name."""
     norms: Dict[str, nn.Module] = {}
     left: Dict[str, str] = {}
     for name, module in model.named_modules():
-        # Frozen norms are no subclasses of torch's.
+        # Frozen norms are not subclasses of torch's norms.
         if is_norm(module) or hasattr(module, 'running_var'):
             reason = _why_left(module)
             if reason is None:
@@ -163,8 +165,8 @@ def _find(model: nn.Module, where: Union[str, Sequence[str], None]
         if not any(is_under(name, prefix) for name in norms):
             raise SetupError(
                 f'where={prefix!r} holds no BatchNorm2d to convert' +
-                (_reasons(_under(left, [prefix])) or '. Such are in ' + some(
-                    sorted({name.split('.')[0] for name in norms}), 9)))
+                (_reasons(_under(left, [prefix])) or '. Parts with one: ' +
+                 some(sorted({name.split('.')[0] for name in norms}), 9)))
     return _under(norms, prefixes), _under(left, prefixes)
 
 
@@ -183,33 +185,33 @@ def _reasons(left: Dict[str, str]) -> str:
 
 
 def _why_left(norm: nn.Module) -> Optional[str]:
-    """Why a norm is not converted; None if it can be."""
+    """Return why a norm is not converted; None if it can be."""
     if isinstance(norm, SmallBatchNorm):
         return 'is of this package already'
     if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm3d)):
-        return 'takes other inputs than feature maps of shape (N, C, H, W)'
+        return 'does not take feature maps of shape (N, C, H, W)'
     if isinstance(norm, nn.LazyBatchNorm2d):
-        return 'does not know its channels before a first forward pass'
+        return 'does not know its channels before the first forward pass'
     if type(norm) is nn.SyncBatchNorm and norm.process_group is not None:
-        return 'has a process group; sync=True is for all processes'
+        return 'has a process group, but sync=True is for all processes'
     if type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm):
         return None
     if is_norm(norm) and not isinstance(norm, _BatchNorm):
         return 'does not depend on the batch'
-    return 'is a class of its own, which may do something else'
+    return 'is another class, which may compute something else'
 
 
 def _why_not_centred(conv: nn.Module) -> Optional[str]:
     if type(conv) is not nn.Conv2d:
-        return 'is not centred: that is for nn.Conv2d itself'
+        return 'is not centred: only nn.Conv2d itself can be'
     if conv.weight[0].numel() == 1:
-        return 'has one weight a filter, which centring would make 0'
+        return 'has only one weight per filter, which centring would make 0'
     return None
 
 
 def _new(name: str, old: nn.Module, cls: type,
          settings: Dict[str, Any]) -> SmallBatchNorm:
-    """What a BatchNorm is to become; its tensors are not taken."""
+    """Build the norm that replaces a BatchNorm, with tensors of its own."""
     own = dict(
         eps=old.eps,
         affine=old.affine,
@@ -225,7 +227,7 @@ def _new(name: str, old: nn.Module, cls: type,
 
 
 def _become(old: nn.Module, new: nn.Module) -> None:
-    """Give a module another's class and settings."""
+    """Give a module the class and settings of another module."""
     vars(old).pop('process_group', None)
     torchs = vars(nn.Module())  # parameters, buffers, hooks, mode
     vars(old).update({k: v for k, v in vars(new).items() if k not in torchs})
@@ -234,13 +236,13 @@ def _become(old: nn.Module, new: nn.Module) -> None:
 
 def _convolutions_before(model: nn.Module, norms: Dict[str, nn.Module],
                          inputs: Optional[Inputs]) -> Dict[str, Names]:
-    """Of each norm the convolutions that made its inputs.
+    """Return the names of the convolutions before each norm, by norm.
 
-    None among them: something else made one.
+    A name is None if an input does not come from a convolution.
     """
     names = {module: name for name, module in model.named_modules()}
     found: Dict[str, Names] = {name: set() for name in norms}
-    made: Dict[int, tuple] = {}  # outputs are kept, so that ids stay theirs
+    made: Dict[int, tuple] = {}  # it keeps the outputs, so ids stay unique
 
     def after_convolution(conv, args, out) -> None:
         made[id(out)] = out, out._version, names[conv]
@@ -248,7 +250,7 @@ def _convolutions_before(model: nn.Module, norms: Dict[str, nn.Module],
     def before_norm(norm, args, kwargs) -> None:
         x = args[0] if args else kwargs['input']
         _, version, conv = made.get(id(x), (None, None, None))
-        # An operation in place leaves the object what it was.
+        # An in-place operation does not change the id, but the version.
         found[names[norm]].add(conv if version == x._version else None)
 
     handles = [
@@ -268,6 +270,6 @@ def _convolutions_before(model: nn.Module, norms: Dict[str, nn.Module],
     missed = [repr(name) for name, convs in found.items() if not convs]
     if missed:
         raise SetupError(f'{some(missed)} was not reached by the forward '
-                         'pass: give inputs that do, or name the other parts '
-                         'in where')
+                         'pass. Give inputs that reach it, or name only other '
+                         'parts in where')
     return found

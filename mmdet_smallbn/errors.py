@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and how the tools show them."""
+"""Errors that a user can fix, and their one-line display in the tools."""
 import difflib
 import os
 import sys
@@ -8,23 +8,23 @@ from typing import Iterator, Optional, Sequence
 
 
 class SetupError(RuntimeError):
-    """The configuration and the model do not fit; raised before training."""
+    """Error in the config, model or data that the user can fix."""
 
 
 def did_you_mean(unknown: str, known: Sequence[str]) -> str:
-    """Known names near an unknown one, as the end of a message."""
+    """Return a sentence with the known names that resemble an unknown one."""
     near = difflib.get_close_matches(unknown, known, n=2, cutoff=0.5)
     if near:
         return f'Did you mean {" or ".join(near)}?'
-    return f'Known are {", ".join(sorted(known))}'
+    return f'Known names: {", ".join(sorted(known))}'
 
 
 def check_known(flag: str, names: Optional[Sequence[str]],
                 known: Sequence[str]) -> None:
-    """Refuse a flag's names that are not known.
+    """Check that all names given to a flag are known.
 
     Raises:
-        SetupError: It says which is near.
+        SetupError: If one is unknown. The message suggests a known name.
     """
     for name in names or ():
         if name not in known:
@@ -33,11 +33,11 @@ def check_known(flag: str, names: Optional[Sequence[str]],
 
 
 def describe(error: BaseException) -> str:
-    """One line that says what went wrong.
+    """Return the innermost message of an error, in one line.
 
-    Registries wrap an error once a level ("class `FasterRCNN` in a.py: class
-    `FPN` in b.py: ..."), and data workers send a whole traceback: the
-    innermost message is the one to read.
+    Registries add a prefix at each level ("class `FasterRCNN` in a.py: class
+    `FPN` in b.py: ..."), and data workers send a whole traceback. Only the
+    innermost message helps the user.
     """
     text = str(error.args[0]) if len(error.args) == 1 else str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -46,7 +46,7 @@ def describe(error: BaseException) -> str:
         text = text.split('.py: ', 1)[1]
     if isinstance(error, (SetupError, ValueError, OSError)):
         return text or type(error).__name__
-    # What nobody foresaw may as well be a mistake in the code.
+    # Another type of error may also be a bug, so its name is shown.
     return f'{type(error).__name__}: {text} (SMALLBN_TRACEBACK=1 shows where)'
 
 
@@ -60,15 +60,15 @@ def _comes_from_a_loop(error: BaseException) -> bool:
 
 @contextmanager
 def one_line_errors(after_stop: str = '') -> Iterator[None]:
-    """End the program with status 1 and one line on the user's errors.
+    """End the program with status 1 and one line if the user made an error.
 
-    Until a training or test loop runs, everything that goes wrong is taken to
-    be the configuration's doing; after that, only :class:`SetupError` and
-    missing files are. The environment variable ``SMALLBN_TRACEBACK=1`` shows
-    the whole trace. Ctrl-C ends it with status 130.
+    Before a training or test loop runs, every error counts as an error of the
+    config. Later only :class:`SetupError` and missing files do. The
+    environment variable ``SMALLBN_TRACEBACK=1`` shows the whole traceback.
+    Ctrl-C ends the program with status 130.
 
     Args:
-        after_stop (str): What to say after Ctrl-C: how to go on.
+        after_stop (str): Sentence printed after Ctrl-C: how to continue.
     """
     try:
         yield

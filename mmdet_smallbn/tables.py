@@ -1,4 +1,4 @@
-"""Tables of measured numbers, for the terminal and for pages."""
+"""Tables of measured numbers, for the terminal and for Markdown pages."""
 import statistics
 from typing import Mapping, Optional, Sequence
 
@@ -9,12 +9,12 @@ Rows = Sequence[Sequence[str]]
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Mean and standard deviation of a few values, as text.
+    """Format the mean and standard deviation of a few values.
 
     Args:
-        values (Sequence[float]): None gives an empty text, one gives a number
-            without a deviation.
-        digits (int): After the point.
+        values (Sequence[float]): Values. Without values the text is empty,
+            and one value has no standard deviation.
+        digits (int): Digits after the decimal point.
     """
     if not values:
         return ''
@@ -25,21 +25,21 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 
 
 def as_markdown(rows: Rows) -> str:
-    """A Markdown table; the first row is its head."""
+    """Return a Markdown table; the first row is the header."""
     head, *others = rows
     return '\n'.join(f'| {" | ".join(row)} |'
                      for row in (head, ['---'] * len(head), *others))
 
 
 def as_sections(tables: Mapping[str, Rows]) -> str:
-    """Markdown tables, each under its title."""
+    """Return Markdown tables, each below its title."""
     return '\n'.join(f'## {title[:1].upper()}{title[1:]}\n\n'
                      f'{as_markdown(rows)}\n'
                      for title, rows in tables.items())
 
 
 def show(rows: Rows, console: Console, title: Optional[str] = None) -> None:
-    """Print a table; the first row is its head."""
+    """Print a table; the first row is the header."""
     head, *others = rows
     table = Table(*head, title=title)
     for row in others:

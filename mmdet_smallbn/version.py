@@ -1,12 +1,12 @@
-"""The package's version, and the versions of the toolbox that it works in."""
+"""Version of the package, and the toolbox versions that it supports."""
 from importlib.metadata import PackageNotFoundError, version
 
 from packaging.version import Version
 
 __version__ = '0.1.0'
 
-# Import name: (distributions that provide it, lower bound included, upper
-# bound excluded, whether the package can do without it).
+# Import name: (distributions that provide it, lower bound (included), upper
+# bound (excluded), True if the package also works without it).
 BOUNDS = {
     'torch': (('torch', ), '2.0.0', None, False),
     'mmengine': (('mmengine', 'onedl-mmengine'), '0.8.0', '1.0.0', False),
@@ -25,15 +25,18 @@ def _installed(distributions):
 
 
 def check_versions(whole: bool = False) -> None:
-    """Compare what is installed with :data:`BOUNDS`.
+    """Check that the installed packages are within :data:`BOUNDS`.
 
-    mmcv and mmdet may be missing: the layers work in any mmengine model.
+    mmcv and mmdet may be missing, because the layers work in any mmengine
+    model.
 
     Args:
-        whole (bool): Whether mmcv and mmdet must be there, as for the tools.
+        whole (bool): If True, mmcv and mmdet must be installed, as the tools
+            need them.
 
     Raises:
-        ImportError: Naming the package, what was found and the bounds.
+        ImportError: If a package is missing or its version is out of bounds.
+            The message names the package, its version and the bounds.
     """
     for distributions, lower, upper, optional in BOUNDS.values():
         name, found = _installed(distributions)

@@ -119,7 +119,7 @@ def test_the_report_prints_what_became_of_what():
     report = convert_norms(Network(), 'CBN')
     assert report.left == {
         'neck.1': 'GroupNorm does not depend on the batch',
-        'head.1': 'BatchNorm1d takes other inputs than feature maps of shape '
+        'head.1': 'BatchNorm1d does not take feature maps of shape '
         '(N, C, H, W)',
     }
 
@@ -218,9 +218,9 @@ class Frozen(nn.Module):
 
 
 @pytest.mark.parametrize('norm, reason', [
-    (MyNorm(4), 'MyNorm is a class of its own'),
-    (Frozen(), 'Frozen is a class of its own'),
-    (nn.BatchNorm3d(4), 'BatchNorm3d takes other inputs'),
+    (MyNorm(4), 'MyNorm is another class'),
+    (Frozen(), 'Frozen is another class'),
+    (nn.BatchNorm3d(4), 'BatchNorm3d does not take feature maps'),
     (nn.LazyBatchNorm2d(), 'LazyBatchNorm2d does not know its channels'),
     (nn.LayerNorm(4), 'LayerNorm does not depend on the batch'),
     (nn.InstanceNorm2d(4), 'InstanceNorm2d does not depend on the batch'),
@@ -251,7 +251,7 @@ def test_sync_batch_norm_becomes_a_norm_with_sync():
     (dict(norm='GN'), "'GN' is not a known norm"),
     (dict(windowsize=3), "CBN takes no 'windowsize'. Did you mean window"),
     (dict(window_size=0), "norm2': window_size must be .* got 0"),
-    (dict(affine=False), 'affine is that of each BatchNorm'),
+    (dict(affine=False), 'affine cannot be given.* Remove affine'),
     (dict(where='nek'), "where='nek' holds no BatchNorm2d .*backbone, neck"),
     (dict(where=('neck', 'head')), "where='head' .*'head.1': BatchNorm1d"),
     (dict(inputs=torch.ones(1)), 'inputs are for norms .* such as MABN'),
@@ -333,14 +333,15 @@ def test_mabns_convolutions_are_found_in_a_forward_pass():
     }
     assert report.converted['conv'] == 'Conv2d -> CenConv2d'
     assert 'centred' not in report.converted
-    none = 'BatchNorm2d -> MABN, whose input is no output of a convolution'
+    none = ('BatchNorm2d -> MABN, whose input does not come from a '
+            'convolution')
     assert {n for n, text in report.converted.items() if text == none} == {
         'behind_relu', 'shared'
     }
     assert report.left == {
-        'depthwise': 'Conv2d has one weight a filter, which centring would '
-        'make 0',
-        'up': 'ConvTranspose2d is not centred: that is for nn.Conv2d itself'
+        'depthwise': 'Conv2d has only one weight per filter, which centring '
+        'would make 0',
+        'up': 'ConvTranspose2d is not centred: only nn.Conv2d itself can be'
     }
 
 
@@ -358,7 +359,7 @@ def test_mabn_centres_what_is_before_the_norms_that_are_meant():
 def test_a_norm_that_is_not_reached_is_named():
     model = Odd()
     with pytest.raises(SetupError, match="'behind_centred' was not reached.*"
-                       'name the other parts in where'):
+                       'name only other parts in where'):
         convert_norms(
             model, 'MABN', inputs=(torch.randn(1, 3, 8, 8), False))
     assert type(model.behind) is nn.BatchNorm2d

@@ -70,7 +70,7 @@ def test_activation_checkpointing_changes_nothing(norm, reentrant):
     _same(plain, told)
     if norm is CBN:
         with pytest.warns(UserWarning, match=r"CBN\(4\) runs inside .*"
-                          r'TrainingLoop\(model\) in a loop of your own'):
+                          r'TrainingLoop\(model\) in your own training loop'):
             for x in _images(2):
                 _step(_model(norm), x, run)
 

@@ -1,4 +1,4 @@
-"""The mathematics: tensors in, tensors out. Imports torch alone."""
+"""Mathematics of the norms as functions of tensors; needs torch alone."""
 from .calls import ConvCall, Filters
 from .deform_call import DeformCall, LinearCall
 from .eager import run_eagerly

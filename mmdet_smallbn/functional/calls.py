@@ -1,4 +1,4 @@
-"""Calls of convolutions, and the input patches behind their outputs."""
+"""Calls of convolutions, and the input patches of their outputs."""
 import math
 from typing import NamedTuple, Optional, Tuple
 
@@ -12,15 +12,15 @@ class Filters(NamedTuple):
     """The filters of a convolution.
 
     Attributes:
-        weight (Tensor): Live to autograd, shape (C, C_in / groups, kh, kw);
-            transposed (C_in, C / groups, kh, kw).
-        bias (Tensor, optional): The bias if it trains, live to autograd,
-            shape (C,).
+        weight (Tensor): Weight in the autograd graph, shape (C, C_in /
+            groups, kh, kw); if transposed, (C_in, C / groups, kh, kw).
+        bias (Tensor, optional): Bias in the autograd graph, shape (C,). None
+            if there is no bias, or if it does not train.
         groups (int): As in ``nn.Conv2d``.
-        transposed (bool): Whether it is ``nn.ConvTranspose2d``'s.
-        centred (bool): Whether the convolution uses each filter less its mean
-            (:class:`mmdet_smallbn.CenConv2d`). That is the same as to use the
-            filter on patches less their means.
+        transposed (bool): True for ``nn.ConvTranspose2d``.
+        centred (bool): True if the convolution subtracts each filter's mean
+            from the filter (:class:`mmdet_smallbn.CenConv2d`). To subtract
+            each patch's mean from the patch gives the same outputs.
     """
     weight: Tensor
     bias: Optional[Tensor] = None
@@ -30,9 +30,10 @@ class Filters(NamedTuple):
 
     @property
     def rows(self) -> Tensor:
-        """One row for each output channel, shape (C, F), live to autograd.
+        """Filters as rows, one for each output channel, shape (C, F).
 
-        F = C_in / groups * kh * kw, and one more for a bias.
+        They are part of the autograd graph. F = C_in / groups * kh * kw, plus
+        1 for a bias.
         """
         weight = self.weight
         if self.transposed:
@@ -45,18 +46,18 @@ class Filters(NamedTuple):
 
     @property
     def are_freed(self) -> bool:
-        """Whether they are gone, as after their unit's forward in FSDP."""
+        """True if FSDP has freed the weight after its unit's forward pass."""
         return self.weight.dim() != 4 or (
             self.weight.untyped_storage().nbytes() == 0)
 
     @property
     def are_parameters(self) -> bool:
-        """Whether they are known before the forward pass, and in memory."""
+        """True if they are in memory and known before the forward pass."""
         return self.weight.is_leaf and not self.are_freed
 
     @property
     def length(self) -> int:
-        """F."""
+        """Length F of a row."""
         first, second, *kernel = self.weight.shape
         channels = first // self.groups if self.transposed else second
         return channels * math.prod(kernel) + (self.bias is not None)
@@ -66,8 +67,8 @@ class ConvCall(NamedTuple):
     """One call of a convolution.
 
     Attributes:
-        filters (Filters): With which.
-        input (Tensor): Detached, shape (N, C_in, H_in, W_in).
+        filters (Filters): Filters of the convolution.
+        input (Tensor): Detached input, shape (N, C_in, H_in, W_in).
         stride, padding, dilation (tuple[int, int]): As in ``nn.Conv2d``.
     """
     filters: Filters
@@ -81,20 +82,21 @@ class ConvCall(NamedTuple):
                size: Optional[int],
                turn: int,
                out: Optional[Tensor] = None) -> Tensor:
-        """Patches of the input behind some positions of the output.
+        """Return the input patches of some positions of the output.
 
-        They are spread evenly over examples, rows and columns. If the output
-        has fewer than ``size`` positions, some come several times. Values
-        that are not finite become 0.
+        The positions are spread evenly over examples, rows and columns. If
+        the output has fewer than ``size`` positions, some occur several
+        times. Non-finite values become 0.
 
         Args:
             x (Tensor): Output of the call, shape (N, C, H, W), not empty.
-            size (int, optional): How many positions P. None: all.
-            turn (int): The positions differ in each of eight turns.
-            out (Tensor, optional): Where to write them.
+            size (int, optional): Number of positions P. None: all.
+            turn (int): Index of the iteration. The positions repeat after
+                eight turns.
+            out (Tensor, optional): Tensor for the result.
 
         Returns:
-            Tensor: Shape (P, groups, F).
+            Tensor: Patches, shape (P, groups, F).
         """
         geometry = ((self.input.size(axis), self.filters.weight.size(axis),
                      self.stride[axis - 2], self.padding[axis - 2],
@@ -105,13 +107,13 @@ class ConvCall(NamedTuple):
             self.input, [where[0], None, *where[1:]])
         if met is not None:
             patches.mul_(met)
-        # From (P, kh, kw, C_in).
+        # The shape is (P, kh, kw, C_in).
         return as_patches(patches.permute(0, 3, 1, 2), self.filters, out)
 
 
 def as_patches(patches: Tensor, filters: Filters,
                out: Optional[Tensor]) -> Tensor:
-    """From (P, C_in, ...) to (P, groups, F), with an input for a bias."""
+    """Reshape (P, C_in, ...) to (P, groups, F); a bias has the input 1."""
     patches = patches.unflatten(1, (filters.groups, -1))
     if out is None:
         out = patches.new_empty((*patches.shape[:2], filters.length))

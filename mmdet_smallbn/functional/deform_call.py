@@ -11,18 +11,18 @@ from .positions import output_positions
 class DeformCall(NamedTuple):
     """One call of mmcv's deformable convolutions.
 
-    Where it looks (and how much it weighs there, in version 2) is taken as it
-    was: it is linear in its filters.
+    Its sampling locations, and in version 2 their weights, are constants.
+    With them the output is linear in the filters.
 
     Attributes:
-        filters (Filters): With which.
-        input (Tensor): Detached, shape (N, C_in, H_in, W_in).
-        offset (Tensor): Steps of the places, row and column, shape (N,
-            2 * deform_groups * kh * kw, H, W).
-        mask (Tensor, optional): Weights of the places, shape (N,
+        filters (Filters): Filters of the convolution.
+        input (Tensor): Detached input, shape (N, C_in, H_in, W_in).
+        offset (Tensor): Offsets of the sampling locations, row and column, in
+            pixels of the input, shape (N, 2 * deform_groups * kh * kw, H, W).
+        mask (Tensor, optional): Weights of the sampling locations, shape (N,
             deform_groups * kh * kw, H, W). None: 1.
         stride, padding, dilation (tuple[int, int]): As in ``nn.Conv2d``.
-        deform_groups (int): Groups of channels with places of their own.
+        deform_groups (int): Groups of channels that have their own offsets.
     """
     filters: Filters
     input: Tensor
@@ -38,11 +38,11 @@ class DeformCall(NamedTuple):
                size: Optional[int],
                turn: int,
                out: Optional[Tensor] = None) -> Tensor:
-        """As :meth:`ConvCall.sample`."""
+        """Return input patches, as :meth:`ConvCall.sample`."""
         n, _, height, width = self.input.shape
         examples, rows, columns = output_positions(x, size, turn)
         count, places = len(examples), (self.deform_groups, -1)
-        # Where each tap looks, shape (P, deform_groups, kh * kw).
+        # Sampling location of each tap, shape (P, deform_groups, kh * kw).
         offset = self.offset[examples, :, rows, columns].view(
             count, *places, 2)
         grid = torch.broadcast_tensors(
@@ -66,12 +66,12 @@ class DeformCall(NamedTuple):
         if self.mask is not None:
             mask = self.mask[examples, :, rows, columns].view(count, *places)
             patches = patches * mask.unsqueeze(-1)
-        # From (P, deform_groups, kh * kw, C_in / deform_groups).
+        # The shape is (P, deform_groups, kh * kw, C_in / deform_groups).
         patches = patches.transpose(2, 3).flatten(1, 2)
         return as_patches(patches, self.filters, out)
 
     def _taps(self, lines: Tensor, axis: int) -> Tensor:
-        """Lines of the input that undeformed taps meet, (P, kernel)."""
+        """Return the input rows or columns of the regular taps, (P, k)."""
         taps = torch.arange(
             self.filters.weight.size(axis + 2), device=lines.device)
         return lines.unsqueeze(1) * self.stride[axis] + (

@@ -1,10 +1,10 @@
-r"""The gradient of CBN's statistics by today's filters.
+r"""Gradient of CBN's statistics with respect to the current filters.
 
 The paper's gradients flow "to the network weights and activations at the
 current iteration, :math:`\theta_t` and :math:`x_t`" (arXiv:2002.05712, Sec.
-3.2). The past's moments, Eq. (7) and (8), are functions of :math:`\theta_t`;
-what is remembered is constant. One node of the autograd graph holds that for
-all layers that were replayed together.
+3.2). The past moments, Eq. (7) and (8), are functions of :math:`\theta_t`,
+and the remembered values are constants. One node of the autograd graph
+computes this gradient for all layers that were replayed together.
 """
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
@@ -18,18 +18,18 @@ from .replay import Memory, Pooled, Replay
 
 
 class Loan:
-    """Patches that a backward pass is going to need.
+    """Patches that a later backward pass needs.
 
-    They must not be overwritten before that.
+    They must not be overwritten before that pass.
 
     Args:
-        patches (Tensor): Shape (N, groups, F).
+        patches (Tensor): Patches, shape (N, groups, F).
 
     Attributes:
-        is_open (bool): Whether the backward pass is still to come.
-        given (tuple): From the layer's backward pass, all of shape (C,): the
-            mean and the inverse deviation that it normalised with, and the
-            factor from its sums of g and g * x_hat to the part of one
+        is_open (bool): True until the backward pass has run.
+        given (tuple): Values from the layer's backward pass, all of shape
+            (C,): the mean, the inverse standard deviation, and the factor
+            that turns the sums of g and g * x_hat into the share of one
             iteration in the gradient.
     """
 
@@ -40,17 +40,18 @@ class Loan:
         self.given: Optional[Tuple[Tensor, Tensor, Tensor]] = None
 
     def by_filters(self, by_output: Tensor) -> Tensor:
-        """From the gradient by outputs, (C, N), to that by filters, (C, F).
+        """Return the filters' gradient, (C, F), from the outputs', (C, N).
 
         Raises:
-            RuntimeError: If another forward pass has written to the patches.
+            RuntimeError: If another forward pass has overwritten the patches.
         """
         self.is_open = False
         if self._version != self.patches._version:
             raise RuntimeError(
                 'a second backward pass through CBN came after another '
-                'forward pass of the layer, which has overwritten what it '
-                'needs. Run all backward passes of a forward pass first')
+                'forward pass of the layer, which has overwritten the patches '
+                'that it needs. Run all backward passes of a forward pass '
+                'before the next forward pass')
         groups, length = self.patches.shape[1:]
         if groups == 1:
             return torch.mm(by_output, self.patches.squeeze(1))
@@ -60,17 +61,17 @@ class Loan:
 
 
 class Past(NamedTuple):
-    """The past of one layer, at today's weight.
+    """Past of one layer at the current weights.
 
     Attributes:
         moments (Tensor): Mean and biased variance of the past iterations,
             shape (2, C).
         share (Tensor): Weight of one iteration in the window, shape (C,).
-        shift, scale (Tensor, optional): Zeros of shape (C,), part of the
-            autograd graph. To first order, a change of today's filters
-            changes the layer's shift and scale, by way of the past's moments.
-            The gradient by these two leads there.
-        loan (Loan, optional): What the gradient needs.
+        shift, scale (Tensor, optional): Zeros of shape (C,) in the autograd
+            graph. To first order, a change of the current filters changes the
+            layer's shift and scale through the past moments. Through these
+            two zeros the gradient flows back to the filters.
+        loan (Loan, optional): Patches and values that the gradient needs.
     """
     moments: Tensor
     share: Tensor
@@ -84,7 +85,7 @@ class _FollowFilters(Function):
     @staticmethod
     def forward(ctx, memory, past, pooled, loans, *filters):
         ctx.set_materialize_grads(False)
-        # The backward pass has no use for these, and they are large.
+        # The backward pass does not need these large tensors.
         ctx.replayed = memory._replace(
             mean=None, var=None, outputs=None), past, pooled
         ctx.loans = loans
@@ -98,7 +99,7 @@ class _FollowFilters(Function):
     @run_eagerly
     def backward(ctx, *sums):
         count, shares = len(ctx.loans), ctx.replayed[-1].share
-        # A layer that had no part in the loss has no sums.
+        # A layer that does not contribute to the loss has no sums.
         known = [
             shares.new_zeros(5, size).unbind() if pair[0] is None
             else (*loan.given, *pair) for size, loan, *pair in zip(
@@ -115,17 +116,18 @@ class _FollowFilters(Function):
 def _by_outputs(memory: Memory, past: Replay, pooled: Pooled, mean: Tensor,
                 inv_std: Tensor, scale: Tensor, sum_g: Tensor,
                 sum_gx: Tensor) -> Tensor:
-    """From the sums of backward passes to the gradient by remembered outputs.
+    """Return the gradient with respect to the remembered outputs.
 
-    Back through Eq. (12), (9)-(11), (10), (8), (7).
+    It comes from the sums of the layers' backward passes, back through Eq.
+    (12), (9)-(11), (10), (8), (7).
 
     Returns:
-        Tensor: Shape (C, k, P).
+        Tensor: Gradient, shape (C, k, P).
     """
-    # By the mean and the variance of one iteration.
+    # Gradients with respect to the mean and variance of one iteration.
     by_mean = sum_g.mul_(inv_std.neg().mul_(scale))
     by_var = sum_gx.mul_(inv_std).mul_(inv_std).mul_(scale).mul_(-0.5)
-    # Moments are pooled about the mean of the window, not of its past.
+    # The window's mean is the centre of the variance, not the past's mean.
     past_mean = pooled.moments[0]
     by_mean.addcmul_(by_var, mean.sub_(past_mean), value=-2)
     by_mean, by_var = by_mean.unsqueeze(1), by_var.unsqueeze(1)
@@ -140,25 +142,24 @@ def _by_outputs(memory: Memory, past: Replay, pooled: Pooled, mean: Tensor,
     by_slope = kept.mul_(by_var).mul_(memory.var_scale)
     by_output = torch.addcmul(
         by_step.unsqueeze(2), past.centred, by_slope.unsqueeze(2))
-    # An iteration that does not count may be NaN, and 0 * NaN is not 0.
+    # An unused iteration may hold NaN, and 0 * NaN is not 0.
     return by_output.masked_fill_(pooled.unused.unsqueeze(2), 0)
 
 
 def follow_filters(memory: Memory, past: Replay, pooled: Pooled,
                    sizes: Sequence[int], filters: Sequence[Tensor],
                    loans: Sequence[Loan]) -> List[Past]:
-    """Hand each layer its past, as a function of today's filters.
+    """Split the past by layer, and connect it to the current filters.
 
     Args:
-        memory (Memory): Of all layers.
-        past (Replay): From :func:`replay`.
-        pooled (Pooled): From :func:`pool`.
+        memory (Memory): Memory of all layers.
+        past (Replay): Result of :func:`replay`.
+        pooled (Pooled): Result of :func:`pool`.
         sizes (Sequence[int]): Channels of each layer.
-        filters (Sequence[Tensor]): Today's, of each layer, part of the
+        filters (Sequence[Tensor]): Current filters of each layer, in the
             autograd graph, shape (C, F).
-        loans (Sequence[Loan]): The patches of each layer, shape (k * P,
-            groups, F). None at all: the gradient does not flow to the
-            filters.
+        loans (Sequence[Loan]): Patches of each layer, shape (k * P, groups,
+            F). If empty, no gradient flows to the filters.
 
     Returns:
         list[Past]: One for each layer.

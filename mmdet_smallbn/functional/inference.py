@@ -11,17 +11,17 @@ from .normalize import normalize, scale_and_shift
 
 def fold_groups(mean: Tensor, var: Tensor,
                 num_groups: Optional[int]) -> Tuple[Tensor, Tensor]:
-    """Moments of groups of channels, given back to each channel.
+    """Pool the moments of each group of channels.
 
     Args:
-        mean (Tensor): Shape (C,).
+        mean (Tensor): Mean, shape (C,).
         var (Tensor): Biased variance, shape (C,).
         num_groups (int, optional): Groups of neighbouring channels. None:
-            each channel by itself.
+            each channel is its own group.
 
     Returns:
-        tuple[Tensor, Tensor]: Shape (C,), constant in each group; in float32
-        at least if there are groups.
+        tuple[Tensor, Tensor]: Mean and biased variance, shape (C,), constant
+        in each group. With groups they are at least in float32.
     """
     if num_groups is None or num_groups == mean.numel():
         return mean, var
@@ -42,7 +42,7 @@ def normalize_for_inference(x: Tensor,
                             example_weight: float = 0.,
                             num_groups: Optional[int] = None,
                             centered: bool = True) -> Tensor:
-    r"""Normalise with moving averages, and each example's own moments.
+    r"""Normalise with moving averages and each example's own moments.
 
     Inference example weighting (arXiv:1906.03548, Eq. 3):
 
@@ -50,10 +50,10 @@ def normalize_for_inference(x: Tensor,
         \mu = (1 - \alpha)\,m_x + \alpha\,E[x], \qquad
         \sigma^2 = (1 - \alpha)\,m_{x^2} + \alpha\,E[x^2] - \mu^2,
 
-    where the second moments are kept as variances. With
-    :math:`\alpha = 0` this is batch normalisation's evaluation, an affine map
-    of each channel; with groups and :math:`\alpha = 1`, group normalisation.
-    Gradients flow through the example's own part.
+    where the arguments hold variances in place of second moments. With
+    :math:`\alpha = 0` this is the evaluation of batch normalisation, an
+    affine map of each channel. With groups and :math:`\alpha = 1` it is group
+    normalisation. Gradients flow through the example's own moments.
 
     Args:
         x (Tensor): Shape (N, C, H, W).
@@ -63,16 +63,17 @@ def normalize_for_inference(x: Tensor,
         bias (Tensor, optional): Shift, shape (C,).
         eps (float): Added to the variance, inside the root.
         example_weight (float): :math:`\alpha`, from 0 to 1.
-        num_groups (int, optional): Groups of neighbouring channels that all
-            moments are over. None: each channel by itself.
-        centered (bool): False: there is no mean to subtract, ``mean`` is 0
-            and ``var`` the mean square; so it is for the example, :math:`\mu`
-            is 0.
+        num_groups (int, optional): Groups of neighbouring channels; all
+            moments are over a group. None: each channel is its own group.
+        centered (bool): If False, no mean is subtracted: ``mean`` is 0 and
+            ``var`` is the mean square. The same holds for the example's own
+            moments, so :math:`\mu` is 0.
 
     Returns:
         Tensor: Same shape and dtype as ``x``.
     """
-    # Half-precision features beside float32 parameters are refused there.
+    # torch.group_norm does not accept half-precision features with float32
+    # parameters.
     if example_weight == 1 and centered and x.numel() and (
             weight is None or weight.dtype == x.dtype):
         return torch.group_norm(x, num_groups or int(mean.numel()), weight,

@@ -1,13 +1,14 @@
-"""Per-channel moments of a feature map, and how several are pooled."""
+"""Per-channel moments of feature maps, and their pooling."""
 import math
 from typing import Callable, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor
 
-# From this batch's means of g and of g * x_hat, where g is the gradient by
-# the normalised x_hat, to the values that the backward uses in their place.
-# None for the first: it is zero, the mean is not subtracted.
+# A function from the batch's means of g and g * x_hat to the values that the
+# backward pass uses in their place. g is the gradient with respect to the
+# normalised x_hat. None for the first mean: it is 0, because the gradient's
+# mean is not subtracted.
 GradientStatistics = Callable[[Optional[Tensor], Tensor],
                               Tuple[Optional[Tensor], Tensor]]
 
@@ -15,22 +16,22 @@ GradientStatistics = Callable[[Optional[Tensor], Tensor],
 class Moments(NamedTuple):
     """Per-channel mean and biased variance of one batch.
 
-    The variance stands where the papers write the mean square: the two carry
-    the same information, but ``E[x^2] - E[x]^2`` cancels in float32 once the
-    mean is large against the deviation, and the variance does not.
+    The papers write the mean square where this class holds the variance. Both
+    carry the same information, but ``E[x^2] - E[x]^2`` loses its digits in
+    float32 if the mean is large compared to the standard deviation.
 
     Attributes:
-        mean (Tensor): Shape (C,), or (N, C) of each example by itself.
+        mean (Tensor): Mean, shape (C,), or (N, C) for each example.
         var (Tensor): Biased variance, same shape.
-        count (int | Tensor): Values behind each entry, N * H * W or H * W. A
-            scalar tensor where several processes share the batch.
+        count (int | Tensor): Number of values in each mean, N * H * W or
+            H * W. A scalar tensor if several processes share the batch.
     """
     mean: Tensor
     var: Tensor
     count: Union[int, Tensor]
 
     def over_examples(self) -> 'Moments':
-        """From those of each example, (N, C), to those of the batch, (C,)."""
+        """Pool the moments of all examples, (N, C), to the batch's, (C,)."""
         n, c = self.mean.shape
         if n == 0:
             return _no_moments(self.mean, (c, ))
@@ -40,11 +41,11 @@ class Moments(NamedTuple):
         return Moments(mean, var, n * self.count)
 
     def mean_square(self) -> Tensor:
-        """Mean of the squares, same shape."""
+        """Return the mean of the squares, same shape."""
         return self.var + self.mean.square()
 
     def unbiased_var(self) -> Tensor:
-        """Variance with Bessel's correction; NaN of one value."""
+        """Return the unbiased variance; NaN if there is only one value."""
         if isinstance(self.count, int) and self.count == 1:
             return torch.full_like(self.var, math.nan)
         return self.var * (self.count / (self.count - 1))
@@ -56,7 +57,7 @@ def _no_moments(like: Tensor, shape: Tuple[int, ...]) -> Moments:
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of the moments of ``x``: float32, or float64 for float64."""
+    """Return the dtype of the moments: float32, or float64 for float64."""
     half = x.dtype in (torch.float16, torch.bfloat16)
     return torch.float32 if half else x.dtype
 
@@ -65,18 +66,19 @@ def batch_moments(x: Tensor,
                   running_mean: Optional[Tensor] = None,
                   running_var: Optional[Tensor] = None,
                   momentum: float = 0.) -> Moments:
-    """Mean and biased variance of each channel over (N, H, W).
+    """Return mean and biased variance of each channel over (N, H, W).
 
-    One fused pass. The result is in float32 for half-precision inputs and in
-    the input's dtype otherwise. No gradient flows through it: the layers'
-    closed-form backward accounts for it.
+    It is one fused pass. The result is in float32 for half-precision inputs
+    and in the input's dtype otherwise. No gradient flows through it, because
+    the layers compute their backward pass in closed form.
 
     Args:
-        x (Tensor): Shape (N, C, H, W). Of an empty one the moments are 0,
-            with a count of 0.
-        running_mean, running_var (Tensor, optional): To update on the way, as
-            ``nn.BatchNorm2d`` does; in the dtype of the moments.
-        momentum (float): Weight of this batch in them.
+        x (Tensor): Shape (N, C, H, W). If it is empty, the moments are 0 and
+            the count is 0.
+        running_mean, running_var (Tensor, optional): Running statistics that
+            are updated in the same pass, as ``nn.BatchNorm2d`` does; in the
+            dtype of the moments.
+        momentum (float): Weight of this batch in the running statistics.
 
     Returns:
         Moments: Mean and variance of shape (C,), and the count N * H * W.
@@ -86,8 +88,8 @@ def batch_moments(x: Tensor,
     with torch.no_grad():
         dtype = statistics_dtype(x)
         if running_mean is None and dtype != x.dtype:
-            # The kernel's results take the dtype of the running buffers:
-            # these two only ask it for float32.
+            # The kernel's results have the dtype of the running buffers. These
+            # two buffers only make it float32.
             running_mean, running_var = x.new_zeros((2, x.size(1)),
                                                     dtype=dtype)
         mean, var = torch.batch_norm_update_stats(
@@ -96,13 +98,13 @@ def batch_moments(x: Tensor,
 
 
 def example_moments(x: Tensor) -> Moments:
-    """Mean and biased variance of each channel of each example, over (H, W).
+    """Return mean and biased variance of each example's channels over (H, W).
 
-    As :func:`batch_moments`, but every example by itself.
+    As :func:`batch_moments`, but for each example alone.
 
     Args:
-        x (Tensor): Shape (N, C, H, W). Of an empty one the moments are 0,
-            with a count of 0.
+        x (Tensor): Shape (N, C, H, W). If it is empty, the moments are 0 and
+            the count is 0.
 
     Returns:
         Moments: Mean and variance of shape (N, C), and the count H * W.
@@ -117,7 +119,7 @@ def example_moments(x: Tensor) -> Moments:
 
 def pool_moments(means: Tensor, variances: Tensor,
                  weights: Tensor) -> Tuple[Tensor, Tensor]:
-    r"""Mean and variance of a weighted mixture of batches.
+    r"""Return mean and variance of a weighted mixture of batches.
 
     .. math::
         \bar\mu = \sum_\tau w_\tau \mu_\tau, \qquad
@@ -125,14 +127,15 @@ def pool_moments(means: Tensor, variances: Tensor,
             \left[\sigma_\tau^2 + (\mu_\tau - \bar\mu)^2\right],
 
     which equals :math:`\bar\nu - \bar\mu^2` with
-    :math:`\nu_\tau = \sigma_\tau^2 + \mu_\tau^2` (as CBN, arXiv:2002.05712,
-    Eq. 9-11, writes it), without its cancellation.
+    :math:`\nu_\tau = \sigma_\tau^2 + \mu_\tau^2` (CBN, arXiv:2002.05712, Eq.
+    9-11), but without the cancellation in float32.
 
     Args:
-        means (Tensor): Shape (k, ...).
+        means (Tensor): Means, shape (k, ...).
         variances (Tensor): Biased variances, same shape.
-        weights (Tensor): Weights, not negative, of a shape that broadcasts to
-            it; brought to a sum of 1 here. What has the weight 0 may be NaN.
+        weights (Tensor): Non-negative weights of a shape that broadcasts to
+            the same shape. They are normalised to a sum of 1. Entries with
+            the weight 0 may be NaN.
 
     Returns:
         tuple[Tensor, Tensor]: The pooled mean and biased variance, without
@@ -149,20 +152,22 @@ def pool_moments(means: Tensor, variances: Tensor,
 
 
 def mix_moments(moments: Tensor, new: Tensor, weight) -> Tensor:
-    """Two batches' moments mixed: :func:`pool_moments` of two.
+    """Return the moments of a mixture of two batches.
+
+    It is :func:`pool_moments` of two batches.
 
     Args:
-        moments (Tensor): Mean and biased variance of the first, shape
+        moments (Tensor): Mean and biased variance of the first batch, shape
             (2, ...).
-        new (Tensor): Of the second, same shape.
-        weight (float | Tensor): Weight of the second, from 0 to 1.
+        new (Tensor): The same of the second batch, same shape.
+        weight (float | Tensor): Weight of the second batch, from 0 to 1.
 
     Returns:
         Tensor: Mean and biased variance of the mixture, same shape.
     """
     mixed = torch.lerp(moments, new, weight)
     mean, var = mixed.unbind()
-    # Their product is weight * (1 - weight) times the squared distance.
+    # The product is weight * (1 - weight) * squared distance of the means.
     var.addcmul_(new[0] - mean, mean - moments[0])
     return mixed
 
@@ -170,17 +175,17 @@ def mix_moments(moments: Tensor, new: Tensor, weight) -> Tensor:
 @torch.no_grad()
 def move_towards(average: Tensor, value: Tensor, weight,
                  finite_only: bool) -> None:
-    """Let a moving average take in a value, in place.
+    """Update a moving average with a value, in place.
 
     Args:
-        average (Tensor): Shape (C,).
-        value (Tensor): Same shape, in any dtype.
-        weight (float | Tensor): Of the value.
-        finite_only (bool): Whether what is not finite is left out.
+        average (Tensor): Moving average, shape (C,).
+        value (Tensor): New value, same shape, any dtype.
+        weight (float | Tensor): Weight of the value.
+        finite_only (bool): If True, non-finite values are left out.
     """
     now = average.to(value.dtype)
     if finite_only:
-        # x - x is 0 for what is finite alone.
+        # x - x is 0 only if x is finite.
         value = torch.where(value - value == 0, value, now)
     if now is average:
         average.lerp_(value, weight)
@@ -190,18 +195,19 @@ def move_towards(average: Tensor, value: Tensor, weight,
 
 def average_groups(values: Tensor, num_groups: int,
                    examples_per_group: int) -> Tensor:
-    """Average over groups of examples and channels, given back to each.
+    """Replace each value by the average of its group.
 
-    The examples are taken in their order. The last group of them may be
-    smaller, and a batch smaller than a group is one group.
+    A group holds some examples and some channels. Examples are grouped in
+    their order. The last group may be smaller, and a batch smaller than a
+    group is one group.
 
     Args:
-        values (Tensor): Shape (N, C).
-        num_groups (int): Groups of neighbouring channels; divides C.
+        values (Tensor): Values, shape (N, C).
+        num_groups (int): Groups of neighbouring channels; must divide C.
         examples_per_group (int): Examples in a group.
 
     Returns:
-        Tensor: Shape (N, C), constant in each group.
+        Tensor: Averages, shape (N, C), constant in each group.
     """
     n, c = values.shape
     rest = n % examples_per_group
@@ -218,13 +224,13 @@ def average_groups(values: Tensor, num_groups: int,
 
 def pool_groups(moments: Moments,
                 average: Callable[[Tensor], Tensor]) -> Tuple[Tensor, Tensor]:
-    """Mean and variance of groups of examples and channels.
+    """Return mean and variance of groups of examples and channels.
 
     Args:
-        moments (Moments): Of each example, shape (N, C), over equally many
-            values.
-        average (callable): From values of shape (N, C) to their averages over
-            the groups, given back to each; as :func:`average_groups`.
+        moments (Moments): Moments of each example, shape (N, C), all with the
+            same count.
+        average (callable): Function that replaces each value of shape (N, C)
+            by the average of its group, such as :func:`average_groups`.
 
     Returns:
         tuple[Tensor, Tensor]: Mean and biased variance, shape (N, C).

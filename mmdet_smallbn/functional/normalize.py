@@ -1,4 +1,4 @@
-"""Normalisation with given statistics, and its backward in closed form."""
+"""Normalisation with given statistics and a closed-form backward pass."""
 from typing import Optional, Union
 
 import torch
@@ -17,9 +17,9 @@ def _per_channel(v: Tensor) -> Tensor:
 def scale_and_shift(x: Tensor, mean: Tensor, var: Tensor,
                     weight: Optional[Tensor], bias: Optional[Tensor],
                     eps: float) -> Tensor:
-    """The forward pass of :func:`normalize`, without a gradient of ours."""
-    # Half-precision parameters beside float32 statistics are refused by the
-    # fused kernel: they go in as float32, the output stays x.dtype.
+    """Run the forward pass of :func:`normalize`; the gradient is torch's."""
+    # The fused kernel refuses half-precision parameters with float32
+    # statistics, so it gets float32 parameters. The output stays in x.dtype.
     if mean.dtype != x.dtype:
         weight, bias = (p if p is None else p.to(mean.dtype)
                         for p in (weight, bias))
@@ -68,8 +68,9 @@ class _Normalize(Function):
 
 
 def _backward_of_share(ctx, grad, x, mean, inv_std, weight):
-    # BatchNorm's fused backward at the pooled statistics sends the whole
-    # gradient of mean and variance to this batch. It owns `share` of it:
+    # BatchNorm's fused backward pass with the pooled statistics gives this
+    # batch the whole gradient of mean and variance. Only `share` of it is the
+    # batch's own:
     # dx = share * dx_batch_norm + (1 - share) * weight * inv_std * grad.
     share, scale = ctx.gradient, weight
     if share is not None:
@@ -86,11 +87,12 @@ def _backward_of_share(ctx, grad, x, mean, inv_std, weight):
 
 
 def _backward_uncentred(ctx, grad, x, mean, var, weight):
-    # dx = (g - z * mean_gz) / sqrt(var + eps); the kernel's part is the first.
+    # dx = (g - z * mean_gz) / sqrt(var + eps); the kernel computes the first
+    # term.
     if x.numel() == 0:
         dx, dweight, dbias = grad, torch.zeros_like(var), torch.zeros_like(var)
     else:
-        # What training would have saved: CUDA's kernel wants to be given it.
+        # The CUDA kernel requires the tensors that training would have saved.
         nothing = mean.new_empty(0)
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, mean, var, nothing, nothing, False, ctx.eps,
@@ -110,13 +112,13 @@ def _backward_with(ctx, grad, x, mean, inv_std, weight):
         _, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, None, None, mean, inv_std, True, ctx.eps,
             [False, True, True])
-    else:  # the fused kernel divides by the count
+    else:  # the fused kernel would divide by a count of 0
         dweight, dbias = torch.zeros_like(mean), torch.zeros_like(mean)
     scale, per_value = inv_std, x.size(1) / max(x.numel(), 1)
     if weight is not None:
         scale, per_value = scale * weight, weight * per_value
     mean_g, mean_gx = dbias * per_value, dweight * per_value
-    if callable(ctx.gradient):  # other processes may wait for it
+    if callable(ctx.gradient):  # also if x is empty: it may be a collective
         mean_g, mean_gx = ctx.gradient(mean_g, mean_gx)
     sums = None
     if ctx.loan is not None:
@@ -131,7 +133,7 @@ def _backward_with(ctx, grad, x, mean, inv_std, weight):
                 inv_std * mean_g, slope, mean, value=-1)
             dx = torch.addcmul(_per_channel(-offset), grad,
                                _per_channel(scale))
-        # Beside float32 statistics half precision has become float32.
+        # With float32 statistics a half-precision dx has become float32.
         dx = dx.addcmul_(x, _per_channel(slope), value=-1).to(x.dtype)
     return dx, dweight, dbias, sums
 
@@ -146,16 +148,17 @@ def normalize(x: Tensor,
               centered: bool = True,
               past: Optional[Past] = None,
               count: Union[int, Tensor, None] = None) -> Tensor:
-    r"""Normalise with given statistics, in both passes.
+    r"""Normalise with given statistics in the forward and backward pass.
 
     .. math::
         \hat x = \frac{x - \bar\mu}{\sqrt{\bar\sigma^2 + \epsilon}}, \qquad
         y = \gamma \hat x + \beta.
 
     Batch normalisation has two statistics in the forward pass and two in the
-    backward one (MABN, arXiv:2001.06838, Sec. 3.1). With
-    :math:`g = \gamma\,\partial L / \partial y` and the means over the batch
-    :math:`\bar g` of :math:`g` and :math:`\bar\Psi` of :math:`g\hat x`:
+    backward pass (MABN, arXiv:2001.06838, Sec. 3.1). Let
+    :math:`g = \gamma\,\partial L / \partial y`, and let :math:`\bar g` and
+    :math:`\bar\Psi` be the means of :math:`g` and :math:`g\hat x` over the
+    batch. Then:
 
     .. math::
         \frac{\partial L}{\partial x} = \frac{1}{\bar\sigma}
@@ -165,21 +168,21 @@ def normalize(x: Tensor,
         \frac{\partial L}{\partial \beta} = \sum \frac{\partial L}
             {\partial y}.
 
-    What stands for :math:`\bar g` and :math:`\bar\Psi` is
+    ``gradient`` selects the values of :math:`\bar g` and :math:`\bar\Psi`:
 
-    - by default this batch's means: the forward statistics are its own;
-    - a part of them, if ``gradient`` is a tensor: the forward statistics are
-      those of a pool in which this batch has that weight, 1 / k for one of k
-      iterations (CBN, arXiv:2002.05712, Eq. 12);
-    - what ``gradient`` makes of them, if it is a function: a moving average,
-      a sum over groups or processes.
+    - None: this batch's means. The forward statistics are its own.
+    - A tensor: this factor times the batch's means. The forward statistics
+      are those of a pool in which this batch has that weight, 1 / k for one
+      of k iterations (CBN, arXiv:2002.05712, Eq. 12).
+    - A function: its result for the batch's means, such as a moving average
+      or a sum over groups or processes.
 
-    ``mean`` and ``var`` are constants to autograd, but for what ``past``
-    says: through its ``shift`` and ``scale`` the gradient flows to today's
-    filters.
+    ``mean`` and ``var`` are constants to autograd, with one exception:
+    through ``shift`` and ``scale`` of ``past`` the gradient flows to the
+    current filters.
 
     Args:
-        x (Tensor): Shape (N, C, H, W).
+        x (Tensor): Input, shape (N, C, H, W).
         mean (Tensor): Mean, shape (C,), or (N, C) for statistics of each
             example.
         var (Tensor): Biased variance, same shape.
@@ -187,20 +190,20 @@ def normalize(x: Tensor,
         bias (Tensor, optional): Shift, shape (C,).
         eps (float): Added to the variance, inside the root.
         gradient (Tensor | callable, optional): Weight of this batch in the
-            statistics, shape (C,); or from the batch's means of g and of
-            g * x_hat, in the shape of ``mean``, to the values to use, called
-            once a backward pass.
-        centered (bool): False: ``mean`` is 0 and ``var`` the mean square, and
-            ``gradient`` is called with None for the mean of g.
-        past (Past, optional): What else is in the statistics.
-        count (int | Tensor, optional): Values a channel that the means which
-            ``gradient`` gives are over. Needed beside ``past``.
+            statistics, shape (C,), or a function from the batch's means of g
+            and g * x_hat, in the shape of ``mean``, to the values to use. It
+            is called once in a backward pass.
+        centered (bool): If False, ``mean`` is 0 and ``var`` is the mean
+            square, and ``gradient`` is called with None for the mean of g.
+        past (Past, optional): Past iterations that the statistics contain.
+        count (int | Tensor, optional): Number of values in each mean that
+            ``gradient`` returns. Required with ``past``.
 
     Returns:
         Tensor: Same shape and dtype as ``x``.
     """
     if mean.dim() == 1:
-        # The kernels read what is behind one another.
+        # The kernels require contiguous statistics.
         mean, var = mean.contiguous(), var.contiguous()
         shift = scale = loan = None
         if past is not None and torch.is_grad_enabled():
@@ -211,7 +214,7 @@ def normalize(x: Tensor,
 
 
 def _normalize_examples(x, mean, var, weight, bias, eps, gradient):
-    """Each channel of each example is a channel to the fused kernels."""
+    """Normalise with each channel of each example as a kernel's channel."""
     n, c, h, w = x.shape
     shape = mean.shape
 
@@ -226,8 +229,8 @@ def _normalize_examples(x, mean, var, weight, bias, eps, gradient):
     out = _Normalize.apply(
         x.reshape(1, n * c, h, w), mean.flatten(), var.flatten(), weight, bias,
         None, None, eps, of_examples, True, None, None)
-    # Not a view to autograd: what follows in place, behind activation
-    # checkpointing, would be refused.
+    # This must not be a view for autograd: behind activation checkpointing,
+    # autograd refuses an in-place operation on a view.
     out = torch.ops.aten._unsafe_view(out, x.shape)
     if channels_last:
         out = out.contiguous(memory_format=torch.channels_last)

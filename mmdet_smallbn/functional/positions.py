@@ -1,20 +1,20 @@
-"""Positions of a feature map that are remembered, and the input there."""
+"""Remembered positions of feature maps, and their places in the input."""
 import math
 from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-# Index tables, cached by what they depend on. Those of all positions of a
-# large map are made anew.
+# Index tables, cached by their arguments. A table of all positions of a large
+# map is not cached.
 _TABLES: Dict[tuple, Any] = {}
 _MOST_TABLES = 4096
 _MOST_POSITIONS = 1024
 
 
 def _table(like: Tensor, make: Callable, *sizes) -> Any:
-    """The table that ``make`` gives for these sizes, made once a device."""
-    if type(like) is not Tensor:  # a stand-in, in tracing
+    """Return ``make`` of these sizes, cached for each device."""
+    if type(like) is not Tensor:  # a proxy tensor in tracing
         return make(*sizes, like.device)
     key = (make, like.device, *sizes)
     table = _TABLES.get(key)
@@ -26,22 +26,24 @@ def _table(like: Tensor, make: Callable, *sizes) -> Any:
 
 
 _TURNS = 8
-# Powers of the inverse of the root of x^4 = x + 1: points at multiples of
-# them, modulo 1, fill the cube evenly. For examples, rows and columns.
+# Steps for examples, rows and columns: powers of 1 / r, with r^4 = r + 1.
+# Multiples of these steps, modulo 1, fill the unit cube evenly.
 _STEPS = tuple(round(1.2207440846057596**-i * 2**24) for i in (3, 1, 2))
 
 
 def output_positions(x: Tensor, size: Optional[int],
                      turn: int) -> Tuple[Tensor, Tensor, Tensor]:
-    """Examples, rows and columns of a map's remembered positions.
+    """Return the remembered positions of a feature map.
 
     Args:
-        x (Tensor): The map, shape (N, C, H, W).
-        size (int, optional): How many positions P. None: all.
-        turn (int): They differ in each of eight turns.
+        x (Tensor): Feature map, shape (N, C, H, W).
+        size (int, optional): Number of positions P. None: all.
+        turn (int): Index of the iteration. The positions repeat after eight
+            turns.
 
     Returns:
-        tuple[Tensor, Tensor, Tensor]: Shape (P,).
+        tuple[Tensor, Tensor, Tensor]: Indices of examples, rows and columns,
+        shape (P,).
     """
     shape = (x.size(0), *x.shape[2:])
     return tuple(
@@ -53,17 +55,17 @@ def output_positions(x: Tensor, size: Optional[int],
 def input_positions(x: Tensor, size: Optional[int], turn: int,
                     rows: tuple, columns: tuple
                     ) -> Tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
-    """Where the patches behind :func:`output_positions` are in the input.
+    """Return the input indices of the patches of :func:`output_positions`.
 
     Args:
-        x, size, turn: As there.
-        rows, columns (tuple): Of each axis: size of the input and of the
-            kernel, stride, padding, dilation, whether it is transposed.
+        x, size, turn: As in :func:`output_positions`.
+        rows, columns (tuple): For each axis: size of the input, size of the
+            kernel, stride, padding, dilation, True if transposed.
 
     Returns:
         tuple: Indices of examples, rows and columns, which broadcast to
-        (P, kh, kw); and which of these are no padding, (P, kh, kw, 1), None
-        if all are.
+        (P, kh, kw), and a mask of shape (P, kh, kw, 1) that is False in the
+        padding. The mask is None if there is no padding.
     """
     shape = (x.size(0), *x.shape[2:])
     if size is None:
@@ -84,14 +86,14 @@ def input_positions(x: Tensor, size: Optional[int], turn: int,
 
 
 def _all(axis: int, shape: Tuple[int, ...], device: torch.device) -> Tensor:
-    """Lines of an axis at all positions of a map, shape (P,)."""
+    """Return an axis's index at all positions of a map, shape (P,)."""
     index = torch.arange(math.prod(shape), device=device)
     return index // math.prod(shape[axis + 1:]) % shape[axis]
 
 
 def _spread(axis: int, size: int, count: int, turn: int,
             device: torch.device) -> Tensor:
-    """Lines of an axis at a turn's positions, shape (count,)."""
+    """Return an axis's index at the positions of a turn, shape (count,)."""
     first = turn * count
     point = torch.arange(first, first + count, device=device) * _STEPS[axis]
     return (point + 2**23) % 2**24 * size // 2**24
@@ -99,7 +101,7 @@ def _spread(axis: int, size: int, count: int, turn: int,
 
 def _all_patches(shape: Tuple[int, ...], row_geometry: tuple,
                  column_geometry: tuple, device: torch.device) -> tuple:
-    """What :func:`input_positions` gives, of all positions."""
+    """Return :func:`input_positions` for all positions."""
     examples, *lines = (_all(axis, shape, device) for axis in range(3))
     rows, columns = (
         _input_lines(axis, lines[axis], *geometry)
@@ -117,7 +119,7 @@ def _sampled_lines(axis: int, geometry: tuple, out: int, count: int,
 def _both_met(count: int, turn: int, row_geometry: tuple,
               column_geometry: tuple, height: int, width: int,
               device: torch.device) -> Tensor:
-    """Where a sample's patches meet the input, shape (count, kh, kw, 1)."""
+    """Return the mask of :func:`input_positions`, (count, kh, kw, 1)."""
     (_, rows), (_, columns) = (
         _sampled_lines(axis, geometry, out, count, turn, device)
         for axis, geometry, out in ((0, row_geometry, height),
@@ -128,9 +130,9 @@ def _both_met(count: int, turn: int, row_geometry: tuple,
 def _input_lines(axis: int, output: Tensor, size: int, kernel: int,
                  stride: int, padding: int, dilation: int,
                  transposed: bool) -> Tuple[Tensor, Tensor]:
-    """Lines of the input behind lines of the output, and which there are.
+    """Return an axis's input indices for output indices, and their mask.
 
-    Both broadcast to (P, kh, kw).
+    The mask is False outside the input. Both broadcast to (P, kh, kw).
     """
     taps = torch.arange(kernel, device=output.device) * dilation - padding
     lines = output.unsqueeze(1)

@@ -1,33 +1,32 @@
 r"""CBN's statistics (arXiv:2002.05712), Eq. (7)-(11), in the paper's order.
 
 A layer remembers a few positions of each past iteration: their input patches
-p, and the outputs y that the filters of that iteration made of them. To replay
-them is to apply today's filters to the same patches. With the step of each
-output, :math:`d_i = \langle p_i, \theta_t\rangle - y_i`, the moments of that
-iteration move, to first order, by
+p, and the outputs y of that iteration's filters. A replay applies the current
+filters to the same patches. Each output changes by :math:`d_i = \langle p_i,
+\theta_t\rangle - y_i`. To first order, the moments of that iteration change
+by
 
 .. math::
     \Delta\mu = \frac1P \sum_i d_i, \qquad
-    \Delta\sigma^2 = \frac2{P - 1} \sum_i (y_i - \bar y)\, d_i,
+    \Delta\sigma^2 = \frac2{P - 1} \sum_i (y_i - \bar y)\, d_i.
 
-which are Eq. (7) and (8), estimated from P positions, with the variance in
-place of the mean square. Eq. (10), :math:`\max[\nu, \mu^2]`, reads
+These are Eq. (7) and (8), estimated from P positions, with the variance in
+place of the mean square. Eq. (10), :math:`\max[\nu, \mu^2]`, becomes
 
 .. math::
     \mu_{t-\tau}(\theta_t) = \mu + \Delta\mu, \qquad
     \sigma^2_{t-\tau}(\theta_t) = \max\left(
         \sigma^2 + \Delta\sigma^2 - \Delta\mu^2,\ 0\right).
 
-If the weights have not changed, d is 0 and the moments are exact, however few
-positions there are. Only channel j's own filter moves channel j's moments
+If the weights have not changed, d is 0 and the moments are exact for any
+number of positions. Only channel j's own filter changes channel j's moments
 (Appendix B), and a convolution is linear in its filters. So stride, padding
-and transposition do not matter here, and a bias is a filter's weight for an
-input that is always 1.
+and transposition do not matter here, and a bias is the weight of an input
+that is always 1.
 
-All functions take several layers at once, side by side over their channels:
-C is the number of channels of all of them, k that of past
-iterations. Eq. (12) is
-:func:`mmdet_smallbn.functional.normalize`.
+All functions take several layers together, concatenated along the channels.
+C is the number of channels of all layers, and k is the number of past
+iterations. Eq. (12) is :func:`mmdet_smallbn.functional.normalize`.
 """
 from typing import NamedTuple, Optional, Union
 
@@ -38,19 +37,19 @@ from .sync import Processes
 
 
 class Memory(NamedTuple):
-    """The memory of past iterations, of one layer or several.
+    """Remembered past iterations of one layer or several layers.
 
     Attributes:
         mean, var (Tensor): Means and biased variances, shape (C, k).
         outputs (Tensor): Remembered outputs y, shape (C, k, P). If an
-            iteration has fewer positions, the rest is 0. P may be 0: the
-            moments do not move.
+            iteration has fewer positions, the rest is 0. If P is 0, the
+            moments do not change.
         mean_scale, var_scale (float | Tensor): Factors of the sums in Eq. (7)
             and (8), numbers or of shape (C, k): 1 / P and 2 / (P - 1), or
-            2 / P if the positions are all that the batch had.
-        part, offset (Tensor, optional): If processes share a batch, shape
-            (C, k): the part of this process in it, and the distance from the
-            batch's mean to that of this part.
+            2 / P if all positions of the batch are remembered.
+        part, offset (Tensor, optional): For a batch that processes share, of
+            shape (C, k): this process's part of the batch, and the mean of
+            this part minus the mean of the batch.
     """
     mean: Tensor
     var: Tensor
@@ -62,12 +61,12 @@ class Memory(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """Moments of past iterations at today's weight.
+    """Moments of past iterations at the current weights.
 
     Attributes:
         mean, var (Tensor): Eq. (7), (8), (10), shape (C, k).
-        mean_step (Tensor): How far the mean has moved, shape (C, k).
-        centred (Tensor): Remembered outputs less their mean, (C, k, P).
+        mean_step (Tensor): Change of the mean, shape (C, k).
+        centred (Tensor): Remembered outputs minus their mean, (C, k, P).
     """
     mean: Tensor
     var: Tensor
@@ -81,7 +80,7 @@ class Pooled(NamedTuple):
     Attributes:
         moments (Tensor): Mean and biased variance, shape (2, C).
         share (Tensor): Weight of one iteration in the window, shape (C,).
-        unused (Tensor): Whether an iteration does not count, shape (C, k).
+        unused (Tensor): True if an iteration is left out, shape (C, k).
     """
     moments: Tensor
     share: Tensor
@@ -89,13 +88,13 @@ class Pooled(NamedTuple):
 
 
 def apply_filters(filters: Tensor, patches: Tensor, out: Tensor) -> Tensor:
-    """Outputs of a convolution at some positions.
+    """Compute the outputs of a convolution at some positions.
 
     Args:
-        filters (Tensor): Shape (C, F).
-        patches (Tensor): Shape (N, groups, F).
-        out (Tensor): Where to write the outputs, shape (C, N), in the dtype
-            of the patches. Autocast has no say in it.
+        filters (Tensor): Filters, shape (C, F).
+        patches (Tensor): Input patches, shape (N, groups, F).
+        out (Tensor): Tensor for the outputs, shape (C, N), in the dtype of
+            the patches, also under autocast.
 
     Returns:
         Tensor: ``out``.
@@ -116,17 +115,17 @@ def apply_filters(filters: Tensor, patches: Tensor, out: Tensor) -> Tensor:
 def replay(memory: Memory,
            now: Tensor,
            processes: Optional[Processes] = None) -> Replay:
-    """Eq. (7), (8) and (10).
+    """Compute the moments at the current weights, Eq. (7), (8) and (10).
 
     Args:
-        memory (Memory): What is remembered.
-        now (Tensor): What today's filters make of the patches, shape
-            (C, k, P). It is overwritten.
-        processes (Processes, optional): Who has the other parts. One
-            collective.
+        memory (Memory): The remembered iterations.
+        now (Tensor): Outputs of the current filters for the same patches,
+            shape (C, k, P). It is overwritten.
+        processes (Processes, optional): The processes that share the batch.
+            They run one collective.
 
     Returns:
-        Replay: Moments at today's weight.
+        Replay: Moments at the current weights.
     """
     step = now.sub_(memory.outputs)
     mean_step = step.sum(2).mul_(memory.mean_scale)
@@ -134,7 +133,7 @@ def replay(memory: Memory,
     centred = memory.outputs - output_mean.unsqueeze(2)
     var_step = step.mul_(centred).sum(2).mul_(memory.var_scale)
     if processes is not None:
-        # The step of this process's part, about the mean of the whole batch.
+        # The change for this process's part, about the whole batch's mean.
         var_step.addcmul_(memory.offset, mean_step, value=2)
         mean_step, var_step = processes.sum(
             torch.stack([mean_step, var_step]).mul_(memory.part))
@@ -145,17 +144,17 @@ def replay(memory: Memory,
 
 @torch.no_grad()
 def pool(past: Replay) -> Pooled:
-    r"""Eq. (9)-(11), of the past iterations alone.
+    r"""Pool the past iterations alone, Eq. (9)-(11).
 
     :math:`\bar\nu - \bar\mu^2` is the mean of :math:`\sigma^2_\tau +
     (\mu_\tau - \bar\mu)^2`. Every iteration has the same weight, whatever
-    its batch size. If an iteration's moments are not finite in a channel, it
-    does not count there. The present iteration comes in by
-    :func:`mmdet_smallbn.functional.mix_moments`, with the weight ``share``;
-    it always counts, so that the loss shows what is wrong with it.
+    its batch size. A channel leaves out an iteration if its moments there are
+    not finite. :func:`mmdet_smallbn.functional.mix_moments` adds the present
+    iteration with the weight ``share``. The present iteration always counts,
+    so that non-finite values show in the loss.
 
     Args:
-        past (Replay): Moments at today's weight.
+        past (Replay): Moments at the current weights.
 
     Returns:
         Pooled: Mean, biased variance and weights.

@@ -1,4 +1,4 @@
-"""Statistics of a batch that several processes share."""
+"""Statistics of a batch that is split over several processes."""
 from itertools import accumulate
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
@@ -11,29 +11,29 @@ from .moments import (GradientStatistics, Moments, average_groups,
 
 
 class Processes:
-    """The processes of the default group, as parts of one batch.
+    """The processes of the default group, each with a part of the batch.
 
-    Every method with a collective has to be called by all of them, in the
-    same order, also by one whose part of the batch is empty.
+    All processes must call each method with a collective, in the same order,
+    also a process whose part of the batch is empty.
     """
 
     @classmethod
     def current(cls) -> Optional['Processes']:
-        """The processes of this training; None if there is only this one."""
+        """Return the processes of this training; None if there is only one."""
         if (dist.is_available() and dist.is_initialized()
                 and dist.get_world_size() > 1):
             return cls()
         return None
 
     def check_alike(self, values: Dict[str, Any], what: str) -> None:
-        """Make sure that all processes have the same. One collective.
+        """Check that all processes have the same values. One collective.
 
         Args:
-            values (dict): What this one has, by name.
-            what (str): What that is, for the message.
+            values (dict): Values of this process, by name.
+            what (str): Name of these values in the message.
 
         Raises:
-            RuntimeError: In all of them, if one differs.
+            RuntimeError: In all processes, if one of them differs.
         """
         theirs: List[Dict[str, Any]] = [{}] * dist.get_world_size()
         dist.all_gather_object(theirs, values)
@@ -53,17 +53,17 @@ class Processes:
 
     @torch.no_grad()
     def join(self, part: Moments) -> Moments:
-        """Moments of the joint batch, from those of each part.
+        """Return the moments of the joint batch from those of each part.
 
-        One collective of 2 C + 1 values.
+        It runs one collective of 2 C + 1 values.
 
         Args:
-            part (Moments): Moments of shape (C,) of this process's part. The
-                count may be 0, the moments then any finite values.
+            part (Moments): Moments of this process's part, shape (C,). If the
+                count is 0, the moments may be any finite values.
 
         Returns:
-            Moments: Of the whole, the same in every process. NaN if all parts
-            are empty.
+            Moments: Moments of the joint batch, the same in every process.
+            NaN if all parts are empty.
         """
         c = part.mean.numel()
         count = part.mean.new_full((1, ), part.count)
@@ -74,7 +74,7 @@ class Processes:
 
     @torch.no_grad()
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over the processes, same shape. One collective."""
+        """Return the sum over the processes, same shape. One collective."""
         values = values.contiguous().clone()
         dist.all_reduce(values)
         return values
@@ -83,20 +83,21 @@ class Processes:
                             part: Tensor,
                             then: Union[Tensor, GradientStatistics,
                                         None] = None) -> GradientStatistics:
-        """Gradient statistics of the joint batch, for :func:`normalize`.
+        """Return the joint batch's gradient statistics, for :func:`normalize`.
 
         Args:
             part (Tensor): This process's part of the joint batch's values, a
                 scalar from 0 to 1.
-            then (Tensor | callable, optional): What to make of them further;
-                the ``gradient`` of :func:`normalize`.
+            then (Tensor | callable, optional): The ``gradient`` of
+                :func:`normalize`, applied to the joint means.
 
         Returns:
-            callable: One collective of 2 C values a backward pass.
+            callable: Function that runs one collective of 2 C values in each
+            backward pass.
         """
 
         def joint(mean_g: Optional[Tensor], mean_gx: Tensor):
-            # Of an empty part the means are 0, and the part is 0.
+            # An empty part has the means 0 and the part 0.
             if mean_g is None:
                 return then(None, self.sum(mean_gx * part))
             both = self.sum(torch.stack([mean_g, mean_gx]) * part)
@@ -109,18 +110,18 @@ class Processes:
     def group_examples(self, examples: int, values: int,
                        examples_per_group: int,
                        device: torch.device) -> 'ExampleGroups':
-        """Groups of examples over the joint batch, in the processes' order.
+        """Group the examples of the joint batch in the order of the ranks.
 
-        One collective, whose result the host has to wait for.
+        It runs one collective, and the host waits for the result.
 
         Args:
-            examples (int): Examples of this process, N.
-            values (int): Values a channel of each of them, H * W.
+            examples (int): Number of examples of this process, N.
+            values (int): Values of each example in a channel, H * W.
             examples_per_group (int): Examples in a group.
-            device (torch.device): Where the statistics are.
+            device (torch.device): Device of the statistics.
 
         Returns:
-            ExampleGroups: This process's place in them.
+            ExampleGroups: The groups, as this process needs them.
         """
         parts = self._gather(torch.tensor([examples, values], device=device))
         return ExampleGroups(self, parts.tolist(), dist.get_rank(),
@@ -128,12 +129,13 @@ class Processes:
 
 
 class ExampleGroups:
-    """Groups of examples, some of which lie across processes.
+    """Groups of examples, some of them shared by several processes.
 
     Args:
-        processes (Processes): Who shares the batch.
-        parts (list): Examples, and values a channel of each, by process.
-        rank (int): This process's place among them.
+        processes (Processes): The processes that share the batch.
+        parts (list): For each process, the number of examples and the number
+            of values of each example in a channel.
+        rank (int): Rank of this process.
         size (int): Examples in a group.
     """
 
@@ -146,17 +148,17 @@ class ExampleGroups:
         total = ends[-1]
 
         def inside(group: int, span: Tuple[int, int]) -> Tuple[int, int]:
-            """Where a group's examples are in a span; from, to."""
+            """Return the start and end of a group's examples in a span."""
             first = max(group * size, span[0])
             return first, max(min(group * size + size, span[1]), first)
 
         def count(group: int) -> int:
-            """Values a channel of a group."""
+            """Return the number of values of a group in a channel."""
             ranges = [inside(group, span) for span in spans]
             return sum((to - first) * values
                        for (first, to), (_, values) in zip(ranges, parts))
 
-        # A group is shared if processes meet in the middle of it.
+        # A group is shared if one process ends and another begins in it.
         shared = sorted({end // size for end in ends
                          if end % size and end < total})
         begin, end = spans[rank]
@@ -165,7 +167,7 @@ class ExampleGroups:
                                                            (begin, end)))),
                          count(group)) for group in shared]
         own = [piece for piece, _ in self._shared if piece.stop > piece.start]
-        # The examples between this process's part of shared groups.
+        # The examples of this process that are in no shared group.
         self._first = own[0].stop if own and own[0].start == 0 else 0
         self._last = end - begin
         if own and own[-1].stop == self._last and own[-1].stop > self._first:
@@ -175,16 +177,16 @@ class ExampleGroups:
 
     @torch.no_grad()
     def average(self, values: Tensor, num_groups: int) -> Tensor:
-        """As :func:`average_groups`, over the joint batch.
+        """Average as :func:`average_groups`, over the joint batch.
 
-        One collective, and none if no group is shared.
+        It runs one collective, or none if no group is shared.
 
         Args:
-            values (Tensor): Shape (N, C).
-            num_groups (int): Groups of neighbouring channels; divides C.
+            values (Tensor): Values, shape (N, C).
+            num_groups (int): Groups of neighbouring channels; must divide C.
 
         Returns:
-            Tensor: Shape (N, C), constant in each group.
+            Tensor: Averages, shape (N, C), constant in each group.
         """
         average = torch.empty_like(values)
         between = slice(self._first, self._last)

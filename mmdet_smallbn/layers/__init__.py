@@ -1,4 +1,4 @@
-"""The norms. Importing this registers them in mmengine's root registry."""
+"""Normalisation layers; an import adds them to mmengine's root registry."""
 from .base import SmallBatchNorm, norms_of
 from .batch_group_norm import BGN, GhostBN
 from .batch_renorm import BRN

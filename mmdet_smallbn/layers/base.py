@@ -1,4 +1,4 @@
-"""What every small-batch norm shares."""
+"""Base class of all small-batch norms."""
 import warnings
 from typing import Any, Dict, List, Optional
 
@@ -12,35 +12,37 @@ from .recomputation import FirstPasses
 from .running_norm import RunningNorm
 from .statistics import Batch, Statistics
 
-# No model calls a layer so often: the iteration is not told any more.
+# No model calls a layer so often in one iteration. More calls mean that
+# nothing updates the iteration any more.
 MAX_CALLS = 64
 
 
 class SmallBatchNorm(RunningNorm):
-    """Base of the norms: batch normalisation with a hole for the statistics.
+    """Base class of the norms; a subclass provides the training statistics.
 
-    To the toolboxes it is a BatchNorm: the same parameters, buffers and state
-    dict (pretrained weights load, ``norm_decay_mult``, ``norm_eval`` and
-    freezing apply), the same evaluation, a per-channel affine map. In training
-    a subclass says in :meth:`batch_statistics` and :meth:`statistics` what to
-    normalise with.
+    The toolboxes treat the layer as a BatchNorm. It has the same parameters,
+    buffers and state dict, so pretrained weights load, and
+    ``norm_decay_mult``, ``norm_eval`` and freezing apply. Evaluation is the
+    same affine map of each channel. A subclass overrides :meth:`statistics`
+    and, if needed, :meth:`batch_statistics`.
 
-    In activation checkpointing, re-entrant or not, a layer does what it does
-    without: the recomputation normalises with the first pass's statistics.
-    State beyond BatchNorm's lives in plain attributes, because the toolboxes
-    average, cast and copy buffers as they please.
+    Activation checkpointing, re-entrant or not, does not change the results:
+    the recomputation uses the statistics of the first forward pass. State
+    that BatchNorm does not have is in plain attributes, because the toolboxes
+    average, cast and copy buffers.
 
     Args:
-        *args, **kwargs: As of :class:`RunningNorm`.
+        *args, **kwargs: Arguments of :class:`RunningNorm`.
 
     Attributes:
-        burns_in (bool): Whether the kind of layer has a burn-in.
-        keeps_states (bool): Whether it remembers past iterations.
-        averaged_iterations (int): Iterations behind the statistics.
-        held_iterations (list[int]): Iterations that it remembers now, of each
-            of its calls in an iteration.
-        burning_in (bool): Whether the layer is in its burn-in.
-        layer_name (str, optional): Its place in the model, for messages.
+        burns_in (bool): True if this type of norm has a burn-in.
+        keeps_states (bool): True if this type remembers past iterations.
+        averaged_iterations (int): Number of iterations in the statistics.
+        held_iterations (list[int]): Number of iterations that the layer
+            remembers now, one number for each of its calls in an iteration.
+        burning_in (bool): True while the layer is in its burn-in.
+        layer_name (str, optional): Name of the layer in the model, used in
+            messages.
     """
 
     burns_in = False
@@ -61,44 +63,44 @@ class SmallBatchNorm(RunningNorm):
     def held_iterations(self) -> List[int]:
         return []
 
-    # What subclasses fill in.
+    # Subclasses override these methods.
 
     def uses_past(self) -> bool:
-        """Whether :meth:`statistics` looks beyond the present batch now."""
+        """Return True if :meth:`statistics` applies, not the batch alone."""
         return False
 
     def statistics(self, batch: Batch) -> Statistics:
-        """What a training forward normalises with; the hole to fill.
+        """Return the statistics for a forward pass of a training step.
 
-        Called where :meth:`uses_past`, and the forward is one of a training
-        step, not of a recomputation or under ``no_grad``.
+        It is called if :meth:`uses_past` is True, but not in a recomputation
+        and not under ``no_grad``.
         """
         raise NotImplementedError
 
     def batch_statistics(self, batch: Batch) -> Statistics:
-        """The present batch alone: batch normalisation.
+        """Return the statistics of the present batch, as BatchNorm does.
 
         Raises:
-            ValueError: If there is one value a channel, as in torch.
+            ValueError: If each channel has only one value, as in torch.
         """
         check_count(self, batch.moments.count)
         return Statistics(batch.moments.mean, batch.moments.var)
 
     def measure(self, x: Tensor) -> Moments:
-        """Moments of the input, shape (C,), or (N, C) of each example."""
+        """Return the input's moments, (C,), or (N, C) for each example."""
         return batch_moments(x)
 
-    # What they use.
+    # Subclasses use these methods.
 
     def reset_state(self) -> None:
-        """Forget what was gathered over past iterations."""
+        """Forget the past iterations."""
 
     def export_states(self, names=None) -> List[Dict[str, Any]]:
-        """What was gathered over past iterations, for a checkpoint."""
+        """Return the state of past iterations, for a checkpoint."""
         return []
 
     def count_call(self, x: Tensor) -> None:
-        """Set the index of this forward among those of the iteration."""
+        """Count the layer's forward passes in this iteration."""
         iteration = self.training_step.iteration
         if iteration is not None and iteration == self._last_iteration:
             self._call += 1
@@ -109,10 +111,10 @@ class SmallBatchNorm(RunningNorm):
         self._call = 0
 
     def check_calls(self, x: Tensor) -> None:
-        """For norms whose calls in an iteration have statistics each.
+        """Check the calls of a norm that has statistics for each call.
 
         Raises:
-            RuntimeError: If there are too many to be of one iteration, or if
+            RuntimeError: If there are too many calls for one iteration, or if
                 a CUDA graph is being captured.
         """
         if self.uses_past():
@@ -121,25 +123,24 @@ class SmallBatchNorm(RunningNorm):
             self._warned_of_calls = True
             warnings.warn(
                 f'{name_of(self)} is called several times in an iteration, as '
-                'a head that pyramid levels share. Each call has past '
-                'statistics of its own, but the running statistics mix them: '
-                'take a head with a norm for each level (RetinaSepBNHead)')
+                'in a head that all pyramid levels share. Each call keeps its '
+                'own past statistics, but the running statistics mix them. '
+                'Use a head with a norm for each level (RetinaSepBNHead)')
         if self._call == MAX_CALLS:
             raise RuntimeError(
                 f'{name_of(self)} was called {MAX_CALLS} times in iteration '
-                f'{self.iteration}. If training was interrupted and the model '
-                'is now used otherwise, set .iteration = None on its norms')
+                f'{self.iteration}. If the training loop was interrupted and '
+                'the model is now used without it, set .iteration = None on '
+                'its norms')
 
     def warn_once(self, reason: str, remedy: str) -> None:
-        """Say that the layer falls back to the present batch, and why."""
+        """Warn that the layer uses the present batch alone, and why."""
         if self._warned_of_fallback:
             return
         self._warned_of_fallback = True
         warnings.warn(
-            f'{name_of(self)} {reason}: it normalises with the present batch '
+            f'{name_of(self)} {reason}. It normalises with the present batch '
             f'alone. {remedy}')
-
-    # The forward pass.
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise an input of shape (N, C, H, W); same shape and dtype."""
@@ -150,7 +151,7 @@ class SmallBatchNorm(RunningNorm):
 
     @run_eagerly
     def _forward_of_batch(self, x: Tensor) -> Tensor:
-        """The forward pass with statistics of the input's own."""
+        """Normalise with batch statistics, not the running statistics."""
         step = current_pass()
         if step is ForwardPass.RECOMPUTED:
             return self._recompute(x)
@@ -169,19 +170,19 @@ class SmallBatchNorm(RunningNorm):
         return self._normalize(batch, statistics)
 
     def _recompute(self, x: Tensor) -> Tensor:
-        """Activation checkpointing's repetition of a forward pass."""
+        """Repeat a forward pass for activation checkpointing."""
         first = self._first_passes.find(x, self.measure)
         if first is not None:
             return self._normalize(
                 first.batch._replace(x=x), first.statistics)
         if self.training and self.uses_past() and x.numel():
             self.warn_once(
-                'runs in a backward pass, and repeats no forward pass that '
-                'it has seen', 'Please report how to reproduce this')
+                'runs in a backward pass, but no earlier forward pass of it '
+                'matches', 'Please report how to reproduce this')
         return self._forward_alone(x, update=False)
 
     def _forward_alone(self, x: Tensor, update: bool) -> Tensor:
-        """A forward pass of no training step: the present batch alone."""
+        """Run a forward pass outside training steps, with this batch alone."""
         batch = self._see(x, ForwardPass.UNTRACKED, update)
         if batch.is_empty:
             return self._pass_through(batch)
@@ -191,7 +192,7 @@ class SmallBatchNorm(RunningNorm):
         return self._normalize(batch, statistics)
 
     def _see(self, x: Tensor, step: ForwardPass, update: bool) -> Batch:
-        """The present batch, joined with other processes' parts of it."""
+        """Measure the present batch, and join the other processes' parts."""
         if update and self.kernel_updates_running(x):
             moments = batch_moments(x, self.running_mean, self.running_var,
                                     self.momentum)
@@ -206,14 +207,17 @@ class SmallBatchNorm(RunningNorm):
         return Batch(x, own, moments, processes, step)
 
     def _pass_through(self, batch: Batch) -> Tensor:
-        """Zero RoIs: no state changes, and the graph stays connected."""
+        """Return an empty output that stays connected to the graph.
+
+        An empty batch (zero RoIs) changes no state.
+        """
         return normalize(batch.x, batch.moments.mean, batch.moments.var,
                          self.weight, self.bias, self.eps)
 
     def _normalize(self, batch: Batch, statistics: Statistics) -> Tensor:
         mean, var, gradient, r, d, past = statistics
         weight, bias = self.weight, self.bias
-        # An empty batch has no moments to renormalise with.
+        # An empty batch has no moments, so r and d are not defined.
         if r is not None and batch.x.numel():
             if d is not None:
                 bias = _affine(d, weight, bias)
@@ -226,7 +230,7 @@ class SmallBatchNorm(RunningNorm):
 
 
 def norms_of(model: nn.Module) -> Dict[str, SmallBatchNorm]:
-    """The norms of this package in a model, by name."""
+    """Return the model's norms that are from this package, by name."""
     return {
         name: layer
         for name, layer in model.named_modules()

@@ -22,7 +22,7 @@ from .statistics import Batch, Statistics
 class BGN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
     r"""Batch-Group Normalization (arXiv:1906.03548, Sec. 3.4).
 
-    Statistics are over groups of examples and groups of channels at once:
+    Statistics are over groups of examples and groups of channels together:
 
     .. math::
         \mu_{G} = \text{mean}_{n \in G_n,\, c \in G_c,\, h,\, w}(x_{nchw}),
@@ -30,45 +30,47 @@ class BGN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
         y_{nchw} = \gamma_c \frac{x_{nchw} - \mu_G}
             {\sqrt{\sigma_G^2 + \epsilon}} + \beta_c.
 
-    With ``examples_per_group=1`` it is group normalisation, with
-    ``num_groups=num_features`` Ghost batch normalisation, and batch
-    normalisation if besides the group takes in the whole batch. Examples are
-    grouped in their order; the last group may be smaller, and a batch smaller
-    than a group is one group. In a RoI head the examples are regions: the
-    group of two images takes the regions of both.
+    With ``examples_per_group=1`` the layer is group normalisation. With
+    ``num_groups=num_features`` it is Ghost batch normalisation, and batch
+    normalisation if the group also holds the whole batch. Examples are
+    grouped in their order. The last group may be smaller, and a batch smaller
+    than a group is one group. In a RoI head the examples are regions: to group
+    two images, set ``examples_per_group`` to the number of regions of both.
 
-    Evaluation knows two kinds of statistics: an example's own, over its
-    groups of channels as in group normalisation, and the moving averages of
-    the mean and mean square, averaged over the groups. ``example_weight`` is
-    the weight of the first, Eq. (3): 1 is group normalisation and close to
-    training where a group has a few examples, 0 is an affine map of each
-    channel and close to training where it has hundreds, as of regions.
-    ``running_var`` holds the moving average of the mean square less the
-    squared ``running_mean``, of each channel; evaluation averages them over
-    the groups, which mmcv's ``fuse_conv_bn`` does not know of.
+    Evaluation mixes two kinds of statistics. The first are the example's own,
+    over its groups of channels, as in group normalisation. The second are the
+    moving averages of the mean and mean square, averaged over the groups.
+    ``example_weight`` is the weight of the first kind, Eq. (3). The weight 1
+    is group normalisation; it is close to training if a group has a few
+    examples. The weight 0 is an affine map of each channel; it is close to
+    training if a group has hundreds of examples, such as regions.
+
+    ``running_var`` holds, for each channel, the moving average of the mean
+    square minus the squared ``running_mean``. Evaluation averages both over
+    the groups. mmcv's ``fuse_conv_bn`` does not do that.
 
     Args:
         num_features (int): Channels C.
         eps (float): Added to variances, inside the root.
         momentum (float, optional): Weight of the present batch in the moving
-            averages.
-        affine (bool): Whether there are scale and shift to learn.
-        track_running_stats (bool): Whether to keep the averages. False:
-            evaluation groups examples as training does.
-        num_groups (int, optional): Groups of channels; divides
-            ``num_features``. None: the largest number up to 32 that does.
+            averages. None: cumulative average.
+        affine (bool): If True, the layer learns a scale and a shift.
+        track_running_stats (bool): If True, the layer keeps the moving
+            averages. If False, evaluation groups examples as training does.
+        num_groups (int, optional): Groups of channels; must divide
+            ``num_features``. None: the largest divisor up to 32.
         examples_per_group (int): Examples in a group.
-        example_weight (float): From 0 to 1; see above.
-        sync (bool): Whether the batch is that of all processes, their
-            examples in the order of the ranks. The host then waits for their
-            numbers.
+        example_weight (float): Weight from 0 to 1; see above.
+        sync (bool): If True, the batch is that of all processes, with the
+            examples in the order of the ranks. The host then waits until it
+            knows how many examples each process has.
 
     Shape:
-        - Input: (N, C, H, W). N may differ from call to call, and be 0.
+        - Input: (N, C, H, W). N may differ from call to call, and may be 0.
         - Output: the same shape and dtype.
 
     Raises:
-        ValueError: If an argument is out of range, or if a group has one
+        ValueError: If an argument is out of range, or if a group has only one
             value.
     """
 
@@ -95,8 +97,8 @@ class BGN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
         if num_features % num_groups:
             raise ValueError(
                 f'num_groups must divide num_features={num_features}, but got '
-                f'{num_groups}. Take a common divisor of the widths that the '
-                'norm_cfg is given to')
+                f'{num_groups}. Choose a common divisor of the channel '
+                'numbers of all layers that this norm_cfg builds')
         super().__init__(num_features, eps, momentum, affine,
                          track_running_stats, sync, device, dtype)
         self.num_groups = num_groups
@@ -117,7 +119,10 @@ class BGN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
         return Statistics(mean, var, gradient=gradient)
 
     def _average_of_groups(self, batch: Batch) -> Callable[..., Tensor]:
-        """Average of (N, C), or of several of them side by side."""
+        """Return the function that averages over groups.
+
+        It takes values of shape (N, C), or several of them side by side.
+        """
         size, own = self.examples_per_group, batch.own
         examples = len(own.mean)
         if batch.processes is None:
@@ -138,7 +143,7 @@ class BGN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
 
     def running_targets(self, moments: Moments,
                         factor: float) -> Tuple[Tensor, Tensor]:
-        # So that mean and mean square are what is averaged.
+        # With this target the moving averages are of mean and mean square.
         between = (moments.mean - self.running_mean).square()
         return moments.mean, moments.var + between * (1 - factor)
 
@@ -152,11 +157,11 @@ class BGN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
 class GhostBN(BGN, nn.BatchNorm2d, _BatchNorm):
     """Ghost Batch Normalization (arXiv:1705.08741; arXiv:1906.03548, Eq. 4).
 
-    Batch normalisation of each ``ghost_size`` examples by themselves:
-    Batch-Group normalisation with one channel a group. It is a regulariser
-    for batches that are large enough, and evaluates as batch normalisation.
-    With ``ghost_size=1`` and ``example_weight=1`` each image is normalised by
-    itself, in training and in evaluation.
+    Each ghost batch of ``ghost_size`` examples is normalised alone. This is
+    Batch-Group normalisation with one channel in a group. It is a regulariser
+    for large batches. Evaluation is batch normalisation. With
+    ``ghost_size=1`` and ``example_weight=1`` each image is normalised alone,
+    in training and in evaluation.
 
     Args:
         num_features (int): Channels C.
@@ -165,7 +170,7 @@ class GhostBN(BGN, nn.BatchNorm2d, _BatchNorm):
         ghost_size (int): Examples of a ghost batch; in a RoI head, regions.
             The last ghost batch may be smaller.
         example_weight (float): As in :class:`BGN`.
-        sync (bool): Whether the batch is that of all processes.
+        sync (bool): If True, the batch is that of all processes.
     """
 
     def __init__(self,

@@ -20,9 +20,10 @@ from .statistics import Batch, Statistics
 class BRN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
     r"""Batch Renormalization (arXiv:1702.03275).
 
-    The batch's own statistics normalise, and carry gradients as in batch
-    normalisation. What results is moved to where the running statistics
-    would have put it, within bounds, so that training and evaluation agree:
+    The layer normalises with the batch's own statistics, and their gradient
+    is that of batch normalisation. Then r and d correct the result towards
+    normalisation with the running statistics, within bounds, so that training
+    and evaluation agree:
 
     .. math::
         y = \gamma\left(r\,\frac{x - \mu_B}{\sigma_B} + d\right) + \beta,
@@ -33,31 +34,32 @@ class BRN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
             -d_{max}, d_{max}\right),
 
     with :math:`\sigma = \sqrt{\text{var} + \epsilon}`. r and d are constants
-    to the gradient, and the running statistics are read before this
-    iteration's update. In burn-in, and under ``no_grad``, r = 1 and d = 0:
-    batch normalisation.
+    in the backward pass. The running statistics are read before this
+    iteration's update. In burn-in and under ``no_grad`` the layer is batch
+    normalisation: r = 1 and d = 0.
 
     The paper relaxes the bounds over the first steps. Here they are fixed, as
-    in the MABN paper's comparison, and burn-in is the hook's.
+    in the comparison of the MABN paper, and the hook sets the burn-in.
 
     Args:
         num_features (int): Channels C.
         eps (float): Added to variances, inside the root.
         momentum (float, optional): Weight of the present batch in the running
-            statistics; 1 - 0.98 of the MABN paper.
-        affine (bool): Whether there are scale and shift to learn.
+            statistics. The default is 1 - 0.98, as in the MABN paper. None:
+            cumulative average.
+        affine (bool): If True, the layer learns a scale and a shift.
         track_running_stats (bool): Must be True.
         r_max (float): Largest r, at least 1.
         d_max (float): Largest d, at least 0.
-        sync (bool): Whether the batch is that of all processes.
+        sync (bool): If True, the batch is that of all processes.
 
     Shape:
-        - Input: (N, C, H, W). N may differ from call to call, and be 0.
+        - Input: (N, C, H, W). N may differ from call to call, and may be 0.
         - Output: the same shape and dtype.
 
     Raises:
-        ValueError: If an argument is out of range, or in burn-in if a channel
-            has one value.
+        ValueError: If an argument is out of range, or if a channel has only
+            one value in burn-in.
     """
 
     burns_in = True
@@ -77,8 +79,9 @@ class BRN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
         check_at_least('r_max', r_max, 1)
         check_at_least('d_max', d_max, 0)
         if not track_running_stats:
-            raise ValueError('BRN needs track_running_stats=True: it '
-                             'renormalises to the running statistics')
+            raise ValueError('BRN needs the running statistics, but got '
+                             'track_running_stats=False. Set '
+                             'track_running_stats=True')
         super().__init__(num_features, eps, momentum, affine,
                          track_running_stats, sync, device, dtype)
         self.r_max = r_max

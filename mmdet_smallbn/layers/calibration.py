@@ -1,4 +1,4 @@
-"""Moving averages for GroupNorm, which keeps none in training."""
+"""Moments for GroupNorm, which keeps no moving averages in training."""
 from contextlib import contextmanager
 from typing import Dict, Iterator
 
@@ -10,12 +10,12 @@ from ..functional import Moments, Processes, example_moments, mix_moments
 
 @contextmanager
 def calibrate_group_norms(model: nn.Module) -> Iterator[None]:
-    """Gather the moving averages that GroupNorm does not keep in training.
+    """Gather the moments that GroupNorm does not keep in training.
 
-    Within the context every example that goes through a GroupNorm enters its
-    averages, with equal weight; those of all processes, where there are
-    several. They stay on the module, outside its state dict, for
-    :func:`set_example_weight`; a later calibration begins anew.
+    Within the context each GroupNorm averages the mean and variance over all
+    examples of all processes, with equal weights. On exit it holds them as
+    ``running_mean`` and ``running_var``, outside its state dict, for
+    :func:`set_example_weight`. A later calibration replaces them.
 
     Example:
         >>> with calibrate_group_norms(model), torch.no_grad():
@@ -23,13 +23,13 @@ def calibrate_group_norms(model: nn.Module) -> Iterator[None]:
         ...         model.val_step(batch)
 
     Args:
-        model (nn.Module): The model, with its norms as trained.
+        model (nn.Module): The model, with example weights as trained.
     """
     norms = [
         module for module in model.modules()
         if isinstance(module, nn.GroupNorm)
     ]
-    gathered: Dict[nn.Module, Moments] = {}  # the counts are of examples
+    gathered: Dict[nn.Module, Moments] = {}  # ``count`` counts examples
 
     @torch.no_grad()
     def gather(module: nn.Module, args, kwargs, _) -> None:

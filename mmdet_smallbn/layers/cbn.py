@@ -5,12 +5,13 @@ arXiv:2002.05712. Released code: Howal/Cross-iterationBatchNorm.
 
 Where this differs from the released code, it follows the paper:
 
-- The gradient flows through Eq. (7), (8) to the present weight. The code uses
-  ``weight.data`` there (``gradient='released'``).
-- Past entries are clamped by max[nu, mu^2], Eq. (10). The code drops them.
+- The gradient flows through Eq. (7), (8) to the present weight. The released
+  code uses ``weight.data`` there (``gradient='released'``).
+- Past mean squares are clamped by max[nu, mu^2], Eq. (10). The released code
+  drops past entries with nu < mu^2.
 - eps is inside the root and the variance is biased, Eq. (12).
 
-Eq. (7)-(11) are :mod:`mmdet_smallbn.functional.replay`.
+Eq. (7)-(11) are in :mod:`mmdet_smallbn.functional.replay`.
 """
 from typing import Optional
 
@@ -33,9 +34,10 @@ class CBN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
     r"""Cross-Iteration Batch Normalization (arXiv:2002.05712).
 
     A small batch is normalised with the statistics of the last ``window_size``
-    iterations. Those of a past iteration were made by other weights; they are
-    brought to today's by a first-order Taylor polynomial in the weight (and
-    bias) :math:`\theta` of the convolution before the layer, Eq. (7)-(12):
+    iterations. Past iterations had other weights. Their statistics are
+    corrected for the current weights with a first-order Taylor polynomial in
+    the weight (and bias) :math:`\theta` of the convolution before the layer,
+    Eq. (7)-(12):
 
     .. math::
         \mu_{t-\tau}(\theta_t) &= \mu_{t-\tau} + \left\langle
@@ -50,68 +52,73 @@ class CBN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
         y &= \gamma\,\frac{x - \bar\mu}
             {\sqrt{\bar\nu - \bar\mu^2 + \epsilon}} + \beta.
 
-    While fewer iterations are at hand, the average is over those. Every
-    iteration has the same weight, whatever its batch size. With
-    ``window_size=1``, and in burn-in, the layer is ``nn.BatchNorm2d``.
+    The average is over the k iterations that the window holds, at most
+    ``window_size``. Every iteration has the same weight, whatever its batch
+    size. With ``window_size=1``, and in burn-in, the layer is
+    ``nn.BatchNorm2d``.
 
-    The gradient is that of these equations by :math:`x_t`, whose part in the
-    statistics is 1 / k, and by :math:`\theta_t`, also through Eq. (7), (8).
-    What is remembered is constant. While weights stand still and a window
-    holds the same k batches, the gradients by the convolution's weight, summed
-    over the k, are those of batch normalisation on the batches joined; exactly
-    so with all positions remembered. A second backward pass through a graph
-    must come before the layer's next forward pass.
+    The gradient flows through these equations to :math:`x_t`, whose weight in
+    the statistics is 1 / k, and to :math:`\theta_t`, also through Eq. (7),
+    (8). The remembered values are constants. If the weights do not change and
+    the window holds the same k batches, the weight gradients of the
+    convolution, summed over the k batches, equal those of batch normalisation
+    on the joined batch. This is exact if all positions are remembered. A
+    second backward pass through a graph must come before the layer's next
+    forward pass.
 
-    The convolution is found in the autograd graph, so that
-    ``norm_cfg=dict(type='CBN')`` is all there is to write. It may be grouped,
-    transposed, standardised or deformable; a deformable one's sampling places
-    are taken as they were.
+    The layer finds the convolution in the autograd graph, so
+    ``norm_cfg=dict(type='CBN')`` is enough. The convolution may be grouped,
+    transposed, standardised or deformable. The sampling locations of a
+    deformable one are not recomputed.
 
-    - After a frozen convolution, or nothing that trains, the past needs no
-      compensation and is used as it is.
-    - After anything else (a sum, a pooling), or a computed bias, the layer
-      normalises with the present batch, as BatchNorm, and warns once.
-    - Inside activation checkpointing or torch.compile nothing changes if
-      :class:`mmdet_smallbn.SmallBatchNormHook` is there, or
-      :class:`mmdet_smallbn.TrainingLoop` in a loop of your own. Without them,
-      or after a convolution with a forward of its own, it is the present
-      batch again, with a warning.
-    - Under ``no_grad`` in training mode it is the present batch, too.
-    - If they tell the iterations, each call of the layer in an iteration has
-      a window of its own. Without them every call is an iteration.
+    - After a frozen convolution, or if nothing before the layer trains, the
+      past is used without compensation, because it stays valid.
+    - After any other operation (a sum, a pooling) or a computed bias, the
+      layer normalises with the present batch, as BatchNorm does, and warns
+      once.
+    - Activation checkpointing and torch.compile change nothing if the model
+      has :class:`mmdet_smallbn.SmallBatchNormHook`, or
+      :class:`mmdet_smallbn.TrainingLoop` in your own training loop. Without
+      them, or after a convolution with its own ``forward``, the layer
+      normalises with the present batch there, and warns once.
+    - Under ``no_grad`` in training mode the layer also normalises with the
+      present batch.
+    - The hook and the loop also number the iterations. Then each call of the
+      layer in an iteration has its own window. Without them every call counts
+      as an iteration.
 
-    Loading a state dict empties the window. It is in no state dict; the hook
-    puts it into its checkpoints, for a resume.
+    Loading a state dict empties the window. No state dict holds the window,
+    but the hook saves it in its checkpoints, for a resume.
 
     Args:
         num_features (int): Channels C.
         eps (float): Added to the variance, inside the root.
         momentum (float, optional): Weight of the present batch in the running
             statistics. None: cumulative average.
-        affine (bool): Whether there are scale and shift to learn.
-        track_running_stats (bool): Whether to keep running statistics.
+        affine, track_running_stats (bool): As in ``nn.BatchNorm2d``.
         window_size (int): Iterations in the statistics, the present one
             included; see :func:`suggested_window_size`.
-        compensate (bool): False: the past as it was, "Naive CBN".
-        gradient (str): ``'whole'``, or ``'released'``: the past's moments are
-            constants, as in the released code, which trains worse.
-        sync (bool): Whether an iteration's batch is that of all processes, as
-            in SyncBatchNorm. An iteration that is empty in all of them takes
-            a place in the window.
-        derivative_positions (int, optional): How many positions of a batch's
-            feature maps are remembered; at least 2. They are other ones in
-            each iteration, and all of a map that has no more. Eq. (7), (8)
-            are estimated from them; ``tools/statistics_error.py`` measures
-            the error. None: all positions, without an error, at the memory of
-            ``window_size`` unfolded inputs.
+        compensate (bool): If False, the past statistics are not corrected:
+            "Naive CBN".
+        gradient (str): ``'whole'``, or ``'released'``: past moments are
+            constants, as in the released code. ``'released'`` trains worse.
+        sync (bool): If True, an iteration's batch is that of all processes,
+            as in SyncBatchNorm. An iteration that is empty in all processes
+            still takes a place in the window.
+        derivative_positions (int, optional): Positions of a batch's feature
+            maps that are remembered; at least 2. They differ from iteration
+            to iteration. A smaller map is remembered whole. Eq. (7), (8) are
+            estimated from these positions; ``tools/statistics_error.py``
+            measures the error. None: all positions, without an error. The
+            memory then grows by ``window_size`` unfolded inputs.
 
     Shape:
-        - Input: (N, C, H, W). N may differ from call to call, and be 0.
+        - Input: (N, C, H, W). N may differ from call to call, and may be 0.
         - Output: the same shape and dtype.
 
     Raises:
-        ValueError: If a size or number is out of range, or if a channel has
-            one value and there is no past to join it.
+        ValueError: If an argument is out of range, or if a channel has only
+            one value and the window holds no past iteration.
     """
 
     burns_in = True
@@ -156,7 +163,7 @@ class CBN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
         return MomentWindow(self.window_size, self.derivative_positions)
 
     def statistics(self, batch: Batch) -> Statistics:
-        """Eq. (7)-(11): the past at today's weight, and the present."""
+        """Pool the corrected past and the present batch, Eq. (7)-(11)."""
         producer = FROZEN
         if self.compensate:
             producer = find_producer(batch.x, batch.step)
@@ -170,7 +177,8 @@ class CBN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
             alone=not torch.is_grad_enabled())
         if past is None:
             return self.batch_statistics(batch)
-        if batch.processes is not None:  # it may be empty in all of them
+        if batch.processes is not None:
+            # The batch may be empty in all processes.
             present = torch.where(batch.moments.count > 0, present,
                                   past.moments)
         mean, var = mix_moments(past.moments, present, past.share)
@@ -181,16 +189,17 @@ class CBN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
         if batch.step is ForwardPass.CHECKPOINTED or is_compiled(x):
             self.warn_once(
                 'runs inside activation checkpointing, under other hooks on '
-                'saved tensors or in torch.compile, and is not told there of '
-                'a convolution that it could compensate for',
-                'SmallBatchNormHook in custom_hooks, or TrainingLoop(model) '
-                'in a loop of your own, tells it of all but those with a '
-                'forward or a computed weight of their own')
+                'saved tensors or in torch.compile, where it cannot find the '
+                'convolution before it',
+                'Add SmallBatchNormHook to custom_hooks, or use '
+                'TrainingLoop(model) in your own training loop. Neither helps '
+                'after a convolution with its own forward or a computed '
+                'weight')
             return
         made_by = 'a leaf' if x.grad_fn is None else x.grad_fn.name()
         self.warn_once(
             'follows no convolution whose weight it can compensate for '
-            f'(its input was made by {made_by})',
+            f'(its input comes from {made_by})',
             "Put it after a convolution, or use type='NaiveCBN'")
 
     def extra_repr(self) -> str:
@@ -209,7 +218,7 @@ class NaiveCBN(CBN, nn.BatchNorm2d, _BatchNorm):
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, window_size,
-            sync: As of :class:`CBN`.
+            sync: As in :class:`CBN`.
     """
 
     def __init__(self,
@@ -228,13 +237,16 @@ class NaiveCBN(CBN, nn.BatchNorm2d, _BatchNorm):
 
 
 def suggested_window_size(images_per_gpu: int) -> int:
-    """The paper's suggestion, min(ceil(16 / images per GPU), 8), Sec. 4.3.
+    """Return min(ceil(16 / images per GPU), 8), as the paper, Sec. 4.3.
 
     Args:
         images_per_gpu (int): Images of a batch on one GPU, at least 1.
 
     Returns:
-        int: Iterations, from 1 to 8.
+        int: Window size in iterations, from 1 to 8.
+
+    Raises:
+        ValueError: If ``images_per_gpu`` is below 1.
     """
     if images_per_gpu < 1:
         raise ValueError('images_per_gpu must be at least 1, but got '

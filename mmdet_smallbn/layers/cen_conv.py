@@ -13,20 +13,20 @@ from torch import Tensor, nn
 @MODELS.register_module('CenConv')
 @MODELS.register_module('CenConv2d')
 class CenConv2d(nn.Conv2d):
-    r"""``nn.Conv2d`` whose filters are used without their means.
+    r"""``nn.Conv2d`` that subtracts each filter's mean from the filter.
 
     .. math::
         \bar w_{o} = \text{mean}_{i, h, w}(w_{oihw}), \qquad
         \text{out} = x * (w - \bar w) + b.
 
-    It makes up for the mean that MABN does not subtract. Arguments, state
-    dict and initialisation are those of ``nn.Conv2d``; a checkpoint holds the
-    weight as it is trained, not centred. Centring is in float32 under
-    autocast and with half-precision weights.
+    It compensates for the mean that MABN does not subtract. Arguments, state
+    dict and initialisation are those of ``nn.Conv2d``. A checkpoint holds the
+    trained weight, not the centred one. Centring is in float32 under autocast
+    and with half-precision weights.
 
     Raises:
-        ValueError: If a filter has one weight (1 x 1 and depthwise): nothing
-            is left of it.
+        ValueError: If a filter has only one weight (1 x 1 and depthwise),
+            because centring makes it 0.
 
     Example:
         >>> model = dict(backbone=dict(
@@ -39,25 +39,25 @@ class CenConv2d(nn.Conv2d):
             raise ValueError(
                 f'CenConv2d({self.in_channels}, {self.out_channels}, '
                 f'kernel_size={self.kernel_size}, groups={self.groups}) has '
-                'one weight a filter, which centring makes 0. Take nn.Conv2d '
-                'there')
+                'only one weight per filter, which centring makes 0. Use '
+                'nn.Conv2d there')
 
     def _conv_forward(self, input: Tensor, weight: Tensor,
                       bias: Optional[Tensor]) -> Tensor:
-        # Of the weight that is given: fused evaluation passes a scaled one.
+        # Not of self.weight: fused evaluation passes a scaled weight here.
         return super()._conv_forward(input, centred(weight), bias)
 
 
 def centred(weight: Tensor) -> Tensor:
-    """Each filter less its mean, Eq. (18).
+    """Subtract each filter's mean from the filter, Eq. (18).
 
     Args:
         weight (Tensor): Shape (C_out, C_in / groups, kh, kw).
 
     Returns:
-        Tensor: Same shape and dtype; computed in float32 at least.
+        Tensor: Same shape and dtype; computed at least in float32.
     """
-    # Autocast leaves these operations alone: they follow their input.
+    # Autocast does not cast these operations: they keep their input's dtype.
     wide = weight
     if weight.dtype in (torch.float16, torch.bfloat16):
         wide = weight.float()
@@ -65,20 +65,19 @@ def centred(weight: Tensor) -> Tensor:
 
 
 def effective_weight(conv: nn.Module) -> Tensor:
-    """The weight that a convolution uses: centred if it is a CenConv2d.
+    """Return the weight that a convolution uses, centred for a CenConv2d.
 
     Args:
-        conv (nn.Module): With a ``weight``.
+        conv (nn.Module): A convolution with a ``weight``.
 
     Returns:
-        Tensor: Same shape and dtype as the weight, live to autograd. Centring
-        is in float32 at least.
+        Tensor: Same shape and dtype as the weight, part of the autograd
+        graph. Centring is at least in float32.
     """
     if isinstance(conv, CenConv2d):
         return centred(conv.weight)
     return conv.weight
 
 
-# The short name is the one of configs; the long one says what it stands for,
-# as torch's do.
+# Configs use the short name. The long name follows torch's names.
 CenConv = CenConv2d

@@ -1,4 +1,4 @@
-"""What the layers ask of arguments and names."""
+"""Checks of arguments, inputs and names of layers."""
 from inspect import signature
 from typing import Any, Iterable
 
@@ -10,14 +10,14 @@ from ..errors import did_you_mean
 
 
 def check_positive_int(name: str, value: Any) -> None:
-    """Refuse what is not an integer of at least 1, by name."""
+    """Raise ValueError if the argument is not an integer of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(
             f'{name} must be an integer of at least 1, but got {value!r}')
 
 
 def check_at_least(name: str, value: Any, least: float) -> None:
-    """Refuse what is not a number of at least ``least``, by name."""
+    """Raise ValueError if the argument is not a number >= ``least``."""
     if not isinstance(value, (int, float)) or isinstance(
             value, bool) or not value >= least:
         raise ValueError(
@@ -25,15 +25,15 @@ def check_at_least(name: str, value: Any, least: float) -> None:
 
 
 def check_example_weight(value: Any) -> None:
-    """Refuse what is not a number from 0 to 1."""
+    """Raise ValueError if the value is not a number from 0 to 1."""
     if not isinstance(value, (int, float)) or isinstance(
             value, bool) or not 0 <= value <= 1:
-        raise ValueError('the weight of an example must be a number from 0 to '
-                         f'1, but got {value!r}')
+        raise ValueError('the example weight must be a number from 0 to 1, '
+                         f'but got {value!r}')
 
 
 def check_settings(cls: type, settings: Iterable[str]) -> None:
-    """Refuse settings that a norm does not take, by name."""
+    """Raise ValueError if a norm's class has no argument of that name."""
     known = list(signature(cls).parameters)[1:]  # without num_features
     for name in settings:
         if name not in known:
@@ -42,18 +42,21 @@ def check_settings(cls: type, settings: Iterable[str]) -> None:
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Whether it is a norm of feature maps of BatchNorm's form, ours too."""
+    """Return True for a BatchNorm of (N, C, H, W), this package's too."""
     return isinstance(module, _BatchNorm) and not isinstance(
         module, (nn.BatchNorm1d, nn.BatchNorm3d))
 
 
 def is_under(name: str, prefix: str) -> bool:
-    """Whether a module's name is the prefix, or of a part of that module."""
+    """Return True if the name is the prefix or a submodule of the prefix."""
     return name == prefix or name.startswith(f'{prefix}.')
 
 
 def name_of(layer: nn.Module) -> str:
-    """A norm as messages call it: by its place in the model, if known."""
+    """Return a norm's type and its name in the model, for messages.
+
+    If the name is not known, the number of channels stands in its place.
+    """
     kind = type(layer).__name__
     if layer.layer_name:
         return f'{kind} {layer.layer_name!r}'
@@ -61,22 +64,24 @@ def name_of(layer: nn.Module) -> str:
 
 
 def check_input(layer: nn.Module, x: Tensor) -> None:
-    """Refuse what a norm would get wrong.
+    """Check that a norm can handle its input.
 
     Raises:
         TypeError: If the layer is traced symbolically.
         RuntimeError: If it is a copy that DataParallel made.
-        ValueError: If the input has another shape than (N, C, H, W).
+        ValueError: If the input's shape is not (N, C, H, W), or if it has
+            another number of channels than the layer.
     """
     if isinstance(x, torch.fx.Proxy):
         raise TypeError(
-            f'{name_of(layer)} cannot be traced symbolically, which would '
-            'make one of its branches the only one. Remove '
+            f'{name_of(layer)} cannot be traced symbolically, because the '
+            'trace would keep only one branch of its forward pass. Remove '
             'efficient_conv_bn_eval from the config')
     if layer.training and layer.__dict__.get('_is_replica'):
         raise RuntimeError(
-            f'{name_of(layer)} was copied for one forward by DataParallel, '
-            'and what it gathers would be lost. Use DistributedDataParallel')
+            f'{name_of(layer)} was copied for one forward pass by '
+            'DataParallel, so its statistics would be lost. Use '
+            'DistributedDataParallel')
     if x.dim() != 4:
         raise ValueError(
             f'{name_of(layer)} takes feature maps of shape (N, C, H, W), but '
@@ -86,24 +91,24 @@ def check_input(layer: nn.Module, x: Tensor) -> None:
         raise ValueError(
             f'{name_of(layer)} was built for {layer.num_features} channels, '
             f'but got an input of shape {tuple(x.shape)}. Build it with '
-            f'num_features={x.size(1)}, or give it the output that it was '
-            'built for')
+            f'num_features={x.size(1)}, or give it an input with '
+            f'{layer.num_features} channels')
 
 
 def check_no_capture(layer: nn.Module, x: Tensor) -> None:
-    """Refuse a CUDA graph, which would repeat one iteration's bookkeeping."""
+    """Raise RuntimeError if the layer is being captured in a CUDA graph."""
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f'{name_of(layer)} cannot be captured in a CUDA graph in '
-            'training: it stores each iteration in another place, and a graph '
-            'would always use the same one. Train without the graph, or use '
-            'BRN, BGN or GhostBN')
+            'training: it writes each iteration to another address, and a '
+            'graph always writes to the same one. Train without the graph, or '
+            'use BRN, BGN or GhostBN')
 
 
 def check_count(layer: nn.Module, count: Any) -> None:
-    """Refuse one value a channel, of which there is no variance."""
+    """Raise ValueError if a channel has one value: it has no variance."""
     if isinstance(count, int) and count == 1:
         raise ValueError(
             f'{name_of(layer)} got one value per channel, which has no '
-            'variance. Give it more images, a larger feature map, or put no '
-            'norm there')
+            'variance. Use more images or a larger feature map, or remove '
+            'this norm')

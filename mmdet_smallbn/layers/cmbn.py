@@ -19,30 +19,32 @@ from .statistics import Batch, Statistics
 class CmBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
     r"""Cross mini-Batch Normalization (YOLOv4, arXiv:2004.10934).
 
-    BatchNorm for gradient accumulation. An optimizer step takes several small
-    batches, its parts. Each part is normalised with the statistics of all
-    values of the step so far, its own included. The weights stand still
-    between the parts, so the statistics need no correction as in
-    :class:`CBN`. The last part is normalised with exactly the mean and
-    variance of all values that the layer got in the step; with one part a
-    step the layer is ``nn.BatchNorm2d``. A network of several such layers is
-    not exactly one with BatchNorm on the joined batch: behind the first norm
-    the values of earlier parts come from fewer images.
+    BatchNorm for gradient accumulation. An optimizer step accumulates the
+    gradients of several small batches, the parts of the step. Each part is
+    normalised with the statistics of all values of the step so far, its own
+    included. The weights do not change between the parts, so the statistics
+    need no correction as in :class:`CBN`. The last part is normalised with
+    exactly the mean and variance of all values that the layer got in the
+    step. With one part in a step the layer is ``nn.BatchNorm2d``. A network
+    with several such layers does not exactly equal BatchNorm on the joined
+    batch: after the first norm, the values of earlier parts come from
+    statistics of fewer images.
 
     The gradient of a part flows through its own share of the statistics. The
-    parts before are constants: their graphs are gone. Each part enters the
-    running statistics by itself, as in BatchNorm.
+    earlier parts are constants, because their graphs are freed. Each part
+    updates the running statistics alone, as in BatchNorm.
 
-    :class:`mmdet_smallbn.SmallBatchNormHook` tells the layer when a step was
-    taken, and :class:`mmdet_smallbn.TrainingLoop` in a loop of your own. Each
-    of its calls in an iteration has parts of its own then. Without them every
-    call is a part, and the layer sees a step by its own scale:
-    ``zero_grad()`` takes its gradient away, or the step changes its version.
-    A fused optimizer with ``zero_grad(set_to_none=False)`` does neither: take
-    the hook or the loop. If the scale does not train, each batch is normalised
-    by itself, with a warning.
+    :class:`mmdet_smallbn.SmallBatchNormHook`, or
+    :class:`mmdet_smallbn.TrainingLoop` in your own training loop, reports the
+    optimizer steps to the layer. Then each of the layer's calls in an
+    iteration has its own parts. Without them every call is a part, and the
+    layer detects a step by its scale: ``zero_grad()`` removes the scale's
+    gradient, or the step changes the scale's version. A fused optimizer with
+    ``zero_grad(set_to_none=False)`` does neither, so use the hook or the
+    loop. If the scale does not train, each batch is normalised alone, with a
+    warning.
 
-    Loading a state dict ends the step. Checkpoints do not hold its parts, as
+    Loading a state dict ends the step. Checkpoints do not hold the parts, as
     they do not hold the accumulated gradients.
 
     Args:
@@ -50,16 +52,16 @@ class CmBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
         eps (float): Added to the variance, inside the root.
         momentum (float, optional): Weight of a part in the running
             statistics. None: cumulative average.
-        affine (bool): Whether there are scale and shift to learn.
-        track_running_stats (bool): Whether to keep running statistics.
-        sync (bool): Whether a part is that of all processes.
+        affine, track_running_stats (bool): As in ``nn.BatchNorm2d``.
+        sync (bool): If True, a part is the batch of all processes.
 
     Shape:
-        - Input: (N, C, H, W). N may differ from call to call, and be 0.
+        - Input: (N, C, H, W). N may differ from call to call, and may be 0.
         - Output: the same shape and dtype.
 
     Raises:
-        ValueError: If a channel has one value, in the first part of a step.
+        ValueError: If a channel has only one value in the first part of a
+            step.
 
     Example:
         >>> norm_cfg = dict(type='CmBN')
@@ -90,18 +92,18 @@ class CmBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
         return True
 
     def statistics(self, batch: Batch) -> Statistics:
-        """Mean and variance of the optimizer step so far."""
-        step, anew = self._step()
+        """Return the mean and variance of the optimizer step so far."""
+        step, new_step = self._step()
         if step is None:
             self.warn_once(
                 'cannot tell when the optimizer takes a step',
-                'SmallBatchNormHook in custom_hooks tells it, and '
-                'TrainingLoop.iteration(after_step=...) in a loop of your own')
+                'Add SmallBatchNormHook to custom_hooks, or use TrainingLoop.'
+                'iteration(after_step=...) in your own training loop')
             return self.batch_statistics(batch)
         while len(self._parts) <= self._call:
             self._parts.append(StepMoments())
         parts = self._parts[self._call]
-        parts.begin(step, anew)
+        parts.begin(step, new_step)
         alone = parts.filled == 0
         if alone:
             found = self.batch_statistics(batch)
@@ -109,17 +111,18 @@ class CmBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
         return found if alone else Statistics(mean, var, gradient=share)
 
     def _step(self) -> Tuple[Optional[int], bool]:
-        """A number that each step changes, and whether one was seen.
+        """Return a number that each step changes, and if a step was seen.
 
-        The number is None if there is nothing to see it by.
+        The number is None if the layer cannot detect steps.
         """
-        told = self.training_step.optimizer_steps
-        if told is not None:
-            return told, False
+        steps = self.training_step.optimizer_steps
+        if steps is not None:
+            return steps, False
         scale = self.weight
         if scale is None or not scale.requires_grad:
             return None, False
-        # Fused optimizers leave the version as it is.
+        # Fused optimizers do not change the version, but zero_grad() removes
+        # the gradient.
         return scale._version, scale.grad is None
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
@@ -132,7 +135,7 @@ class CmBN(SmallBatchNorm, nn.BatchNorm2d, _BatchNorm):
 
 
 class StepMoments:
-    """Moments of all values of an optimizer step so far."""
+    """Moments over all values of an optimizer step so far."""
 
     def __init__(self) -> None:
         self.filled = 0
@@ -140,14 +143,14 @@ class StepMoments:
         self._moments: Optional[Tensor] = None  # mean and variance, (2, C)
         self._count: Optional[Tensor] = None  # values of each channel, (C,)
 
-    def begin(self, step: int, anew: bool) -> None:
-        """Forget the parts of another step."""
-        if anew or step != self._step:
+    def begin(self, step: int, new_step: bool) -> None:
+        """Forget the parts of the last step if a new step began."""
+        if new_step or step != self._step:
             self._step, self.filled = step, 0
 
     @torch.no_grad()
     def enter(self, part: Moments) -> Tuple[Tensor, Tensor]:
-        """Add a part; what is not finite in it is not added.
+        """Add a part; channels with non-finite moments are not added.
 
         Returns:
             tuple: Moments of the step with this part, shape (2, C), and the

@@ -1,4 +1,4 @@
-"""The one place that learns which convolution made a layer's input."""
+"""Search for the convolution that made a layer's input."""
 from typing import Callable, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -11,23 +11,23 @@ from ..functional import (ConvCall, DeformCall, Filters, LinearCall,
 from .cen_conv import CenConv2d
 from .forward_pass import ForwardPass, current_pass
 
-# Arguments before the weight, by the name of the node in the graph.
+# Number of arguments before the weight, by the name of the autograd node.
 _DEFORMABLE = {
     'DeformConv2dFunctionBackward': 2,
     'ModulatedDeformConv2dFunctionBackward': 3
 }
-# Attribute of a convolution's output: how it was made.
+# Attribute of a convolution's output that holds its _Call.
 _CALL = '_smallbn_call'
 
 
 class Producer(NamedTuple):
-    """What is known of the operation that made a tensor.
+    """The operation that made a tensor, as far as it is known.
 
     Attributes:
-        known (bool): False: nothing that the layer can compensate for.
-        call (LinearCall, optional): The convolution, if it is one whose
-            weight or bias trains. None with ``known``: nothing before the
-            tensor moves its statistics by a weight of its own, so they stay
+        known (bool): False if the layer cannot compensate for the operation.
+        call (LinearCall, optional): The convolution, if its weight or bias
+            trains. If ``known`` is True and this is None, no weight of the
+            operation changes the tensor's statistics, so past statistics stay
             valid.
     """
     known: bool
@@ -39,21 +39,21 @@ FROZEN = Producer(known=True)
 
 
 def find_producer(x: Tensor, step: ForwardPass) -> Producer:
-    """Which convolution made ``x``, in a forward pass of a training step.
+    """Find the convolution that made ``x`` in a training step.
 
-    The autograd graph tells without any wiring, and its node holds the weight
-    as the kernel saw it: centralised, standardised, in the autocast dtype.
-    Two-dimensional convolutions are accepted, transposed and mmcv's
-    deformable ones among them. A sum, a pooling and everything else are
+    The autograd graph shows it without any registration. Its node holds the
+    weight as the kernel used it: centred, standardised, in the autocast
+    dtype. Two-dimensional convolutions are accepted, also transposed ones and
+    mmcv's deformable ones. A sum, a pooling and all other operations are
     unknown.
 
-    What :func:`remember_calls` has left with ``x`` comes first: in activation
-    checkpointing and behind torch.compile the graph does not tell, or reading
-    it would recompute a region.
+    A record that :func:`remember_calls` left on ``x`` has priority. In
+    activation checkpointing and behind torch.compile the graph does not show
+    the convolution, or reading the graph would start a recomputation.
 
     Args:
         x (Tensor): Input of a norm, shape (N, C, H, W).
-        step (ForwardPass): What the forward pass belongs to.
+        step (ForwardPass): Kind of the forward pass.
 
     Returns:
         Producer: The convolution, ``FROZEN`` or ``UNKNOWN``.
@@ -77,7 +77,7 @@ def find_producer(x: Tensor, step: ForwardPass) -> Producer:
 
 def _of_node(node: torch.autograd.graph.Node, place: int,
              read: Callable[..., LinearCall]) -> Producer:
-    """The call behind a node whose weight is its argument at ``place``."""
+    """Return the producer of a node whose argument ``place`` is the weight."""
     weight, bias = (edge for edge, _ in (
         *node.next_functions[place:place + 2], (None, None))[:2])
     if weight is None and bias is None:
@@ -95,8 +95,8 @@ def _known(call: LinearCall) -> Producer:
 
 
 def _leaf(node: torch.autograd.graph.Node) -> Optional[Tensor]:
-    """The parameter behind a node; None if it is a computed value's."""
-    if node.name() == 'ToCopyBackward0':  # of autocast
+    """Return the parameter of a node; None if the value was computed."""
+    if node.name() == 'ToCopyBackward0':  # autocast's cast
         node = node.next_functions[0][0]
     return getattr(node, 'variable', None)
 
@@ -114,13 +114,13 @@ def _convolution(node: torch.autograd.graph.Node, weight: Optional[Tensor],
 
 
 def _is_mmcvs(cls: type) -> bool:
-    # The layers work without mmcv.
+    # By its name, because the layers work without mmcv.
     return cls.__module__.startswith('mmcv.')
 
 
 def _deformable(node: torch.autograd.graph.Node, weight: Optional[Tensor],
                 bias: Optional[Tensor]) -> DeformCall:
-    """What mmcv's function keeps for its backward pass."""
+    """Read what mmcv's function has saved for its backward pass."""
     input, offset, *mask, used = node.saved_tensors[:_DEFORMABLE[
         node.name()] + 1]
     return DeformCall(
@@ -135,20 +135,20 @@ def _deformable(node: torch.autograd.graph.Node, weight: Optional[Tensor],
 
 
 def remember_calls(model: nn.Module) -> List[RemovableHandle]:
-    """Let convolutions beside CBN leave with an output how it was made.
+    """Add hooks that record, on each convolution's output, how it was made.
 
-    It is for activation checkpointing and torch.compile, where CBN cannot
-    read it from the autograd graph, and for CenConv, whose parameter the graph
-    does not show. Convolutions with a forward or a computed
-    weight of their own, which would have to be guessed, are left unknown:
-    weight standardisation, spectral norm.
+    Activation checkpointing and torch.compile need these records, because CBN
+    cannot read the autograd graph there. So does CenConv, because the graph
+    does not show its parameter. A convolution with its own ``forward`` or a
+    computed weight (weight standardisation, spectral norm) is not recorded,
+    because its effective weight is not known.
 
     Args:
-        model (nn.Module): Whose convolutions get a forward hook: those in the
-            blocks that hold a CBN.
+        model (nn.Module): The model. The convolutions in blocks that hold a
+            CBN get a forward hook.
 
     Returns:
-        list[RemovableHandle]: To remove the hooks with.
+        list[RemovableHandle]: Handles that remove the hooks.
     """
     convolutions = {
         module: None
@@ -163,7 +163,7 @@ def remember_calls(model: nn.Module) -> List[RemovableHandle]:
 
 
 def _holds_cbn(block: nn.Module) -> bool:
-    """Whether a CBN is among a block's children, or in one of its lists."""
+    """Return True if a block, or a list in it, has a CBN as a child."""
     lists = [
         child for child in block.children()
         if isinstance(child, (nn.ModuleList, nn.Sequential))
@@ -174,31 +174,31 @@ def _holds_cbn(block: nn.Module) -> bool:
 
 
 class _Call(NamedTuple):
-    """What a convolution leaves with its output."""
+    """Record of a convolution on its output."""
     conv: nn.Module
-    input: Optional[Tensor]  # None: nothing of the convolution trains
-    version: int  # of the output: what works in place on it ends its validity
+    input: Optional[Tensor]  # None: the convolution does not train
+    version: int  # of the output; an in-place operation makes the record void
 
 
 @run_eagerly
 def remember_call(conv: nn.Module, inputs: Tuple[Tensor],
                   output: Tensor) -> None:
-    """The hook that :func:`remember_calls` gives to a convolution."""
-    if (inputs  # by their position, as everywhere in the toolboxes
+    """Record the call; the forward hook of :func:`remember_calls`."""
+    if (inputs  # the toolboxes pass the input by position
             and current_pass() in (ForwardPass.PLAIN, ForwardPass.CHECKPOINTED)
             and _has_stock_forward(conv)
-            # Another weight than a parameter is computed, and under no_grad
-            # it does not tell whether it trains.
+            # A weight that is no parameter is computed. Under no_grad it does
+            # not show whether it trains.
             and 'weight' in conv._parameters):
         trains = any(p.requires_grad for p in conv.parameters())
-        # Of what is frozen nobody keeps the input.
+        # A frozen convolution's input is not needed.
         x = inputs[0].detach() if trains else None
         setattr(output, _CALL, _Call(conv, x, output._version))
 
 
 def _has_stock_forward(conv: nn.Module) -> bool:
     kind = type(conv)
-    # mmcv's have one for empty inputs of old versions of torch.
+    # mmcv's wrappers differ only for empty inputs in old versions of torch.
     if kind.forward not in (
             nn.Conv2d.forward,
             nn.ConvTranspose2d.forward) and not _is_mmcvs_wrapper(kind):
@@ -212,7 +212,7 @@ def _is_mmcvs_wrapper(kind: type) -> bool:
 
 
 def is_compiled(x: Tensor) -> bool:
-    """Whether torch.compile hides in one node what made a tensor."""
+    """Return True if a node of torch.compile made the tensor."""
     return x.grad_fn is not None and x.grad_fn.name().startswith('Compiled')
 
 

@@ -1,4 +1,4 @@
-"""Inference example weighting, on any model that is trained.
+"""Inference example weighting for any trained model.
 
 Paper: Four Things Everyone Should Know to Improve Batch Normalization,
 Summers and Dinneen, ICLR 2020, arXiv:1906.03548, Sec. 3.1, Eq. (3).
@@ -14,10 +14,10 @@ from .checks import check_example_weight, is_batch_norm, is_under
 
 
 class _WeighsExamples:
-    """What a stock norm becomes while its examples have a weight.
+    """Mixin that gives a stock norm inference example weighting.
 
-    The module stays, with its parameters, buffers and hooks; only its class
-    changes, so that going back leaves no trace.
+    Only the module's class changes. Its parameters, buffers and hooks stay,
+    so the change can be undone completely.
     """
     stock_class: type
     example_weight: float
@@ -35,7 +35,7 @@ class _WeighsExamples:
         return f'{super().extra_repr()}, example_weight={self.example_weight}'
 
     def __reduce_ex__(self, protocol):
-        # Classes that are made at run time are not found by their names.
+        # pickle cannot find a class by its name if it was made at run time.
         return _new, (self.stock_class, ), self.__dict__
 
 
@@ -55,7 +55,7 @@ def _stock(module: nn.Module) -> type:
 
 
 def _norms(model: nn.Module) -> Dict[str, nn.Module]:
-    """The norms of feature maps that have a BatchNorm's or GN's form."""
+    """Return the BatchNorms of feature maps and the GroupNorms, by name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -80,26 +80,26 @@ def set_example_weight(
         model: nn.Module,
         weight: Optional[float],
         exclude: Union[str, Sequence[str]] = ()) -> List[str]:
-    r"""Let each example take part in its own normalisation at inference.
+    r"""Give each example a weight in its own normalisation at inference.
 
-    In training an example is among those that it is normalised with, at
-    inference it is not. With a weight :math:`\alpha` the moving averages and
-    the example's own moments are mixed (arXiv:1906.03548, Eq. 3):
+    In training, an example is part of the batch that it is normalised with.
+    At inference it is not. With a weight :math:`\alpha` the moving averages
+    and the example's own moments are mixed (arXiv:1906.03548, Eq. 3):
 
     .. math::
         \mu = (1 - \alpha)\,m_x + \alpha\,E[x], \qquad
         \sigma^2 = (1 - \alpha)\,m_{x^2} + \alpha\,E[x^2] - \mu^2.
 
     It works on any trained model: stock BatchNorm and SyncBatchNorm, this
-    package's norms, and GroupNorm after :func:`calibrate_group_norms`. The
-    best weight is found on validation data (``tools/
-    sweep_example_weight.py``), and is mostly small. A weight above 0 costs a
-    pass over the features, and does not fold into a convolution: mmcv's
-    ``fuse_conv_bn`` would silently drop it.
+    package's norms, and GroupNorm after :func:`calibrate_group_norms`. Find
+    the best weight on validation data (``tools/sweep_example_weight.py``); it
+    is usually small. A weight above 0 costs a pass over the features and does
+    not fold into a convolution: mmcv's ``fuse_conv_bn`` drops it without a
+    warning.
 
-    Each call says all there is: norms that it excludes go back to what they
-    were built with. Parameters and buffers are not touched. Convert models
-    (``revert_sync_batchnorm``) before, not after.
+    Each call sets all norms of the model: excluded norms get the weight that
+    they were built with. Parameters and buffers do not change. Convert the
+    model (``revert_sync_batchnorm``) before this call, not after it.
 
     Example:
         >>> set_example_weight(model, 0.05, exclude='backbone')
@@ -107,17 +107,18 @@ def set_example_weight(
 
     Args:
         model (nn.Module): The model, or a part of it.
-        weight (float, optional): :math:`\alpha`, from 0 to 1. BatchNorm has
-            0, GroupNorm 1, BGN what it was built with: None gives each its
-            own back. 0 takes GroupNorm and BGN to an affine map.
-        exclude (str | Sequence[str]): Prefixes of modules to leave as
-            trained, such as ``'backbone'`` for its frozen norms.
+        weight (float, optional): :math:`\alpha`, from 0 to 1. None: the
+            weight as trained, which is 0 for BatchNorm, 1 for GroupNorm, and
+            the one that BGN was built with. 0 makes GroupNorm and BGN an
+            affine map.
+        exclude (str | Sequence[str]): Prefixes of modules that keep the
+            weight as trained, such as ``'backbone'`` if its norms are frozen.
 
     Returns:
-        list[str]: Names of the norms that have the weight now.
+        list[str]: Names of the norms that now have the weight.
 
     Raises:
-        ValueError: If the weight is out of range, a prefix is none of a norm,
+        ValueError: If the weight is out of range, a prefix matches no norm,
             no norm is left, or a norm has no moving averages.
     """
     if weight is not None:
@@ -128,7 +129,8 @@ def set_example_weight(
         if not chosen:
             raise ValueError('no norm of the model can weigh examples: it has '
                              f'{len(norms)} norms, and {len(norms)} of them '
-                             'are excluded')
+                             'are excluded. Give a model with norms, or '
+                             'exclude fewer modules')
         for name in chosen:
             if _lacks_averages(norms[name], weight):
                 raise ValueError(_without_averages(name, norms[name]))
@@ -144,8 +146,8 @@ def _not_excluded(norms: Dict[str, nn.Module],
         if not any(is_under(name, prefix) for name in norms):
             parts = sorted({name.split('.')[0] for name in norms})
             raise ValueError(
-                f'exclude={prefix!r} is no part of the model with norms; such '
-                f'are in {", ".join(parts) or "no part"}')
+                f'exclude={prefix!r} matches no norm of the model. Parts with '
+                f'norms: {", ".join(parts) or "none"}')
     return [
         name for name in norms
         if not any(is_under(name, prefix) for prefix in exclude)
@@ -153,27 +155,27 @@ def _not_excluded(norms: Dict[str, nn.Module],
 
 
 def _as_trained(module: nn.Module) -> float:
-    """The weight that the module has without any setting of it."""
+    """Return the example weight that the module was built with."""
     if isinstance(module, SmallBatchNorm):
         return module.built_example_weight
     return 1. if isinstance(module, nn.GroupNorm) else 0.
 
 
 def _lacks_averages(module: nn.Module, weight: float) -> bool:
-    # GroupNorm at 1 is GroupNorm.
+    # With the weight 1 a GroupNorm needs no averages.
     return getattr(module, 'running_mean', None) is None and not (
         isinstance(module, nn.GroupNorm) and weight == 1)
 
 
 def weights_as_trained(model: nn.Module,
                        exclude: Union[str, Sequence[str]] = ()) -> Set[float]:
-    """The weights of examples in the model's norms as they were trained.
+    """Return the example weights with which the model's norms were trained.
 
     Args:
-        model, exclude: As of :func:`set_example_weight`.
+        model, exclude: As in :func:`set_example_weight`.
 
     Returns:
-        set[float]: One, unless kinds of norms are mixed.
+        set[float]: One weight, or several if the model mixes types of norms.
     """
     norms = _norms(model)
     return {_as_trained(norms[name]) for name in _not_excluded(norms, exclude)}
@@ -182,10 +184,10 @@ def weights_as_trained(model: nn.Module,
 def lacks_averages(model: nn.Module,
                    weight: float,
                    exclude: Union[str, Sequence[str]] = ()) -> bool:
-    """Whether a GroupNorm has to be calibrated before it takes the weight.
+    """Return True if a GroupNorm must be calibrated for this weight.
 
     Args:
-        model, weight, exclude: As of :func:`set_example_weight`.
+        model, weight, exclude: As in :func:`set_example_weight`.
     """
     norms = _norms(model)
     return any(
@@ -199,7 +201,8 @@ def _without_averages(name: str, module: nn.Module) -> str:
     message = f'{kind} {name!r} has no moving averages. '
     if isinstance(module, nn.GroupNorm):
         message += ('Gather them with calibrate_group_norms(model), as '
-                    'tools/sweep_example_weight.py does, or exclude it')
+                    'tools/sweep_example_weight.py does, or exclude this norm')
     else:
-        message += 'It was built with track_running_stats=False: exclude it'
+        message += ('It was built with track_running_stats=False. Exclude '
+                    'this norm')
     return message

@@ -1,4 +1,4 @@
-"""What a forward pass belongs to: a training step, a recomputation."""
+"""Kinds of forward passes, such as a training step or a recomputation."""
 import enum
 import sys
 
@@ -9,16 +9,17 @@ _REENTRANT_FORWARD = CheckpointFunction.forward.__code__
 
 
 class ForwardPass(enum.Enum):
-    """Kinds of forward passes that a layer in training mode may be in.
+    """Kind of a forward pass of a layer in training mode.
 
     Attributes:
-        PLAIN: Of a training step; the autograd graph can be read.
-        CHECKPOINTED: Of a training step, where there is no graph to be read:
-            in activation checkpointing, whose re-entrant kind records none,
-            or under other hooks on saved tensors, which reading would undo.
-        RECOMPUTED: Activation checkpointing's repetition in the backward
-            pass.
-        UNTRACKED: Under ``no_grad``: no training step.
+        PLAIN: A training step whose autograd graph can be read.
+        CHECKPOINTED: A training step whose autograd graph cannot be read. It
+            is in activation checkpointing, whose re-entrant variant records
+            no graph, or under other hooks on saved tensors, which reading
+            would unpack.
+        RECOMPUTED: The repetition in the backward pass, by activation
+            checkpointing.
+        UNTRACKED: A pass under ``no_grad``, which is no training step.
     """
     PLAIN = 'plain'
     CHECKPOINTED = 'checkpointed'
@@ -27,7 +28,7 @@ class ForwardPass(enum.Enum):
 
 
 def current_pass() -> ForwardPass:
-    """The kind of pass that this is called in."""
+    """Return the kind of the forward pass that is running."""
     if in_backward():
         return ForwardPass.RECOMPUTED
     if torch.is_grad_enabled():
@@ -40,7 +41,7 @@ def current_pass() -> ForwardPass:
 
 
 def in_backward() -> bool:
-    """Whether a backward pass is running: the forward is a recomputation."""
+    """Return True in a backward pass: then a forward is a recomputation."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -51,8 +52,8 @@ _top_hooks = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks',
 def _saved_tensors_are_packed() -> bool:
     if _top_hooks is not None:
         return _top_hooks(False) is not None
-    # Disabling the hooks is refused while there are some: the one test that
-    # every supported torch has.
+    # torch refuses to disable the hooks while there are some. Every supported
+    # torch version has this test.
     try:
         with torch.autograd.graph.disable_saved_tensors_hooks(''):
             return False
@@ -61,8 +62,8 @@ def _saved_tensors_are_packed() -> bool:
 
 
 def _in_reentrant_checkpoint() -> bool:
-    # To autograd it is a pass under no_grad as any other; it says nowhere
-    # what it is but on the stack.
+    # For autograd this is a pass under no_grad like any other. Only the call
+    # stack shows that it is a checkpoint.
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _REENTRANT_FORWARD:

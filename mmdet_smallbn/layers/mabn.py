@@ -4,10 +4,11 @@ Paper: Towards Stabilizing Batch Statistics in Backward Propagation of Batch
 Normalization, Yan et al., ICLR 2020, arXiv:2001.06838. Released code:
 megvii-model/MABN.
 
-Unlike the released code, the moving average of the mean square takes each
-batch's own, not the average over the buffer, and burn-in belongs to a hook.
-Unlike Eq. (19), and like the code, the mean square is averaged exponentially,
-not its root, so that evaluation is batch normalisation.
+Unlike the released code, the moving average of the mean square takes in each
+batch's mean square, not the average over the buffer, and a hook sets the
+burn-in. Unlike Eq. (19), and like the released code, the exponential moving
+average is of the mean square, not of its root, so that evaluation is batch
+normalisation.
 """
 import warnings
 from typing import Dict, Optional, Tuple
@@ -29,13 +30,14 @@ from .statistics import Batch, Statistics
 class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
     r"""Moving Average Batch Normalization (arXiv:2001.06838).
 
-    Statistics of both passes are averaged over the last iterations. Features
-    are divided by the root of their mean square :math:`\chi^2`, without their
-    mean: use it with centred weights, ``conv_cfg=dict(type='CenConv')``.
+    The statistics of the forward and the backward pass are averaged over the
+    last iterations. Features are divided by the root of their mean square
+    :math:`\chi^2`, and their mean is not subtracted. So use the layer with
+    centred weights, ``conv_cfg=dict(type='CenConv')``.
 
     Forward, Eq. (19), with the average :math:`\bar\chi^2` of the mean squares
-    of the last ``buffer_size`` iterations and their moving average
-    :math:`\hat\chi^2`, read before this iteration's update:
+    of the last ``buffer_size`` iterations and their exponential moving
+    average :math:`\hat\chi^2`, read before this iteration's update:
 
     .. math::
         z = \frac{x}{\sqrt{\bar\chi^2 + \epsilon}}, \qquad
@@ -44,8 +46,8 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
         y = \gamma r z + \beta.
 
     Backward, Eq. (20), with :math:`g = \gamma r\,\partial L/\partial y`,
-    :math:`\Psi = \text{mean}(g z)` and the average :math:`\bar\Psi` of the
-    last ``buffer_size`` backward passes':
+    :math:`\Psi = \text{mean}(g z)` and the average :math:`\bar\Psi` over the
+    last ``buffer_size`` backward passes:
 
     .. math::
         \frac{\partial L}{\partial x} = \frac{g - z \bar\Psi}
@@ -55,48 +57,52 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
         \frac{\partial L}{\partial \beta} = \sum
             \frac{\partial L}{\partial y}.
 
-    Both averages include the present value and are over those at hand while
-    fewer. In burn-in :math:`\bar\chi^2 = \chi^2`, :math:`\bar\Psi = \Psi` and
-    :math:`r = 1`, while the averages fill.
+    Both averages include the present value. At first they are over the values
+    so far. In burn-in :math:`\bar\chi^2 = \chi^2`, :math:`\bar\Psi = \Psi`
+    and :math:`r = 1`, while the averages fill.
 
     Evaluation is batch normalisation: ``running_mean`` stays 0 and
-    ``running_var`` holds :math:`\hat\chi^2`, which a BatchNorm's state dict
-    gives, too: ``running_var + running_mean ** 2``.
+    ``running_var`` holds :math:`\hat\chi^2`. The state dict of a BatchNorm
+    also loads: ``running_var + running_mean ** 2`` becomes
+    :math:`\hat\chi^2`.
 
     The rows of the paper's Tables 2 and 4 are settings of the two statistics
-    and of ``centered``: features are normalised with statistics of the
-    backward pass's kind, and renormalised to those of the forward pass's. So
-    Batch Renormalization is ``'ema'`` over ``'batch'``, centred.
+    and of ``centered``. Features are normalised with the backward kind of
+    statistics and then renormalised to the forward kind. So Batch
+    Renormalization is forward ``'ema'``, backward ``'batch'``, centred.
 
-    Nothing changes inside activation checkpointing. Under ``no_grad`` in
-    training mode the layer normalises with the present batch alone. If a hook
-    tells the iterations (:class:`mmdet_smallbn.SmallBatchNormHook`), each
-    call in an iteration has averages of its own. A second backward through a
-    forward replaces the first (with ``'ema'`` if no other came between). The
-    hook also tells the loss scale, which dynamic loss scaling needs, and
-    keeps the averages in its checkpoints. Loading a state dict empties them.
+    Activation checkpointing changes nothing. Under ``no_grad`` in training
+    mode the layer normalises with the present batch alone. If
+    :class:`mmdet_smallbn.SmallBatchNormHook` numbers the iterations, each
+    call in an iteration has its own averages. A second backward pass through
+    the same forward pass replaces the first (with ``'ema'``, only if no other
+    backward pass came between). The hook also reports the loss scale, which
+    dynamic loss scaling needs, and saves the averages in its checkpoints.
+    Loading a state dict empties the averages.
 
     Args:
         num_features (int): Channels C.
         eps (float): Added to mean squares, inside the root.
         momentum (float, optional): Weight of the present batch in the moving
-            average; 1 - 0.98 of the paper.
+            average. The default is 1 - 0.98, as in the paper.
         affine, track_running_stats (bool): As in ``nn.BatchNorm2d``.
         buffer_size (int): Iterations in the averages, m.
-        clip (float): Largest r, :math:`\lambda`, and d; at least 1.
-        forward_statistics (str): ``'ema'``, ``'sma'`` or ``'batch'``.
+        clip (float): Largest r, :math:`\lambda`, and largest d; at least 1.
+        forward_statistics (str): ``'ema'``, ``'sma'`` or ``'batch'``:
+            exponential or simple moving average, or the present batch.
         backward_statistics (str): ``'sma'``, ``'ema'`` (which includes the
-            present one, Eq. (7), and starts at 0) or ``'batch'``.
-        centered (bool): True: subtract means of features and gradients.
-        sync (bool): Whether the batch is that of all processes.
+            present value, Eq. (7), and starts at 0) or ``'batch'``.
+        centered (bool): If True, the means of features and of gradients are
+            subtracted.
+        sync (bool): If True, the batch is that of all processes.
 
     Shape:
-        - Input: (N, C, H, W). N may differ from call to call, and be 0.
+        - Input: (N, C, H, W). N may differ from call to call, and may be 0.
         - Output: the same shape and dtype.
 
     Raises:
-        ValueError: If an argument is out of range, or a centred channel has
-            one value and nothing to average it with.
+        ValueError: If an argument is out of range, or if a channel of a
+            centred layer has only one value and no average to join.
     """
 
     burns_in = True
@@ -143,7 +149,7 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
                                 self.momentum)
 
     def moving_averages(self) -> Dict[str, Optional[Tensor]]:
-        """As the base's, and those of the layer's first call."""
+        """Return the running averages, and those of the first call."""
         second = 'var' if self.centered else 'mean_square'
         averages = super().moving_averages() if self.centered else dict(
             ema_mean_square=self.running_var)
@@ -156,14 +162,15 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
         return averages
 
     def statistics(self, batch: Batch) -> Statistics:
-        """Eq. (19), and Eq. (20) for the backward pass."""
+        """Return the statistics of Eq. (19), and of Eq. (20) for backward."""
         state = self.state_of_call()
         present = self._present(batch)
         if 'sma' in (self.forward_statistics, self.backward_statistics):
             state.forward.push(present)
         inner, r, d = present, None, None
         if not self.burning_in:
-            # A copy of running statistics: they are updated before it is used.
+            # Running statistics change before the forward uses them, so it
+            # needs a copy.
             inner = self._of_kind(self.backward_statistics, present, state)
             if self.backward_statistics == 'ema':
                 inner = inner.clone()
@@ -192,7 +199,7 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
             gradient=lambda mean_g, mean_gx: (None, mean_gx))
 
     def measure(self, x: Tensor) -> Moments:
-        """Moments, about zero if no mean is subtracted: 0, and mean square."""
+        """Return the input's moments; 0 and mean square if not centred."""
         moments = super().measure(x)
         if not self.centered and x.numel():
             moments.var.addcmul_(moments.mean, moments.mean)
@@ -200,7 +207,7 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
         return moments
 
     def _present(self, batch: Batch) -> Tensor:
-        """Mean and variance, shape (2, C), or the mean square, (1, C)."""
+        """Return mean and variance, (2, C), or the mean square, (1, C)."""
         if self.centered:
             return torch.stack(batch.moments[:2])
         return batch.moments.var[None]
@@ -231,16 +238,16 @@ class MABN(RememberingNorm, nn.BatchNorm2d, _BatchNorm):
         if self.centered or mean is None or mean.is_meta or not mean.any():
             return
         if args[2].get('assign_to_params_buffers', False):
-            # The buffers are the caller's tensors.
+            # The buffers are the caller's tensors, which must not change.
             self.running_mean, self.running_var = mean, var = (mean.clone(),
                                                                var.clone())
         with torch.no_grad():
             var.add_(mean.square())
             mean.zero_()
-        # By its name, or once for all of a model.
+        # Without layer names one warning serves all layers of a model.
         who = name_of(self) if self.layer_name else type(self).__name__
-        warnings.warn(f'{who} was given the statistics of a BatchNorm. It has '
-                      'made a mean square of them: train it before use')
+        warnings.warn(f'{who} loaded the statistics of a BatchNorm and '
+                      'computed a mean square of them: train it before use')
 
     def extra_repr(self) -> str:
         return (f'{super().extra_repr()}, buffer_size={self.buffer_size}, '

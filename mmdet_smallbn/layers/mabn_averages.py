@@ -1,4 +1,4 @@
-"""The averages behind MABN's two passes."""
+"""Moving averages for the forward and the backward pass of MABN."""
 from typing import Any, Dict, Optional, Tuple
 
 import torch
@@ -13,14 +13,15 @@ KINDS = ('batch', 'sma', 'ema')
 
 def check_kinds(forward: str, backward: str, track_running_stats: bool,
                 momentum: Optional[float]) -> None:
-    """Refuse unknown kinds of statistics, and 'ema' without averages.
+    """Check the kinds of statistics; 'ema' needs running statistics.
 
     Args:
-        forward, backward (str): Of the two passes.
-        track_running_stats, momentum: The layer's.
+        forward, backward (str): Kinds of the two passes.
+        track_running_stats, momentum: Arguments of the layer.
 
     Raises:
-        ValueError: Naming the argument.
+        ValueError: If a kind is unknown or does not fit the other arguments.
+            The message names the argument.
     """
     for name, kind in (('forward_statistics', forward),
                        ('backward_statistics', backward)):
@@ -30,16 +31,18 @@ def check_kinds(forward: str, backward: str, track_running_stats: bool,
         if kind == 'ema' and (not track_running_stats or momentum is None):
             raise ValueError(
                 f"{name}='ema' needs track_running_stats=True and a momentum, "
-                f'but got {track_running_stats} and {momentum}')
+                f'but got track_running_stats={track_running_stats} and '
+                f'momentum={momentum}')
 
 
 class MovingStatistics:
-    """Averages of one of the layer's calls in an iteration.
+    """Averages for one of the layer's calls in an iteration.
 
     Args:
         buffer_size (int): Iterations in simple moving averages.
-        backward (str): The kind of the gradient's statistics.
-        momentum (float, optional): Of an exponential moving average.
+        backward (str): Kind of the gradient's statistics.
+        momentum (float, optional): Weight of the present value in an
+            exponential moving average.
     """
 
     def __init__(self, buffer_size: int, backward: str,
@@ -53,12 +56,12 @@ class MovingStatistics:
 
     @property
     def filled(self) -> int:
-        """Iterations in the average of the forward passes."""
+        """Number of iterations in the average of the forward passes."""
         return self.forward.filled
 
     @property
     def rings(self) -> Dict[str, Ring]:
-        """What a bank prepares."""
+        """The rings that :class:`PastBank` prepares, by name."""
         both = dict(forward=self.forward, backward=self.backward)
         return {k: v for k, v in both.items() if isinstance(v, Ring)}
 
@@ -80,14 +83,14 @@ class MovingStatistics:
 
 
 class MovingGradient:
-    """What the backward passes through one forward normalise with.
+    """Gradient statistics for the backward passes of one forward pass.
 
     Args:
-        average (optional): Where the gradient's statistics are averaged.
-        in_use (bool): Whether the average is used, or only fed.
-        centered (bool): Whether the gradient's mean is subtracted.
-        scale (float | Tensor): What the loss is multiplied with. Averages are
-            of the loss itself: the scale may change from step to step.
+        average (optional): Moving average of the gradient's statistics.
+        in_use (bool): If False, the average is updated but not used.
+        centered (bool): If True, the gradient's mean is subtracted.
+        scale (float | Tensor): Factor of the loss. The averages are of
+            gradients divided by it, because it may change from step to step.
     """
 
     def __init__(self, average, in_use: bool, centered: bool, scale) -> None:
@@ -102,8 +105,7 @@ class MovingGradient:
         values = torch.stack([mean_g, mean_gx
                               ]) if self._centered else mean_gx[None]
         if self._average is not None:
-            # A second backward through the same forward takes the place of
-            # the first.
+            # A second backward pass of the same forward replaces the first.
             plain = isinstance(self._scale, float) and self._scale == 1
             self._turn = self._average.push(
                 values if plain else values / self._scale, self._turn)

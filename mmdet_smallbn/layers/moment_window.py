@@ -1,4 +1,4 @@
-"""What CBN remembers of a layer's last iterations."""
+"""Moments and positions of a layer's last iterations, for CBN."""
 import weakref
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -14,22 +14,23 @@ from .statistics import Batch
 
 
 class MomentWindow(Ring):
-    """Moments, and remembered positions, of the last ``size`` iterations.
+    """Window of moments and remembered positions of ``size`` iterations.
 
     The past has two tensors. ``record``, of shape (C, size - 1, 4 + P), holds
-    mean, variance, the two scales of Eq. (7), (8) and the outputs at P
-    positions; before these, if processes share a batch, the part of this one
-    and its offset. ``patches``, of shape (size - 1, P, groups, F), holds the
-    input there. Without compensation there are mean and variance alone.
+    the mean, the variance, the two scales of Eq. (7), (8) and the outputs at
+    P positions. If processes share a batch, the part of this process and its
+    offset come before the outputs, and the last dimension is 6 + P.
+    ``patches``, of shape (size - 1, P, groups, F), holds the input at these
+    positions. Without compensation only the mean and the variance are held.
 
-    If a backward pass still needs the patches when the past is written to, it
-    keeps them, and the window goes on with a copy. The window is emptied if
-    the shape of the filters changes.
+    If a backward pass still needs the patches when the past is overwritten,
+    it keeps them, and the window continues with a copy. If the shape of the
+    filters changes, the window becomes empty.
 
     Args:
         size (int): Iterations, the present one included.
-        positions (int, optional): Positions of each iteration whose patches
-            are remembered. None: all.
+        positions (int, optional): Number of positions of each iteration whose
+            patches are remembered. None: all.
     """
 
     row_dims = dict(record=1, patches=0)
@@ -41,11 +42,11 @@ class MomentWindow(Ring):
         # processes share a batch.
         self._kind: Optional[tuple] = None
         self._source: Optional[Source] = None
-        self._loan: Any = None  # weak: it ends with the graph
+        self._loan: Any = None  # a weak reference: the graph owns the loan
 
     @property
     def processes(self) -> Any:
-        """Who shared the last batch."""
+        """The processes that shared the last batch."""
         return self._source and self._source.processes
 
     @property
@@ -64,21 +65,21 @@ class MomentWindow(Ring):
     @torch.no_grad()
     def enter(self, batch: Batch, call: Optional[LinearCall], whole: bool,
               alone: bool) -> Tuple[Optional[Past], Tensor]:
-        """Bring the past to today's weight, and enter the present.
+        """Compute the past at the current weights, and add the present.
 
         Args:
             batch (Batch): The layer's input and its moments.
-            call (LinearCall, optional): The convolution that made it. None:
-                past moments are used as they are.
-            whole (bool): Whether the gradient flows through the past's
-                moments to the filters.
-            alone (bool): Whether the layer has a backward pass of its own, as
-                in re-entrant checkpointing. The graph of what is prepared
-                leads into other layers, so it is not used then.
+            call (LinearCall, optional): The convolution that made the input.
+                None: past moments are used without compensation.
+            whole (bool): If True, the gradient flows through the past moments
+                to the filters.
+            alone (bool): True if the layer has its own backward pass, as in
+                re-entrant checkpointing. Then the prepared past is not used,
+                because its graph connects to other layers.
 
         Returns:
-            tuple: The past, None if there is none; and the present moments,
-            shape (2, C).
+            tuple: The past, or None if there is none, and the present
+            moments, shape (2, C).
         """
         filters, count, exact = None, 0, False
         if call is not None:
@@ -127,7 +128,8 @@ class MomentWindow(Ring):
             patches[count:] = 0
             outputs[:, count:] = 0
         if count:
-            # Other positions in each iteration, the same after a resume.
+            # The turn selects the positions: they differ from iteration to
+            # iteration, and a resume repeats them.
             call.sample(x, None if exact else count, self.turn + 1,
                         patches[:count])
             apply_filters(call.filters.rows, patches[:count],
@@ -157,7 +159,7 @@ class MomentWindow(Ring):
             if shape:
                 self.past['patches'] = mean.new_zeros((rows, count, *shape))
         elif shape and self.past['patches'].size(1) < count:
-            # Some batches have more positions than others.
+            # This batch has more positions than the earlier ones.
             advance([self])
             more = count - self.past['patches'].size(1)
             self.past = dict(
@@ -166,12 +168,12 @@ class MomentWindow(Ring):
             self.prepared = None
 
     def _memory(self, rings: List['MomentWindow']) -> Memory:
-        """The past of rings of one kind, side by side over channels."""
+        """Join the past of rings of one kind along the channels."""
         record = torch.cat(
             [r.past['record'][:, :self.rows] for r in rings])
         start = 2 + 2 * bool(self._kind[1]) + 2 * self._kind[3]
         values, outputs = record[..., :start], record[..., start:]
-        if start == 2:  # nothing moves them
+        if start == 2:  # no compensation, so no scales
             return Memory(*values.unbind(2), outputs, 0., 0.)
         return Memory(values[..., 0], values[..., 1], outputs,
                       *values[..., 2:].unbind(2))
@@ -179,7 +181,7 @@ class MomentWindow(Ring):
     @staticmethod
     @torch.no_grad()
     def prepare(rings: List['MomentWindow']) -> None:
-        """Bring the past of layers to today's weight, Eq. (7)-(11)."""
+        """Compute the layers' past at the current weights, Eq. (7)-(11)."""
         first = rings[0]
         memory = first._memory(rings)
         past, *lent = first._replay(rings, memory)
@@ -190,7 +192,7 @@ class MomentWindow(Ring):
 
     def _replay(self, rings: List['MomentWindow'], memory: Memory
                 ) -> Tuple[Replay, List[Tensor], List[Loan]]:
-        """Show the remembered positions to today's filters."""
+        """Apply the current filters to the remembered positions."""
         now = memory.outputs.new_empty(memory.outputs.shape)
         filters: List[Tensor] = []
         loans: List[Loan] = []
@@ -209,9 +211,9 @@ class MomentWindow(Ring):
         return past, filters, loans if self._source.follows else []
 
     def replayed(self) -> Replay:
-        """The moments of each iteration, for one process; newest first.
+        """Return the moments of each iteration, newest first.
 
-        The latest iteration is in the past from then on.
+        It is for one process. It moves the latest iteration into the past.
         """
         advance([self])
         past, *_ = self._replay([self], self._memory([self]))
@@ -220,15 +222,15 @@ class MomentWindow(Ring):
         return Replay(*(values[:, rows] for values in past))
 
     def source_names(self, names: Dict[Tensor, str]) -> Optional[tuple]:
-        """The names of the filters that the past depends on.
+        """Return the names of the filters that the past depends on.
 
         Args:
-            names (dict[Tensor, str]): Of the model's parameters.
+            names (dict[Tensor, str]): Names of the model's parameters.
         """
         return self._source.named(names) if self.can_prepare else None
 
     def follow(self, named: tuple, parameters: Dict[str, Tensor]) -> None:
-        """Know the filters before the first forward pass, as if resumed."""
+        """Set the filters before the first forward pass, for a resume."""
         self._source = Source.of_names(named, parameters)
 
     def state_dict(self) -> Dict[str, Any]:
@@ -240,5 +242,5 @@ class MomentWindow(Ring):
         self._source = self._loan = None
 
     def __getstate__(self) -> Dict[str, Any]:
-        # Copies follow filters of their own.
+        # A copy of the layer depends on its own filters.
         return dict(super().__getstate__(), _source=None, _loan=None)

@@ -1,4 +1,4 @@
-"""Averages of a statistic over a layer's last iterations or backwards."""
+"""Moving averages over a layer's last forward or backward passes."""
 from typing import Any, Dict, List, Optional
 
 import torch
@@ -8,20 +8,20 @@ from .ring import Ring, advance
 
 
 def _alike(held: Tensor, value: Tensor) -> bool:
-    """Whether a value has the shape, dtype and device of those held."""
+    """Return True if shape, dtype and device are those of the held values."""
     return (held.shape[:2] == value.shape and held.dtype == value.dtype
             and held.device == value.device)
 
 
 class SimpleMovingAverage(Ring):
-    """Mean of the last ``size`` values, of those at hand while fewer.
+    """Mean of the last ``size`` values, or of fewer until they are there.
 
-    A past value that is not finite does not count. The present one always
-    does: the loss shows what is wrong with it. The ring begins again, empty,
-    if the shape or dtype of the values changes.
+    Past values that are not finite are left out. The present value always
+    counts, so that a bad value shows in the loss. If the shape, dtype or
+    device of the values changes, the ring becomes empty.
 
     Args:
-        size (int): Values, the present one included.
+        size (int): Number of values, the present one included.
     """
 
     row_dims = dict(value=2)  # (S, C, size - 1) for values (S, C)
@@ -34,15 +34,15 @@ class SimpleMovingAverage(Ring):
 
     @torch.no_grad()
     def push(self, value: Tensor, turn: Optional[int] = None) -> int:
-        """Enter a value.
+        """Add a value.
 
         Args:
             value (Tensor): Shape (S, C). It must not change afterwards.
-            turn (int, optional): The result of an earlier push: the value
-                replaces that one's, if it is still held.
+            turn (int, optional): Index that an earlier push returned. The
+                value replaces the one of that push, if it is still held.
 
         Returns:
-            int: The turn of the value.
+            int: Index of the value.
         """
         past = self.past.get('value')
         if past is None or not _alike(past, value):
@@ -64,7 +64,7 @@ class SimpleMovingAverage(Ring):
 
     @torch.no_grad()
     def mean(self) -> Tensor:
-        """The average after the last push, in the shape of a value."""
+        """Return the average after the last push, in the shape of a value."""
         if self.prepared is None:
             self.prepare([self])
         others, weight = self.prepared
@@ -75,9 +75,9 @@ class SimpleMovingAverage(Ring):
     @staticmethod
     @torch.no_grad()
     def prepare(rings: List['SimpleMovingAverage']) -> None:
-        """Average the past values of all layers.
+        """Average the past values of each ring.
 
-        Each gets their mean, and the weight of the latest value beside it.
+        Each ring gets this mean and the weight of its latest value.
         """
         rows = rings[0].rows
         values = torch.cat([r.past['value'][..., :rows] for r in rings], 1)
@@ -93,10 +93,10 @@ class SimpleMovingAverage(Ring):
 
 
 class ExponentialMovingAverage:
-    """(1 - momentum) * average + momentum * value, from 0.
+    """Exponential moving average that starts at 0.
 
-    The present value is in the average. Values that are not finite leave it
-    where it is.
+    A push sets it to (1 - momentum) * average + momentum * value, so it
+    includes the present value. Values that are not finite do not change it.
 
     Args:
         momentum (float): Weight of the present value.
@@ -110,7 +110,7 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def push(self, value: Tensor, turn: Optional[int] = None) -> int:
-        """Enter a value; as :meth:`SimpleMovingAverage.push`.
+        """Add a value, as :meth:`SimpleMovingAverage.push`.
 
         Only the last value can be replaced.
         """
@@ -126,21 +126,21 @@ class ExponentialMovingAverage:
         return self.turn
 
     def mean(self) -> Tensor:
-        """The average, in the shape of a value."""
+        """Return the average, in the shape of a value."""
         return self._average
 
     def state_dict(self) -> Dict[str, Any]:
-        """What is held, for a checkpoint."""
+        """Return the state, for a checkpoint."""
         return dict(
             turn=self.turn, average=self._average, before=self._before)
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Hold what :meth:`state_dict` gave."""
+        """Load a result of :meth:`state_dict`."""
         self.turn = state['turn']
         self._average, self._before = state['average'], state['before']
 
     def to(self, device: torch.device) -> None:
-        """Move to a device. The dtype stays: statistics are not halved."""
+        """Move to a device. Statistics keep their dtype in model.half()."""
         if self._average is not None:
             self._average = self._average.to(device)
             self._before = self._before.to(device)

@@ -1,4 +1,4 @@
-"""Finding the forward that activation checkpointing repeats."""
+"""Search for the forward pass that activation checkpointing repeats."""
 from typing import Callable, List, Optional
 
 import torch
@@ -9,7 +9,7 @@ from .statistics import Batch, Statistics
 
 
 class FirstPass:
-    """A forward in activation checkpointing: what it normalised with."""
+    """Statistics of a forward pass in activation checkpointing."""
 
     def __init__(self, batch: Batch, statistics: Statistics) -> None:
         self.batch = batch._replace(x=None)
@@ -18,20 +18,20 @@ class FirstPass:
         self.recomputed = 0
 
     def distance(self, own: Moments) -> Tensor:
-        """How far a recomputed input is from this one: about 0 if it is."""
+        """Return the distance to another input's moments, about 0 if equal."""
         mine = self.batch.own
         away = (mine.mean - own.mean).abs() + (mine.var - own.var).abs()
         return away.sum().nan_to_num(nan=torch.inf)
 
 
 class FirstPasses:
-    """The forwards of a layer that may be recomputed.
+    """Forward passes of a layer that may be recomputed.
 
-    No part of a copy: what waits for a backward pass waits in this process,
-    and may hold functions.
+    A copy or pickle of the layer starts without them, because they wait for a
+    backward pass in this process and may hold functions.
 
     Args:
-        size (int): The most that are kept.
+        size (int): Largest number of forward passes that are kept.
     """
 
     def __init__(self, size: int) -> None:
@@ -45,33 +45,34 @@ class FirstPasses:
         return type(self), (self._size, )
 
     def clear(self) -> None:
-        """Forget them: their iteration is over."""
+        """Forget all forward passes at the end of their iteration."""
         self._held = []
 
     def add(self, batch: Batch, statistics: Statistics) -> None:
-        """Keep what a forward normalises with."""
+        """Keep the statistics of a forward pass."""
         self._held.append(FirstPass(batch, statistics))
         del self._held[:-self._size]
 
     def find(self, x: Tensor,
              measure: Callable[[Tensor], Moments]) -> Optional[FirstPass]:
-        """The forward that is being recomputed; None if it was not seen.
+        """Find the forward pass that is being recomputed, or return None.
 
         Args:
             x (Tensor): The recomputed input.
-            measure (callable): From an input to its moments.
+            measure (callable): Function from an input to its moments.
         """
         alike = [p for p in self._held if p.shape == x.shape]
         if len(alike) > 1:
-            # A shared head's calls, or iterations that nobody told: the input
-            # repeats, to the bit or nearly so.
+            # The calls of a shared head, or iterations that are not numbered.
+            # The recomputed input equals the first one, or nearly so.
             own = measure(x)
             distances = torch.stack([p.distance(own) for p in alike]).tolist()
             least = min(distances)
             alike = [
                 p for p, d in zip(alike, distances) if d <= 1.01 * least
             ]
-            # Of equals the last that waits: backward passes go backwards.
+            # Several equal inputs: the backward pass runs in reverse order, so
+            # take the last one with the fewest recomputations.
             waiting = min(p.recomputed for p in alike)
             alike = [p for p in alike if p.recomputed == waiting]
         if not alike:

@@ -1,4 +1,4 @@
-"""What norms share that remember past iterations."""
+"""Base class of the norms that remember past iterations."""
 import warnings
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -10,24 +10,25 @@ from .checks import name_of
 from .ring import Ring
 
 
-# Of what checkpoints hold of states. Raised when it changes.
+# Version of the states' format in checkpoints.
 _VERSION = 3
 
 
 class RememberingNorm(SmallBatchNorm):
-    """Base of the norms that remember past iterations.
+    """Base class of the norms that remember past iterations.
 
-    A model may call a layer several times in an iteration, as pyramid levels
-    call a head that they share. Each of these calls has a state of its own,
-    which a subclass makes in :meth:`new_state` and asks for with
-    :meth:`state_of_call`. If no hook tells the iterations, every training
-    forward is one.
+    A model may call a layer several times in an iteration, as in a head that
+    all pyramid levels share. Each of these calls has its own state. A
+    subclass creates it in :meth:`new_state` and gets it from
+    :meth:`state_of_call`. If no hook numbers the iterations, every training
+    forward pass counts as an iteration.
 
-    States are in no buffer and no state dict. Copies of the layer carry them,
-    and ``.to(device)`` moves them. Loading a state dict empties them.
+    States are in no buffer and no state dict. Copies of the layer have a copy
+    of them, and ``.to(device)`` moves them. Loading a state dict empties
+    them.
 
     Args:
-        *args, **kwargs: As of :class:`SmallBatchNorm`.
+        *args, **kwargs: Arguments of :class:`SmallBatchNorm`.
     """
 
     keeps_states = True
@@ -43,13 +44,14 @@ class RememberingNorm(SmallBatchNorm):
     state_settings: Tuple[str, ...] = ()
 
     def new_state(self) -> Any:
-        """Empty state for one of the layer's calls in an iteration."""
+        """Return an empty state for one of the layer's calls."""
         raise NotImplementedError
 
     def state_of_call(self) -> Any:
-        """The state of this forward's place among those of the iteration.
+        """Return the state of the present call in this iteration.
 
-        All states begin anew if a setting that they depend on has changed.
+        If a setting that the states depend on has changed, all states are
+        emptied first.
         """
         if self._made_with != self._settings():
             self._made_with = self._settings()
@@ -64,7 +66,7 @@ class RememberingNorm(SmallBatchNorm):
 
     @property
     def rings(self) -> Dict[str, Ring]:
-        """What can be prepared for all layers, by names in the layer."""
+        """The rings of all calls, which :class:`PastBank` prepares."""
         return {
             f'{call}.{name}': ring
             for call, state in enumerate(self.states)
@@ -72,21 +74,22 @@ class RememberingNorm(SmallBatchNorm):
         }
 
     def reset_state(self) -> None:
-        """Forget what was gathered over past iterations."""
+        """Forget the past iterations."""
         self.states = []
 
     def export_states(
             self,
             names: Optional[Dict[Tensor, str]] = None) -> List[Dict[str, Any]]:
-        """What was gathered over past iterations, for a checkpoint.
+        """Return the states of past iterations, for a checkpoint.
 
         Args:
-            names (dict[Tensor, str], optional): Of the model's parameters.
+            names (dict[Tensor, str], optional): Names of the model's
+                parameters.
 
         Returns:
-            list[dict]: Of each call in an iteration; of tensors and numbers,
-            copied to the CPU, beside the layer's settings. Empty if there is
-            nothing.
+            list[dict]: One dict for each call in an iteration. It holds
+            tensors and numbers, copied to the CPU, and the layer's settings.
+            The list is empty if there are no states.
         """
         if self._made_with != self._settings():
             return []
@@ -110,15 +113,16 @@ class RememberingNorm(SmallBatchNorm):
             self,
             exported: List[Dict[str, Any]],
             parameters: Optional[Dict[str, Tensor]] = None) -> None:
-        """Take up what :meth:`export_states` gave.
+        """Load a result of :meth:`export_states`.
 
         Args:
-            exported (list[dict]): That.
-            parameters (dict[str, Tensor], optional): Of the model, by name.
+            exported (list[dict]): The exported states.
+            parameters (dict[str, Tensor], optional): Parameters of the model,
+                by name.
 
         Raises:
-            ValueError: If it was gathered by a layer with other settings, or
-                by another version of this package.
+            ValueError: If the states are from a layer with other settings, or
+                from a version of this package with another format.
         """
         states = []
         for values in exported:
@@ -147,17 +151,17 @@ class RememberingNorm(SmallBatchNorm):
         return None if anchor is None else anchor.device
 
     def count_call(self, x: Tensor) -> None:
-        """Set the index of this forward among those of the iteration."""
+        """Count the layer's forward passes in this iteration."""
         super().count_call(x)
         if self.iteration is None:
             self._watch_for_levels(x)
         self.check_calls(x)
 
     def _watch_for_levels(self, x: Tensor) -> None:
-        """Warn of levels of a pyramid that pose as iterations.
+        """Warn if the calls for pyramid levels count as iterations.
 
-        Where the iteration is not known, maps of another size at weights that
-        no step has moved are the sign.
+        If the iteration is not known, the sign is a map of another size while
+        the weights have not changed.
         """
         if self._warned_of_levels or self.weight is None or (
                 not self.weight.requires_grad):
@@ -168,15 +172,14 @@ class RememberingNorm(SmallBatchNorm):
             self._warned_of_levels = True
             warnings.warn(
                 f'{name_of(self)} is called with maps of several sizes '
-                'between two steps, and takes every call for an iteration. If '
-                'they are levels of a pyramid that share a head, take one '
-                'with a norm for each level (RetinaSepBNHead), or let '
-                'SmallBatchNormHook tell the iterations, or '
-                'TrainingLoop(model) in a loop of your own')
+                'between two steps, and counts every call as an iteration. If '
+                'pyramid levels share this head, use a head with a norm for '
+                'each level (RetinaSepBNHead), or add SmallBatchNormHook, or '
+                'use TrainingLoop(model) in your own training loop')
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        # The weights jumped: the past has nothing to say about them.
+        # The past is not valid for the loaded weights.
         self.reset_state()
 
     def _apply(self, fn, *args, **kwargs):
@@ -189,7 +192,7 @@ class RememberingNorm(SmallBatchNorm):
 
 
 def _on(values: Dict[str, Any], device) -> Dict[str, Any]:
-    """Copies of the tensors in a nested dict on a device."""
+    """Copy a nested dict with its tensors to a device."""
     return {
         key: _on(value, device) if isinstance(value, dict) else
         value.detach().to(device, copy=True)

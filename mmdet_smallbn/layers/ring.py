@@ -1,4 +1,4 @@
-"""The last iterations of a layer, and the past of all layers at once."""
+"""Ring buffer of a layer's last iterations, and their joint preparation."""
 from collections import defaultdict
 from typing import Any, Dict, Iterable, List, Optional
 
@@ -7,25 +7,25 @@ from torch import Tensor
 
 
 class Ring:
-    """The latest iteration of a layer, and the ``size - 1`` before it.
+    """Ring buffer of a layer's latest iteration and ``size - 1`` past ones.
 
     When the next iteration begins, :func:`advance` moves the latest one into
-    the past, where it takes the place of the oldest. So nothing writes to the
-    past between a forward pass and its backward pass.
+    the past, where it replaces the oldest. So nothing writes to the past
+    between a forward pass and its backward pass.
 
     Args:
-        size (int): Iterations that are held.
+        size (int): Number of iterations that are held.
 
     Attributes:
         turn (int): Index of the latest iteration, -1 if there was none.
         past (dict[str, Tensor]): Past iterations, one in each row.
-        latest (dict[str, Tensor]): The latest iteration. Empty as soon as it
-            is in the past.
-        prepared (optional): The result of :meth:`prepare`; None if the past
-            has changed since.
+        latest (dict[str, Tensor]): The latest iteration. Empty when it has
+            moved into the past.
+        prepared (optional): Result of :meth:`prepare`; None if the past has
+            changed since.
     """
 
-    # The dimension of the rows of each tensor in ``past``.
+    # Dimension of the rows of each tensor in ``past``.
     row_dims: Dict[str, int] = {}
 
     def __init__(self, size: int) -> None:
@@ -33,7 +33,7 @@ class Ring:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget all iterations."""
         self.turn = -1
         self.past: Dict[str, Tensor] = {}
         self.latest: Dict[str, Tensor] = {}
@@ -41,51 +41,51 @@ class Ring:
 
     @property
     def filled(self) -> int:
-        """Iterations that are held."""
+        """Number of iterations that are held."""
         return min(self.turn + 1, self.size)
 
     @property
     def rows(self) -> int:
-        """Iterations in the past: one less than are held, or all of them."""
+        """Number of iterations in the past, without the latest one."""
         return min(self.turn + (not self.latest), self.size - 1)
 
     @property
     def can_prepare(self) -> bool:
-        """Whether the layer's next forward pass will use the past as it is."""
+        """True if the past can be prepared before the next forward pass."""
         return self.turn >= 0
 
     @property
     def kind(self) -> tuple:
-        """Equal for rings that can be prepared together.
+        """Key of the rings that can be prepared together.
 
-        It must be the same in all processes that share a batch: each kind
-        has a collective of its own.
+        It must be the same in all processes that share a batch, because each
+        kind has its own collective.
         """
         raise NotImplementedError
 
     @staticmethod
     def prepare(rings: List['Ring']) -> None:
-        """Set ``prepared`` of rings of one kind."""
+        """Set ``prepared`` of all rings of one kind."""
         raise NotImplementedError
 
     def before_write(self) -> None:
-        """Called before the past is overwritten."""
+        """Run before the past is overwritten."""
 
     @property
     def rings(self) -> Dict[str, 'Ring']:
-        """The rings of a layer's state, by name; here there is one."""
+        """The rings of a layer's state by name; this ring is the only one."""
         return {'window': self}
 
     def source_names(self, names: Dict[Tensor, str]) -> Optional[tuple]:
-        """The names of parameters that the past depends on; here none."""
+        """Return the names of parameters that the past depends on, if any."""
 
     def state_dict(self) -> Dict[str, Any]:
-        """Everything that is held, for a checkpoint."""
+        """Return all that the ring holds, for a checkpoint."""
         return dict(
             turn=self.turn, past=dict(self.past), latest=dict(self.latest))
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Hold what :meth:`state_dict` of a ring of the same size gave."""
+        """Load a result of :meth:`state_dict` of a ring of the same size."""
         self.turn, self.prepared = state['turn'], None
         self.past, self.latest = dict(state['past']), dict(state['latest'])
 
@@ -93,7 +93,7 @@ class Ring:
         return dict(self.__dict__, prepared=None)
 
     def to(self, device: torch.device) -> None:
-        """Move to a device. The dtype stays: statistics are not halved."""
+        """Move to a device. Statistics keep their dtype in model.half()."""
         for held in (self.past, self.latest):
             held.update({name: t.to(device) for name, t in held.items()})
         self.prepared = None
@@ -103,7 +103,7 @@ class Ring:
 def advance(rings: Iterable[Ring]) -> None:
     """Move the latest iteration of each ring into its past.
 
-    One operator, however many rings there are.
+    One operator serves all rings.
     """
     rows, values, rings = [], [], list(rings)
     for ring in rings:
@@ -122,11 +122,11 @@ def advance(rings: Iterable[Ring]) -> None:
 
 
 class PastBank:
-    """Prepares the past of all layers before the forward pass.
+    """Preparation of the past of all layers before the forward pass.
 
-    The past at today's weights depends on the weights alone, and these are
-    known. A layer takes its past from here if nothing has changed since.
-    Otherwise it computes it by itself, with the same function.
+    The past at the current weights depends on the weights alone, which are
+    known before the forward pass. A layer uses the prepared past if nothing
+    has changed since. Otherwise it computes the past with the same function.
     """
 
     def __init__(self) -> None:
@@ -136,7 +136,7 @@ class PastBank:
         """Prepare the next forward pass of each layer.
 
         Args:
-            rings (dict[str, Ring]): By names, for messages.
+            rings (dict[str, Ring]): Rings by name; messages use the names.
 
         Raises:
             RuntimeError: If processes that share a batch do not remember the
@@ -153,7 +153,7 @@ class PastBank:
             group[0].prepare(group)
 
     def _check_processes(self, rings: Dict[str, Ring]) -> None:
-        """Compare with other processes, whenever the rings are others."""
+        """Compare with the other processes if the set of rings changed."""
         shared = {name: ring for name, ring in rings.items()
                   if getattr(ring, 'processes', None) is not None}
         if shared and set(shared) != self._checked:

@@ -1,4 +1,4 @@
-"""Running statistics, and the evaluation with them."""
+"""BatchNorm with this package's running statistics and evaluation."""
 from typing import Dict, Optional, Tuple
 
 from torch import Tensor, nn
@@ -9,50 +9,52 @@ from .checks import check_at_least
 from .statistics import Batch, TrainingStep
 
 
-def _told(name: str) -> property:
-    """An attribute of the layer that its training loop tells."""
+def _of_training_step(name: str) -> property:
+    """Return a property of the layer that its training loop sets."""
     return property(
         lambda self: getattr(self.training_step, name),
         lambda self, value: setattr(self.training_step, name, value))
 
 
 class RunningNorm(nn.BatchNorm2d):
-    """A BatchNorm whose running statistics and evaluation are ours.
+    """BatchNorm with this package's running statistics and evaluation.
 
-    ``running_mean`` and ``running_var`` follow the present batch, as in
-    ``nn.BatchNorm2d`` unless :meth:`running_targets` says otherwise, with
-    three differences: a recomputation in a backward pass (activation
-    checkpointing) does not count twice, a non-finite batch and an empty one
-    leave them untouched.
+    ``running_mean`` and ``running_var`` are updated from the present batch,
+    as in ``nn.BatchNorm2d``, unless :meth:`running_targets` is overridden.
+    There are three differences. A recomputation in a backward pass
+    (activation checkpointing) does not update them a second time. A
+    non-finite batch does not change them. An empty batch does not change
+    them.
 
     Args:
         num_features (int): Channels C.
         eps (float): Added to variances, inside the root.
         momentum (float, optional): Weight of the present batch in the running
             statistics. None: cumulative average.
-        affine (bool): Whether there are scale and shift to learn.
-        track_running_stats (bool): Whether to keep running statistics.
-        sync (bool): Whether the batch is that of all processes, as in
-            SyncBatchNorm. One process more or less changes nothing else.
+        affine, track_running_stats (bool): As in ``nn.BatchNorm2d``.
+        sync (bool): If True, the batch is that of all processes, as in
+            SyncBatchNorm. Everything else is independent of the number of
+            processes.
 
     Attributes:
-        centered (bool): Whether means are subtracted.
-        follows_batch_norm (bool): Whether the running statistics are
-            BatchNorm's, and training does not read them.
+        centered (bool): True if means are subtracted.
+        follows_batch_norm (bool): True if the running statistics are those of
+            BatchNorm and training does not read them.
         num_groups (int, optional): Groups of channels that share statistics.
-            None: every channel has its own.
+            None: every channel has its own statistics.
         example_weight (float): Weight of an example's own statistics in
             evaluation; see :func:`mmdet_smallbn.set_example_weight`.
-        built_example_weight (float): The one it was built with.
-        training_step (TrainingStep): What the training loop tells.
+        built_example_weight (float): The ``example_weight`` that the layer
+            was built with.
+        training_step (TrainingStep): Values that the training loop sets.
     """
 
     centered = True
     follows_batch_norm = True
     num_groups: Optional[int] = None
     built_example_weight = 0.
-    iteration = _told('iteration')
-    gradient_scale = _told('gradient_scale')
+    iteration = _of_training_step('iteration')
+    gradient_scale = _of_training_step('gradient_scale')
 
     def __init__(self,
                  num_features: int,
@@ -80,25 +82,26 @@ class RunningNorm(nn.BatchNorm2d):
 
     def running_targets(self, moments: Moments,
                         factor: float) -> Tuple[Optional[Tensor], Tensor]:
-        """What ``running_mean`` and ``running_var`` go towards.
+        """Return the values that the running statistics move towards.
 
         Args:
-            moments (Moments): Of the present batch, shape (C,).
-            factor (float): How far they go.
+            moments (Moments): Moments of the present batch, shape (C,).
+            factor (float): Weight of these values in the moving average.
 
         Returns:
-            tuple: Of shape (C,); None for one that stays.
+            tuple: Targets of ``running_mean`` and ``running_var``, shape
+            (C,); None if a buffer does not change.
         """
         return moments.mean, moments.unbiased_var()
 
     def moving_averages(self) -> Dict[str, Optional[Tensor]]:
-        """Averages over past iterations by name, shape (C,), for records."""
+        """Return the averages over past iterations, (C,), by name, to log."""
         return dict(ema_mean=self.running_mean, ema_var=self.running_var)
 
     def evaluate(self, x: Tensor) -> Tensor:
-        """The forward pass in evaluation.
+        """Run the forward pass in evaluation.
 
-        An affine map of each channel, unless examples have a weight in it.
+        It is an affine map of each channel, unless examples have a weight.
         """
         return normalize_for_inference(x, self.running_mean, self.running_var,
                                        self.weight, self.bias, self.eps,
@@ -106,9 +109,10 @@ class RunningNorm(nn.BatchNorm2d):
                                        self.centered)
 
     def kernel_updates_running(self, x: Tensor) -> bool:
-        """Whether the kernel of the moments may update the running ones.
+        """Return True if the moments' kernel may update running statistics.
 
-        It lets through what is not finite.
+        The kernel also takes in non-finite values, so the training loop must
+        remove them afterwards.
         """
         return (self.training_step.mends_running and self.follows_batch_norm
                 and self.running_mean is not None and self.momentum is not None
@@ -116,7 +120,7 @@ class RunningNorm(nn.BatchNorm2d):
                 and not self.sync and x.numel() > 0)
 
     def count_batch(self, batch: Batch) -> None:
-        """Take a batch into the running statistics, once."""
+        """Update the running statistics with a batch, if not yet done."""
         if self.running_mean is None:
             return
         self.num_batches_tracked.add_(1)

@@ -1,4 +1,4 @@
-"""Which filters a window of CBN follows."""
+"""Filters that the moments of a CBN window depend on."""
 from typing import Any, Dict, NamedTuple, Optional
 
 from torch import Tensor
@@ -10,9 +10,10 @@ class Source(NamedTuple):
     """The filters that a window's moments depend on.
 
     Attributes:
-        filters (Filters, optional): None: the moments stay as they were.
-        whole (bool): Whether the gradient flows to the filters.
-        processes (Processes, optional): Who shared the batch.
+        filters (Filters, optional): The filters. None: past moments are used
+            without compensation.
+        whole (bool): If True, the gradient flows to the filters.
+        processes (Processes, optional): The processes that share the batch.
     """
     filters: Optional[Filters]
     whole: bool
@@ -20,17 +21,17 @@ class Source(NamedTuple):
 
     @property
     def is_known_before(self) -> bool:
-        """Whether the filters are known before the forward pass."""
+        """True if the filters are known before the forward pass."""
         return self.filters is None or self.filters.are_parameters
 
     @property
     def follows(self) -> bool:
-        """Whether the gradient flows to filters that train."""
+        """True if the gradient flows to filters that train."""
         return self.whole and self.filters is not None and (
             self.filters.weight.requires_grad or self.filters.bias is not None)
 
     def key(self) -> tuple:
-        """Changes with the filters, and with their values."""
+        """Return a key that changes with the filters and their values."""
         if self.filters is None:
             return ()
         weight, bias = self.filters[:2]
@@ -39,7 +40,7 @@ class Source(NamedTuple):
                 self.whole)
 
     def named(self, names: Dict[Tensor, str]) -> Optional[tuple]:
-        """The filters by their names in a model; None if they have none."""
+        """Return the filters' names in a model; None if they have none."""
         if self.processes is not None or self.filters is None or (
                 self.filters.weight not in names):
             return None
@@ -49,7 +50,7 @@ class Source(NamedTuple):
     @classmethod
     def of_names(cls, named: tuple,
                  parameters: Dict[str, Tensor]) -> Optional['Source']:
-        """The source that :meth:`named` described; None if it is gone."""
+        """Return the source that :meth:`named` described; None if missing."""
         weight, bias, *rest, whole = named
         if weight not in parameters or bias not in (None, *parameters):
             return None

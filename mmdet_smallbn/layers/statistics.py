@@ -1,4 +1,4 @@
-"""What a norm is told and sees of an iteration, and what it makes of it."""
+"""Training step, batch and statistics: data that a norm's forward uses."""
 from typing import Any, NamedTuple, Optional, Union
 
 from torch import Tensor
@@ -8,17 +8,17 @@ from .forward_pass import ForwardPass
 
 
 class TrainingStep:
-    """What a training loop tells its layers, in one object for all of them.
+    """State of the training loop, one object for all its layers.
 
     Attributes:
-        iteration (int, optional): None: unknown, and every training forward
-            is an iteration of its own.
-        gradient_scale (float | Tensor): What the loss is multiplied with
-            before the backward pass: a loss scale in mixed precision, one
-            part in gradient accumulation.
-        mends_running (bool): Whether the loop takes out of the running
-            statistics what is not finite, after each iteration.
-        optimizer_steps (int, optional): Steps that the optimizer has taken.
+        iteration (int, optional): Index of the iteration. None: unknown, and
+            every training forward pass counts as an iteration.
+        gradient_scale (float | Tensor): Factor of the loss in the backward
+            pass: the loss scale in mixed precision, 1 / parts in gradient
+            accumulation.
+        mends_running (bool): True if the loop removes non-finite values from
+            the running statistics after each iteration.
+        optimizer_steps (int, optional): Number of optimizer steps so far.
             None: unknown.
     """
 
@@ -30,17 +30,17 @@ class TrainingStep:
 
 
 class Batch(NamedTuple):
-    """What a layer sees of the present iteration.
+    """A layer's input in the present iteration, and its moments.
 
     Attributes:
         x (Tensor): The input, shape (N, C, H, W).
-        own (Moments): Its moments as the layer measures them: of shape (C,),
-            or (N, C) of each example.
-        moments (Moments): Moments of shape (C,) of the batch, all processes'
-            parts of it under ``sync``.
-        processes (Processes, optional): Who has the other parts.
-        step (ForwardPass): What the forward pass belongs to.
-        updated (bool): Whether the running statistics have seen it.
+        own (Moments): Moments of the input, as the layer measures them: shape
+            (C,), or (N, C) for each example.
+        moments (Moments): Moments of the batch, shape (C,). With ``sync`` the
+            batch is that of all processes.
+        processes (Processes, optional): The processes that share the batch.
+        step (ForwardPass): Kind of the forward pass.
+        updated (bool): True if the running statistics already hold it.
     """
     x: Tensor
     own: Moments
@@ -51,25 +51,26 @@ class Batch(NamedTuple):
 
     @property
     def part(self) -> Tensor:
-        """This process's part of a batch that several share, a scalar."""
+        """This process's part of a shared batch, a scalar from 0 to 1."""
         return self.own.count / self.moments.count.clamp(min=1)
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to normalise, and nobody to wait for."""
+        """True if the input is empty and no other process shares the batch."""
         return self.processes is None and self.x.numel() == 0
 
 
 class Statistics(NamedTuple):
-    """What a training forward normalises with.
+    """Statistics of a training forward pass and its backward pass.
 
     Attributes:
-        mean, var (Tensor): Shape (C,), or (N, C) for each example.
-        gradient (Tensor | callable, optional): What the backward pass
-            normalises with; see :func:`mmdet_smallbn.functional.normalize`.
+        mean, var (Tensor): Mean and biased variance, shape (C,), or (N, C)
+            for each example.
+        gradient (Tensor | callable, optional): Statistics of the backward
+            pass; see :func:`mmdet_smallbn.functional.normalize`.
         r, d (Tensor, optional): Factor and shift of the normalised values
             before the affine parameters, shape (C,), constants to autograd.
-        past (Past, optional): Past moments in ``mean`` and ``var``.
+        past (Past, optional): Past moments that ``mean`` and ``var`` contain.
     """
     mean: Tensor
     var: Tensor

@@ -1,4 +1,4 @@
-"""What a training loop does for the norms, iteration by iteration."""
+"""Support of the norms in a training loop, iteration by iteration."""
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
@@ -14,32 +14,33 @@ from .statistics import TrainingStep
 
 
 class TrainingLoop:
-    """Tells the norms of a model the iteration, and prepares their past.
+    """Helper that numbers the iterations of a model's norms in your own loop.
 
-    For a training loop of your own: in mmengine's,
-    :class:`mmdet_smallbn.SmallBatchNormHook` does that. The norms train
-    without it, too. Then every training forward is an iteration, and each
-    layer does its work by itself. With it
+    In mmengine's loop :class:`mmdet_smallbn.SmallBatchNormHook` does this
+    work. The norms also train without it. Then every training forward pass
+    counts as an iteration, and each layer prepares its own past. With the
+    helper:
 
-    - a layer that is called several times in an iteration tells these calls
-      from iterations;
+    - a layer that is called several times in an iteration has statistics for
+      each of these calls;
     - CBN finds its convolution inside activation checkpointing and
       torch.compile;
-    - MABN's averages are of the loss itself, whatever it is multiplied with;
-    - CmBN knows the optimizer's steps, those of a fused optimizer, too;
+    - MABN's averages do not depend on the factor of the loss;
+    - CmBN knows the optimizer's steps, also those of a fused optimizer;
     - norms burn in;
-    - what is not finite leaves the running statistics, and the past of all
-      layers is prepared at once, which is faster.
+    - non-finite values are removed from the running statistics;
+    - the past of all layers is prepared together, which is faster.
 
     Args:
         model (nn.Module | dict[str, SmallBatchNorm]): The model that trains,
-            or some of its norms by name, whose convolutions are left alone
-            then.
-        burn_in (int): Iterations that norms which burn in (CBN, MABN, BRN)
-            keep to the present batch. 0: ``norm.burning_in`` is yours.
+            or some of its norms by name. In the second case its convolutions
+            get no hooks.
+        burn_in (int): Number of iterations in which norms with a burn-in
+            (CBN, MABN, BRN) use the present batch alone. 0: the loop does not
+            change ``norm.burning_in``.
 
     Raises:
-        ValueError: If there is to be a burn-in, and no norm that burns in.
+        ValueError: If ``burn_in`` is above 0 and no norm has a burn-in.
 
     Example:
         >>> loop = TrainingLoop(model, burn_in=500)
@@ -69,7 +70,8 @@ class TrainingLoop:
         self._kept: List[Tuple[Tensor, List[Tensor]]] = []
         if burn_in and not any(n.burns_in for n in self._norms.values()):
             raise ValueError(f'burn_in={burn_in}, but the model has no norm '
-                             'that burns in, as CBN, MABN and BRN do')
+                             'with a burn-in. Set burn_in=0, or use CBN, MABN '
+                             'or BRN')
         for norm in self._norms.values():
             norm.training_step = self._step
 
@@ -78,12 +80,12 @@ class TrainingLoop:
                   number: Optional[int] = None,
                   gradient_scale: Any = 1.,
                   after_step: Optional[bool] = None) -> Iterator[None]:
-        """The context of one forward and backward pass.
+        """Return the context of one iteration: :meth:`begin`, :meth:`end`.
 
         Args:
-            number (int, optional): Which iteration it is, as a training that
-                is resumed knows it. None: the next one, from 0.
-            gradient_scale, after_step: As of :meth:`begin`.
+            number (int, optional): Index of the iteration; a resumed training
+                gives its own. None: the next index, from 0.
+            gradient_scale, after_step: As in :meth:`begin`.
         """
         if number is None:
             last = self._step.iteration
@@ -99,18 +101,17 @@ class TrainingLoop:
               iteration: int,
               gradient_scale: Any = 1.,
               after_step: Optional[bool] = None) -> None:
-        """Before the forward pass.
+        """Begin an iteration; call it before the forward pass.
 
         Args:
-            iteration (int): Which one it is.
-            gradient_scale (float | Tensor): What the loss is multiplied with:
-                a loss scale in mixed precision, 1 / parts in gradient
-                accumulation.
-            after_step (bool, optional): Whether the optimizer took a step
-                since the last iteration. False in gradient accumulation, but
-                for the first part. None: unknown.
+            iteration (int): Index of the iteration.
+            gradient_scale (float | Tensor): Factor of the loss: the loss
+                scale in mixed precision, 1 / parts in gradient accumulation.
+            after_step (bool, optional): True if the optimizer took a step
+                since the last iteration. In gradient accumulation it is True
+                for the first part of each step. None: unknown.
         """
-        if self._kept:  # an error ended the last iteration
+        if self._kept:  # an error interrupted the last iteration
             self.end()
         self._step.iteration = iteration
         self._step.gradient_scale = gradient_scale
@@ -129,9 +130,9 @@ class TrainingLoop:
 
     @torch.no_grad()
     def end(self) -> None:
-        """After the iteration: mend running statistics.
+        """End an iteration, and repair the running statistics.
 
-        What is not finite in them becomes what it was before.
+        Non-finite values get back the values from before the iteration.
         """
         self._step.mends_running = False
         for kept, buffers in self._kept:
@@ -142,7 +143,10 @@ class TrainingLoop:
         self._kept = []
 
     def release(self) -> None:
-        """Let the norms go: who calls them next has iterations of his own."""
+        """Detach the norms from this loop, and remove its hooks.
+
+        Afterwards every training forward pass counts as an iteration.
+        """
         for norm in self._norms.values():
             norm.training_step = TrainingStep()
         for handle in self._handles:

@@ -82,7 +82,7 @@ def test_norm_types_are_looked_up_wherever_they_stand():
         check_norms(Config(dict(model=dict(norm_cfg=dict(type=kind)))))
     nested = dict(model=dict(heads=[dict(norm_cfg=dict(type='Batch'))]))
     with pytest.raises(SetupError, match="model.heads.0.norm_cfg.type='Batch'"
-                       '.*Known are .*CBN'):
+                       '.*Known names: .*CBN'):
         check_norms(Config(nested))
 
 
