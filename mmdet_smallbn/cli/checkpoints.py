@@ -36,12 +36,18 @@ def trust_checkpoints(trust: bool) -> None:
 
 
 def add_trust_argument(parser: argparse.ArgumentParser) -> None:
-    """The flag that says so."""
+    """The flag that says so, for a tool that loads checkpoints."""
     parser.add_argument(
         TRUST_FLAG,
         action='store_true',
         help='load a checkpoint that holds more than tensors: that runs '
         'what is in it, so use it for files that you trust alone')
+
+
+def load_safely(args: argparse.Namespace) -> None:
+    """Let all that loads a checkpoint do it as a tool's flags say."""
+    register_checkpoint_loader()
+    trust_checkpoints(getattr(args, 'trust_checkpoint', False))
 
 
 def latest_checkpoint(work_dir: str) -> Optional[str]:

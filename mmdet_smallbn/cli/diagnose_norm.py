@@ -24,7 +24,7 @@ from ..files import write_whole
 from ..hooks import bare_model
 from ..pictures import save_diagnosis
 from ..tables import show
-from .checkpoints import load_from_local
+from .checkpoints import add_trust_argument, load_from_local
 from .runtime import (add_config_arguments, build_runner,
                       enable_auto_scale_lr, load_config, training_alone)
 
@@ -56,6 +56,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--seed', type=int, default=0, help='of weights and images (0)')
     parser.add_argument('--work-dir', help='folder for the report')
+    add_trust_argument(parser)
     args = parser.parse_intermixed_args(argv)
     if args.reference < 2 or args.images < 2 * args.reference:
         parser.error('--images must be at least twice --reference, but got '
