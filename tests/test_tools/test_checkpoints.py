@@ -1,4 +1,5 @@
 """Checkpoints are loaded safely, from wherever they are named."""
+import ast
 import importlib
 import pickle
 import re
@@ -9,6 +10,8 @@ import pytest
 import torch
 from mmdet.models.backbones import ResNet
 from mmengine.config import Config
+from mmengine.fileio import (LocalBackend, PetrelBackend,
+                              register_backend)
 from mmengine.runner import CheckpointLoader
 
 from mmdet_smallbn.cli import checkpoints, print_norms, train
@@ -121,6 +124,30 @@ def test_the_table_of_norms_loads_nothing(trap, tmp_path, capsys):
     assert not left.exists()
 
 
+def _is_unsafe(call):
+    """Whether a call unpickles, or may, without ``weights_only=True``."""
+    safe = [getattr(k.value, 'value', None) is True for k in call.keywords
+            if k.arg == 'weights_only']
+    name = (getattr(getattr(call.func, 'value', None), 'id', None),
+            getattr(call.func, 'attr', None))
+    return safe == [False] or not safe and name in (
+        ('torch', 'load'), ('pickle', 'load'), ('pickle', 'loads'),
+        ('pickle', 'Unpickler'))
+
+
+def test_one_place_alone_loads_what_is_not_safe():
+    """docs/deployment.md names it."""
+    unsafe = [
+        path.name for folder in ('mmdet_smallbn', 'tools')
+        for path in (ROOT / folder).rglob('*.py')
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and _is_unsafe(node)
+    ]
+    assert unsafe == ['checkpoints.py']
+    page = (ROOT / 'docs' / 'deployment.md').read_text()
+    assert '`load_from_local`' in page and 'add --trust-checkpoint' in page
+
+
 def test_what_is_no_checkpoint_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match='no checkpoint at .*none.pth'):
         load_from_local(str(tmp_path / 'none.pth'))
@@ -144,6 +171,36 @@ def test_addresses_are_loaded_safely_or_not_at_all(tmp_path):
     torch.save(dict(more=Config(dict(a=1))), source / 'more.pth')
     with pytest.raises(SetupError, match='not loaded from an address'):
         load_from_address((source / 'more.pth').as_uri(), 'cpu', cache)
+
+
+@pytest.fixture
+def bucket(tmp_path):
+    """A folder that stands for a storage of addresses s3://..."""
+    folder = tmp_path / 'bucket'
+    folder.mkdir()
+
+    class Bucket(LocalBackend):
+
+        def get(self, filepath):
+            return super().get(folder / Path(filepath).name)
+
+    register_backend('bucket', Bucket, prefixes='s3', force=True)
+    yield folder
+    register_backend('petrel', PetrelBackend, prefixes=['petrel', 's3'],
+                     force=True)
+
+
+def test_a_storage_is_read_safely_or_not_at_all(bucket, trap):
+    path, left = trap
+    register_checkpoint_loader()
+    trust_checkpoints(True)
+    torch.save(dict(w=torch.ones(2)), bucket / 'plain.pth')
+    loaded = CheckpointLoader.load_checkpoint('s3://b/plain.pth', 'cpu')
+    torch.testing.assert_close(loaded['w'], torch.ones(2))
+    path.rename(bucket / 'trap.pth')
+    with pytest.raises(SetupError, match='not loaded from an address'):
+        CheckpointLoader.load_checkpoint('s3://b/trap.pth', 'cpu')
+    assert not left.exists()
 
 
 def test_names_of_torchvision_need_no_torchvision(tmp_path, monkeypatch):
