@@ -5,12 +5,12 @@ import json
 import platform
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from ..benchmark.cases import (BLOCKS, DEPLOYED, DETECTORS, NORMS, PLACES,
@@ -20,6 +20,7 @@ from ..benchmark.cases import (BLOCKS, DEPLOYED, DETECTORS, NORMS, PLACES,
 from ..benchmark.measure import interleave, launches, peak_memory, ratio
 from ..errors import check_known, one_line_errors
 from ..pictures import save_costs
+from ..progress import progress_bar
 from ..tables import as_markdown
 
 BASELINE = 'BN'
@@ -233,11 +234,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     setting = Setting(
         torch.device(args.device), _DTYPES[args.dtype], args.channels_last)
     rows: List[Dict[str, Any]] = []
-    with one_line_errors(), Progress() as progress:
-        for level, case, make in contests(args, chosen(args.norms), setting):
-            task = progress.add_task(f'{level}: {case}', total=args.rounds)
-            rows += measure(level, case, make, setting, args.rounds,
-                            lambda: progress.advance(task))
+    with one_line_errors():
+        todo = list(contests(args, chosen(args.norms), setting))
+        with progress_bar('measuring', len(todo) * args.rounds) as tell:
+            for level, case, make in todo:
+                tell(description=f'{level}: {case}')
+                rows += measure(level, case, make, setting, args.rounds,
+                                partial(tell, advance=1))
     head, *lines = table(rows)
     printed = Table(title='Ratios to BatchNorm, medians of the rounds')
     for column in head:

@@ -20,6 +20,7 @@ from mmengine.runner.checkpoint import (get_deprecated_model_names,
                                         get_torchvision_models)
 
 from ..errors import SetupError, did_you_mean
+from ..progress import on_terminal
 
 # What torch's files began with before they were archives.
 _MAGIC = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
@@ -198,8 +199,10 @@ def load_from_address(filename: str,
     failure = None
     if get_local_rank() == 0 and not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
+        print_log(f'downloading {filename} to {path}', 'current')
         try:
-            torch.hub.download_url_to_file(filename, str(path))
+            torch.hub.download_url_to_file(
+                filename, str(path), progress=on_terminal())
         except (URLError, OSError, RuntimeError) as error:
             failure = error
     barrier()

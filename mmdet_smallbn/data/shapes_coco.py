@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Union
 
 import cv2
-from tqdm import tqdm
 
+from ..progress import track
 from .shapes import CLASSES, VERSION, make_image
 
 
@@ -44,11 +44,9 @@ def _write_split(root: Path, name: str, count: int, seed: Sequence[int],
     with ProcessPoolExecutor(
             workers, initializer=cv2.setNumThreads, initargs=(0, )) as pool:
         drawn = list(
-            tqdm(
+            track(
                 pool.map(draw, range(count), chunksize=8),
-                total=count,
-                desc=f'ShapesCOCO {name}',
-                unit='image'))
+                f'drawing {count} {name} images of ShapesCOCO', count))
     images, annotations = [], []
     for index, found in enumerate(drawn):
         images.append(
