@@ -18,6 +18,7 @@ from rich.console import Console
 from ..errors import check_known, one_line_errors
 from ..files import write_runs
 from ..pictures import save_lines
+from ..processes import end_with_parent
 from ..progress import progress_bar
 from ..study.regimes import EXAMPLE_WEIGHTS, REGIMES, asked, run
 from ..study.settings import ABLATIONS, SETTINGS
@@ -200,8 +201,9 @@ def train_all(todo: List[Cell], results: Results, jobs: int,
     context = multiprocessing.get_context('spawn')
     todo = list(todo)
     waiting: Set[Future] = set()
-    with ProcessPoolExecutor(jobs, context) as pool, progress_bar(
-            'trainings', len(todo)) as tell:
+    with ProcessPoolExecutor(
+            jobs, context, end_with_parent) as pool, progress_bar(
+                'trainings', len(todo)) as tell:
         while todo or waiting:
             late = minutes is not None and (
                 time.monotonic() - begun > 60 * minutes)

@@ -9,6 +9,7 @@ from typing import Dict, List, Optional, Sequence, Union
 
 import cv2
 
+from ..processes import end_with_parent
 from ..progress import track
 from .shapes import CLASSES, VERSION, make_image
 
@@ -28,6 +29,12 @@ def _file_name(index: int) -> str:
     return f'{index:06d}.jpg'
 
 
+def _begin() -> None:
+    # One thread each: the processes are as many as the cores.
+    cv2.setNumThreads(0)
+    end_with_parent()
+
+
 def _write_split(root: Path, name: str, count: int, seed: Sequence[int],
                  size: int, conditions: float, frames: int,
                  workers: int) -> None:
@@ -40,9 +47,7 @@ def _write_split(root: Path, name: str, count: int, seed: Sequence[int],
         size=size,
         conditions=conditions,
         frames=frames)
-    # One thread each: the processes are as many as the cores.
-    with ProcessPoolExecutor(
-            workers, initializer=cv2.setNumThreads, initargs=(0, )) as pool:
+    with ProcessPoolExecutor(workers, initializer=_begin) as pool:
         drawn = list(
             track(
                 pool.map(draw, range(count), chunksize=8),
