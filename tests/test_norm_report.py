@@ -271,7 +271,8 @@ def test_what_would_stop_the_training_is_said(capsys):
                                 ' epochs=12 is no shorter')
     lines = _table(capsys, CBN_HEAD, '--cfg-options',
                    'custom_hooks.0.prefix=nek')
-    assert "'nek' of the model holds no layer that burns in" in lines[-1]
+    assert ("BurnInHook: prefix='nek' fits no layer that burns in; such are "
+            'in neck, roi_head') in lines[-1]
     with pytest.raises(SystemExit):
         main([CBN_HEAD, '--gpus', '0'])
 

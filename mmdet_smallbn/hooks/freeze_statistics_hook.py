@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import SetupError
-from ..layers import SmallBatchNorm, is_under
+from ..layers import SmallBatchNorm, fits_none, is_under
 from .model import bare_model, check_unit, one_unit
 
 
@@ -62,11 +62,9 @@ class FreezeStatisticsHook(Hook):
         else:
             for prefix in self.prefixes:
                 if not any(is_under(name, prefix) for name in norms):
-                    parts = sorted({name.split('.')[0] for name in norms})
-                    raise SetupError(
-                        f'FreezeStatisticsHook: prefix={prefix!r} fits no '
-                        f'norm with running statistics; such norms are in '
-                        f'{", ".join(parts) or "no part of the model"}')
+                    said = fits_none('prefix', prefix, 'norm with running '
+                                     'statistics', norms)
+                    raise SetupError(f'FreezeStatisticsHook: {said}')
             self._norms = [
                 module for name, module in norms.items()
                 if any(is_under(name, prefix) for prefix in self.prefixes)

@@ -6,8 +6,8 @@ from .calibration import calibrate_group_norms
 from .cbn import CBN, NaiveCBN, suggested_window_size
 from .cen_conv import CenConv2d
 from .cmbn import CmBN
-from .checks import (check_example_weight, check_positive_int, is_batch_norm,
-                     is_under)
+from .checks import (check_example_weight, check_positive_int, fits_none,
+                     is_batch_norm, is_under)
 from .conv_call import remember_calls
 from .example_weight import (lacks_averages, set_example_weight,
                              weights_as_trained)
@@ -18,8 +18,8 @@ from .training_loop import TrainingLoop
 __all__ = [
     'BRN', 'BatchGroupNorm', 'CBN', 'CenConv2d', 'CmBN', 'GhostBN', 'MABN',
     'NaiveCBN', 'SmallBatchNorm', 'TrainingLoop', 'calibrate_group_norms',
-    'check_example_weight',
-    'check_positive_int', 'in_backward', 'is_batch_norm', 'is_under',
+    'check_example_weight', 'check_positive_int', 'fits_none', 'in_backward',
+    'is_batch_norm', 'is_under',
     'lacks_averages', 'norms_of', 'remember_calls', 'set_example_weight',
     'suggested_window_size', 'weights_as_trained'
 ]

@@ -1,5 +1,5 @@
 """What the layers ask of arguments and names."""
-from typing import Any
+from typing import Any, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,21 @@ def is_batch_norm(module: nn.Module) -> bool:
 def is_under(name: str, prefix: str) -> bool:
     """Whether a module's name is the prefix, or of a part of that module."""
     return name == prefix or name.startswith(f'{prefix}.')
+
+
+def fits_none(setting: str, prefix: str, kind: str,
+              names: Iterable[str]) -> str:
+    """What to say of a prefix that no module of a kind is under.
+
+    Args:
+        setting (str): The argument that holds the prefix.
+        prefix (str): The prefix.
+        kind (str): What is looked for under it, such as ``'norm'``.
+        names (Iterable[str]): Where there are such modules.
+    """
+    parts = sorted({name.split('.')[0] for name in names})
+    return (f'{setting}={prefix!r} fits no {kind}; such are in '
+            f'{", ".join(parts) or "no part of the model"}')
 
 
 def name_of(layer: nn.Module) -> str:

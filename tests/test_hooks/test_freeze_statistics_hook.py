@@ -80,8 +80,8 @@ def test_averages_of_mabn_stay_too(tmp_path):
 
 @pytest.mark.parametrize('norm, hook, said', [
     (nn.BatchNorm2d, dict(iters=1, prefix='neck'),
-     "prefix='neck' fits no norm with running statistics; such norms are in "
-     'backbone, head'),
+     "FreezeStatisticsHook: prefix='neck' fits no norm with running "
+     'statistics; such are in backbone, head'),
     (nn.Identity, dict(iters=1), 'the model holds no norm with running'),
     (nn.BatchNorm2d, dict(epochs=1), 'counts iterations. Use iters'),
     (nn.BatchNorm2d, dict(iters=6), 'the training is over after 6'),
