@@ -4,7 +4,8 @@ import torch
 from mmengine.hooks import Hook
 from torch import nn
 
-from mmdet_smallbn import CBN, MABN, FreezeStatisticsHook
+from mmdet_smallbn import (BRN, CBN, MABN, BatchGroupNorm,
+                           FreezeStatisticsHook, GhostBN, NaiveCBN)
 from mmdet_smallbn.cli.checkpoints import register_checkpoint_loader
 from mmdet_smallbn.errors import SetupError
 from tests.toy import Toy, read_log, toy_runner
@@ -31,7 +32,8 @@ def _train(tmp_path, hook, norm=nn.BatchNorm2d, by_epoch=False):
     return watch
 
 
-@pytest.mark.parametrize('norm', [nn.BatchNorm2d, CBN])
+@pytest.mark.parametrize(
+    'norm', [nn.BatchNorm2d, CBN, NaiveCBN, BRN, BatchGroupNorm, GhostBN])
 def test_statistics_stay_and_scales_train_on(tmp_path, norm):
     seen = _train(tmp_path, dict(iters=4), norm)
     assert seen.training == 4 * [[True, True]] + 2 * [[False, False]]
