@@ -12,7 +12,8 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 from mmdet_smallbn import (BurnInHook, ExampleWeightHook,
-                           SmallBatchNormHook, set_example_weight)
+                           FreezeStatisticsHook, SmallBatchNormHook,
+                           set_example_weight)
 from mmdet_smallbn.cli.print_norms import main
 from mmdet_smallbn.layers import (BGN, BRN, CBN, MABN, CenConv2d, CmBN,
                                   GhostBN, NaiveCBN)
@@ -120,6 +121,20 @@ def test_a_norm_in_evaluation_has_no_burn_in():
     assert norms[2].statistics == "each example's own"
     said, = notes(model, norms, hooks)
     assert said.startswith('2 norms, 1.0 the first of them, would train but')
+
+
+def test_norms_that_stop_to_gather_statistics():
+    hooks = [FreezeStatisticsHook(epochs=9, prefix=['0', '1', '2', '4']),
+             FreezeStatisticsHook(iters=500, prefix='3')]
+    model = _norms(CBN(4, window_size=2), BGN(4),
+                   nn.GroupNorm(2, 4), nn.BatchNorm2d(4),
+                   nn.BatchNorm2d(4, track_running_stats=False))
+    said = [n.statistics for n in describe_norms(model, 2, hooks=hooks)]
+    assert said[0].endswith(', from epoch 9 on running averages')
+    assert said[1].endswith(", from epoch 9 on each example's own")
+    assert said[2] == '1 example, 2 groups of channels'
+    assert said[3] == '2 images, from iteration 500 on running averages'
+    assert said[4] == '2 images'
 
 
 def test_a_shared_norm_is_described_once():
@@ -271,9 +286,36 @@ def test_what_would_stop_the_training_is_said(capsys):
                                 ' epochs=12 is no shorter')
     lines = _table(capsys, CBN_HEAD, '--cfg-options',
                    'custom_hooks.0.prefix=nek')
-    assert "'nek' of the model holds no layer that burns in" in lines[-1]
+    assert ("BurnInHook: prefix='nek' matches no layer that burns in of the "
+            'model. Parts with a layer that burns in: neck, roi_head') in (
+                lines[-1])
     with pytest.raises(SystemExit):
         main([CBN_HEAD, '--gpus', '0'])
+
+
+@pytest.mark.parametrize('settings, said', [
+    ('epochs=9', None),
+    ('epochs=12', 'epochs=12, but the training is over after 12'),
+    ('iters=90000', None),
+    ("epochs=9, prefix='nek'", "prefix='nek' matches no norm with running"),
+])
+def test_norms_that_freeze_late_are_in_the_table(capsys, tmp_path, settings,
+                                                 said):
+    config = tmp_path / 'late.py'
+    config.write_text(
+        f'_base_ = {str(ROOT / CBN_HEAD)!r}\ncustom_hooks = [\n'
+        "    dict(type='BurnInHook', epochs=3),\n"
+        f"    dict(type='FreezeStatisticsHook', {settings})]\n")
+    lines = _table(capsys, str(config))
+    if said is None:
+        when = settings.replace('epochs=', 'epoch ').replace(
+            'iters=', 'iteration ')
+        neck, = (line for line in lines if line.startswith('neck '))
+        assert f', from {when} on running averages' in neck
+        assert 'Training would stop' not in lines[-1]
+    else:
+        assert lines[-1].startswith('Training would stop at its start: '
+                                    f'FreezeStatisticsHook: {said}')
 
 
 def test_sync_bn_and_syncbn(capsys):

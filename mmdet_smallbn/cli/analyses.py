@@ -8,13 +8,13 @@ from typing import (Any, Callable, Dict, List, NamedTuple, Optional, Sequence,
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import one_line_errors
 from ..files import write_whole
 from ..pictures import save_lines
+from ..progress import progress_bar
 from ..study.examples import Examples
 from ..study.regimes import REGIMES
 from ..study.settings import setting_of
@@ -253,14 +253,14 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     results: Dict[str, Any] = dict(command='python tools/analyses.py')
     if out.exists():
         results = json.loads(out.read_text())
-    with one_line_errors(), Progress() as progress:
-        regime = REGIMES[_REGIME]
-        for part in args.parts:
-            measured = results.setdefault(part, {})
-            for seed in progress.track(args.seeds, description=part):
-                if str(seed) not in measured:
-                    measured[str(seed)] = PARTS[part].measure(regime, seed)
-                    write_whole(out, json.dumps(results, indent=1) + '\n')
+    todo = [(part, seed) for part in args.parts for seed in args.seeds
+            if str(seed) not in results.setdefault(part, {})]
+    with one_line_errors(), progress_bar('analyses', len(todo)) as tell:
+        for part, seed in todo:
+            results[part][str(seed)] = PARTS[part].measure(
+                REGIMES[_REGIME], seed)
+            write_whole(out, json.dumps(results, indent=1) + '\n')
+            tell(advance=1)
     console = Console()
     for title, rows in tables(results).items():
         show(rows, console, title)

@@ -2,12 +2,12 @@
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from ..benchmark.cases import NORMS, Setting
@@ -15,6 +15,7 @@ from ..benchmark.contests import (BASELINE, DTYPES, LEVELS, contests, machine,
                                   measure, table)
 from ..errors import check_known, one_line_errors
 from ..pictures import save_costs, save_lines
+from ..progress import progress_bar
 from ..tables import as_markdown
 
 
@@ -164,13 +165,15 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     setting = Setting(
         torch.device(args.device), DTYPES[args.dtype], args.channels_last)
     rows: List[Dict[str, Any]] = []
-    with one_line_errors(), Progress() as progress:
-        for level, case, make in contests(
-                args.levels, chosen(args.norms), setting, args.sides,
-                images=args.images, size=args.size, rois=args.rois):
-            task = progress.add_task(f'{level}: {case}', total=args.rounds)
-            rows += measure(level, case, make, setting, args.rounds,
-                            lambda: progress.advance(task))
+    with one_line_errors():
+        todo = list(contests(
+            args.levels, chosen(args.norms), setting, args.sides,
+            images=args.images, size=args.size, rois=args.rois))
+        with progress_bar('measuring', len(todo) * args.rounds) as tell:
+            for level, case, make in todo:
+                tell(description=f'{level}: {case}')
+                rows += measure(level, case, make, setting, args.rounds,
+                                partial(tell, advance=1))
     head, *lines = table(rows)
     printed = Table(title='Ratios to BatchNorm, medians of the rounds')
     for column in head:

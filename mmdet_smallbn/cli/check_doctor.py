@@ -9,7 +9,6 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence
 import torch
 from mmengine.optim import OptimWrapper
 from rich.console import Console
-from rich.progress import track
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from ..doctor.advice import agreement_of
 from ..errors import one_line_errors
 from ..files import write_runs, write_whole
 from ..pictures import save_check
+from ..progress import progress_bar
 from ..study.detector import detection_loss
 from ..study.regimes import REGIMES
 from ..study.settings import SETTINGS
@@ -271,10 +271,14 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         todo = [(name, images, seed) for seed in range(args.seeds)
                 for name in names for images in IMAGES
                 if (name, images, seed) not in known]
-        for name, images, seed in track([] if args.report else todo):
-            rows.append(dict(regime=name, seed=seed, steps=STEPS,
-                             **row_of(examine(name, images, seed))))
-            write_runs(path, rows, command='python tools/check_doctor.py')
+        if args.report:
+            todo = []
+        with progress_bar('diagnoses', len(todo)) as tell:
+            for name, images, seed in todo:
+                rows.append(dict(regime=name, seed=seed, steps=STEPS,
+                                 **row_of(examine(name, images, seed))))
+                write_runs(path, rows, command='python tools/check_doctor.py')
+                tell(advance=1)
         report(cells_of(rows, Results(folder)), folder, Console(width=200))
         print(f'In {folder}: doctor.md, doctor.json, doctor.png')
 

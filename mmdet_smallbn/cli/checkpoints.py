@@ -1,16 +1,17 @@
 """Checkpoints: which one to resume, and how they are loaded."""
 import argparse
+import io
 import os
 import pickle
 from pathlib import Path
-from typing import Dict, Optional
+from typing import Dict, Optional, Union
 from urllib.error import URLError
 from urllib.parse import urlparse
 from zipfile import is_zipfile
 
 import torch
 from mmengine.dist import barrier, get_local_rank
-from mmengine.fileio import load
+from mmengine.fileio import get, load
 from mmengine.hub import __path__ as hub_path
 from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
@@ -19,6 +20,7 @@ from mmengine.runner.checkpoint import (get_deprecated_model_names,
                                         get_torchvision_models)
 
 from ..errors import SetupError, did_you_mean
+from ..progress import on_terminal
 
 # What torch's files began with before they were archives.
 _MAGIC = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
@@ -36,12 +38,18 @@ def trust_checkpoints(trust: bool) -> None:
 
 
 def add_trust_argument(parser: argparse.ArgumentParser) -> None:
-    """The flag that says so."""
+    """The flag that says so, for a tool that loads checkpoints."""
     parser.add_argument(
         TRUST_FLAG,
         action='store_true',
         help='load a checkpoint that holds more than tensors: that runs '
         'what is in it, so use it for files that you trust alone')
+
+
+def load_safely(args: argparse.Namespace) -> None:
+    """Let all that loads a checkpoint do it as a tool's flags say."""
+    register_checkpoint_loader()
+    trust_checkpoints(getattr(args, 'trust_checkpoint', False))
 
 
 def latest_checkpoint(work_dir: str) -> Optional[str]:
@@ -110,6 +118,8 @@ def register_checkpoint_loader() -> None:
     for prefixes, loader in (
         ('', load_from_local),
         (('http://', 'https://'), load_from_address),
+        ((r'(\S+\:)?s3://', r'(\S+\:)?petrel://', 'pavi://'),
+         load_from_storage),
         (('torchvision://', 'modelzoo://'), load_from_torchvision),
         (('open-mmlab://', 'openmmlab://'), load_from_openmmlab),
         ('mmcls://', load_from_mmcls)):
@@ -189,8 +199,10 @@ def load_from_address(filename: str,
     failure = None
     if get_local_rank() == 0 and not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
+        print_log(f'downloading {filename} to {path}', 'current')
         try:
-            torch.hub.download_url_to_file(filename, str(path))
+            torch.hub.download_url_to_file(
+                filename, str(path), progress=on_terminal())
         except (URLError, OSError, RuntimeError) as error:
             failure = error
     barrier()
@@ -204,10 +216,28 @@ def load_from_address(filename: str,
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise SetupError(
-            f'{filename} holds more than tensors, and is not loaded from an '
-            f'address. If you trust it, name the file, {path}, and add '
-            f'{TRUST_FLAG}') from error
+        raise _unsafe_address(filename, path) from error
+
+
+def load_from_storage(filename: str, map_location: Optional[str] = None):
+    """Load what one of mmengine's storage backends holds, safely.
+
+    Raises:
+        SetupError: If it holds more than tensors.
+    """
+    content = io.BytesIO(get(filename))
+    try:
+        return torch.load(
+            content, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _unsafe_address(filename, 'a copy of it') from error
+
+
+def _unsafe_address(filename: str, copy: Union[str, Path]) -> SetupError:
+    return SetupError(
+        f'{filename} holds more than tensors, and is not loaded from an '
+        f'address. If you trust it, name the file, {copy}, and add '
+        f'{TRUST_FLAG}')
 
 
 def load_from_torchvision(filename: str, map_location: Optional[str] = None):

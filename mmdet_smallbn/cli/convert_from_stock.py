@@ -9,8 +9,7 @@ from ..deploy.released import LAYOUTS, Conversion, convert, layout_of
 from ..deploy.state_dict import find_state_dict, load_strictly
 from ..errors import SetupError, one_line_errors
 from ..words import some
-from .checkpoints import (add_trust_argument, load_from_local,
-                          trust_checkpoints)
+from .checkpoints import add_trust_argument, load_from_local, load_safely
 from .runtime import build_model, open_config
 
 
@@ -78,7 +77,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Convert a file."""
     args = parse_args(argv)
     with one_line_errors():
-        trust_checkpoints(args.trust_checkpoint)
+        load_safely(args)
         checkpoint = load_from_local(args.checkpoint, map_location='cpu')
         state = find_state_dict(checkpoint, args.checkpoint)
         try:

@@ -9,7 +9,7 @@ from mmengine.logging import MMLogger
 from ..deploy.state_dict import find_state_dict
 from ..deploy.stock import to_stock
 from ..errors import SetupError, one_line_errors
-from .checkpoints import load_from_local
+from .checkpoints import add_trust_argument, load_from_local
 from .runtime import add_config_arguments, check_norms, read_config
 
 
@@ -35,6 +35,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         help='0: evaluate norms that weigh examples (BGN) with their moving '
         'averages alone, which BatchNorm can do; the detections are others '
         'then, as tools/sweep_example_weight.py shows')
+    add_trust_argument(parser)
     args = parser.parse_args(argv)
     if not args.out.endswith('.pth'):
         parser.error(f'--out must end in .pth, but got {args.out}')

@@ -10,7 +10,6 @@ from mmengine.config import Config
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.runner import Runner
 from rich.console import Console
-from rich.progress import Progress
 from torch import nn
 
 from ..deploy.state_dict import find_state_dict, load_strictly
@@ -23,8 +22,9 @@ from ..errors import SetupError, one_line_errors
 from ..files import write_whole
 from ..hooks import bare_model
 from ..pictures import save_diagnosis
+from ..progress import progress_bar
 from ..tables import show
-from .checkpoints import load_from_local
+from .checkpoints import add_trust_argument, load_from_local
 from .runtime import (add_config_arguments, build_runner,
                       enable_auto_scale_lr, load_config, training_alone)
 
@@ -56,6 +56,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--seed', type=int, default=0, help='of weights and images (0)')
     parser.add_argument('--work-dir', help='folder for the report')
+    add_trust_argument(parser)
     args = parser.parse_intermixed_args(argv)
     if args.reference < 2 or args.images < 2 * args.reference:
         parser.error('--images must be at least twice --reference, but got '
@@ -117,12 +118,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             runner.message_hub.update_info(key, 0)
             runner.message_hub.update_info(
                 f'max_{key}s', cfg.train_cfg.get(f'max_{key}s') or args.iters)
-        with Progress() as progress:
-            task = progress.add_task('images', total=None)
-
-            def tell(done: int, total: int) -> None:
-                progress.update(task, completed=done, total=total)
-
+        with progress_bar('looking at images') as tell:
             diagnosis = diagnose(
                 model,
                 runner.build_dataloader(cfg.train_dataloader, seed=args.seed),
@@ -131,7 +127,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                 blocks=args.images // args.reference,
                 iters=args.iters,
                 trained=args.checkpoint is not None,
-                tell=tell)
+                tell=lambda done, total: tell(completed=done, total=total))
         advice = advise(diagnosis, isinstance(model, BaseDetector),
                         args.checkpoint is not None)
         lines = [config_lines(one, diagnosis, cfg) for one in advice]

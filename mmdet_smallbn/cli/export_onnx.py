@@ -13,7 +13,7 @@ from ..errors import one_line_errors
 from ..hooks import ExampleWeightHook
 from ..layers import set_example_weight
 from .print_norms import norm_hooks
-from .checkpoints import register_checkpoint_loader
+from .checkpoints import add_trust_argument
 from .runtime import add_config_arguments, build_model, read_config
 
 # What goes into and comes out of a whole detector.
@@ -68,6 +68,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         default=17,
         metavar='N',
         help="version of ONNX's operators (17)")
+    add_trust_argument(parser)
     args = parser.parse_args(argv)
     if len(args.shape) > 2 or min(args.shape) < 1:
         parser.error('--shape takes one or two numbers of at least 1, but got '
@@ -86,7 +87,6 @@ def load_weights(model: nn.Module, checkpoint: str) -> None:
     Raises:
         SetupError: If something is missing, or of another shape.
     """
-    register_checkpoint_loader()
     state = find_state_dict(
         CheckpointLoader.load_checkpoint(checkpoint, 'cpu'), checkpoint)
     load_strictly(

@@ -3,6 +3,7 @@ import argparse
 import copy
 import json
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
@@ -11,7 +12,6 @@ import torch.nn.functional as F
 from mmcv.cnn import ConvModule
 from mmengine.hooks import Hook
 from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -25,6 +25,7 @@ from ..layers.moving_average import SimpleMovingAverage
 from ..layers.statistics import Batch, Statistics
 from ..norm_report import norm_cfgs
 from ..pictures import save_cosines
+from ..progress import progress_bar
 from ..tables import show, spread
 from .own_data import use_data
 from .runtime import build_runner, open_config
@@ -291,39 +292,45 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     def keep() -> None:
         out.write_text(json.dumps(results, indent=1) + '\n')
 
-    with one_line_errors(), Progress() as progress:
+    with one_line_errors():
         train, val = make_images(args.train, 0), make_images(args.val, 1)
         if 'cosines' in args.parts:
             short = schedules(args.steps // 4, args.lr)['16 images']
             found = results.setdefault('cosines', {})
-            for seed in progress.track(args.seeds, description='cosines'):
-                for name, row in cosines(train, seed, short).items():
-                    found.setdefault(name, {})[str(seed)] = row
-                keep()
+            with progress_bar('cosines', len(args.seeds)) as tell:
+                for seed in args.seeds:
+                    for name, row in cosines(train, seed, short).items():
+                        found.setdefault(name, {})[str(seed)] = row
+                    keep()
+                    tell(advance=1)
         if 'training' in args.parts:
             regimes = schedules(args.steps, args.lr)
             jobs = [(regime, seed, name) for regime in regimes
                     for seed in args.seeds for name in VARIANTS
                     if name == 'BN' or regime != '16 images']
             found = results.setdefault('training', {})
-            for regime, seed, name in progress.track(
-                    jobs, description='training'):
-                rows = found.setdefault(regime, {}).setdefault(name, {})
-                if str(seed) not in rows:
-                    rows[str(seed)] = train_variant(
-                        name, regimes[regime], train, val, seed)
-                    keep()
+            with progress_bar('training', len(jobs)) as tell:
+                for regime, seed, name in jobs:
+                    rows = found.setdefault(regime, {}).setdefault(name, {})
+                    if str(seed) not in rows:
+                        rows[str(seed)] = train_variant(
+                            name, regimes[regime], train, val, seed)
+                        keep()
+                    tell(advance=1)
         if 'orthogonality' in args.parts:
             found = results.setdefault('orthogonality', {})
-            for name in ('BN', "CBN, gradient='released'",
-                         "CBN, gradient='whole'"):
-                task = progress.add_task(name, total=args.iters)
-                folder = out.parent / 'orthogonality'
-                folder.mkdir(exist_ok=True)
-                found[name] = orthogonality(
-                    args.data, args.iters, args.seeds[0], VARIANTS[name],
-                    folder, lambda: progress.advance(task))
-                keep()
+            names = ('BN', "CBN, gradient='released'",
+                     "CBN, gradient='whole'")
+            folder = out.parent / 'orthogonality'
+            folder.mkdir(exist_ok=True)
+            with progress_bar(
+                    'orthogonality', len(names) * args.iters) as tell:
+                for name in names:
+                    tell(description=name)
+                    found[name] = orthogonality(
+                        args.data, args.iters, args.seeds[0], VARIANTS[name],
+                        folder, partial(tell, advance=1))
+                    keep()
     if 'cosines' in results:
         save_cosines(results['cosines'], out.with_suffix('.png'))
     report(results, Console())

@@ -9,7 +9,8 @@ from mmengine.registry import HOOKS
 from torch import nn
 
 from ..errors import SetupError, one_line_errors
-from ..hooks import BurnInHook, ExampleWeightHook, SmallBatchNormHook
+from ..hooks import (BurnInHook, ExampleWeightHook, FreezeStatisticsHook,
+                     SmallBatchNormHook)
 from ..norm_report import norm_summary
 from .runtime import (add_config_arguments, build_model, images_of,
                       read_config)
@@ -37,7 +38,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def norm_hooks(cfg: Config) -> List[Hook]:
     """The hooks of a config that rule its norms."""
-    kinds = (SmallBatchNormHook, BurnInHook, ExampleWeightHook)
+    kinds = (SmallBatchNormHook, BurnInHook, ExampleWeightHook,
+             FreezeStatisticsHook)
     names = tuple(kind.__name__ for kind in kinds)
     return [
         HOOKS.build(hook) for hook in cfg.get('custom_hooks') or []
@@ -52,7 +54,7 @@ def complaints(cfg: Config, model: nn.Module,
     by_epoch = (
         loop.get('type') == 'EpochBasedTrainLoop' or loop.get('by_epoch'))
     for hook in hooks:
-        if not isinstance(hook, BurnInHook):
+        if not isinstance(hook, (BurnInHook, FreezeStatisticsHook)):
             continue
         try:
             hook.find_layers(model)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.dist import is_distributed
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, RUNNERS, init_default_scope
@@ -17,8 +17,8 @@ from ..errors import SetupError, did_you_mean
 from ..hooks import PlainCheckpointHook
 from ..layers import SmallBatchNorm, check_settings
 from ..norm_report import norm_cfgs
-from .checkpoints import (add_trust_argument, register_checkpoint_loader,
-                          trust_checkpoints)
+from .checkpoints import (add_trust_argument, load_safely,
+                          register_checkpoint_loader)
 from .own_data import use_data
 
 
@@ -42,11 +42,10 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         help='override entries of the config: optim_wrapper.optimizer.lr=0.01 '
         'custom_hooks.0.epochs=1 model.backbone.depth=18; lists as key=a,b or '
         'key="[a,b]", without white space')
-    add_trust_argument(parser)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that mmdet's train.py and test.py have in common."""
+    """The flags of a run: mmdet's, and whether it trusts checkpoints."""
     parser.add_argument('--work-dir', help='folder for logs and results')
     parser.add_argument(
         '--launcher',
@@ -55,6 +54,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help='how the processes are started')
     # torch's launcher passes the second spelling.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    add_trust_argument(parser)
 
 
 def open_config(path: str) -> Config:
@@ -90,7 +90,7 @@ def read_config(args: argparse.Namespace,
 
     ``check``: also look into every image of ``--data``.
     """
-    trust_checkpoints(args.trust_checkpoint)
+    load_safely(args)
     cfg = cfg or open_config(args.config)
     if args.data is not None:
         use_data(cfg, args.data, training, check)
@@ -205,7 +205,11 @@ def build_model(cfg: Config) -> nn.Module:
     check_norms(cfg)
     # Heads and necks tell of themselves while they are built.
     MMLogger.get_current_instance().setLevel('WARNING')
-    return MODELS.build(cfg.model)
+    model = cfg.model
+    if 'teacher_ckpt' in model:
+        # mmdet's detectors that distil load it as soon as they are built.
+        model = ConfigDict(model, teacher_ckpt=None)
+    return MODELS.build(model)
 
 
 def find_norm(kind: Any) -> Any:

@@ -11,7 +11,6 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from ..layers.moment_window import MomentWindow
 from ..layers.moving_average import ExponentialMovingAverage
 from ..layers.statistics import Batch
 from ..pictures import save_errors
+from ..progress import progress_bar
 from .runtime import (add_config_arguments, add_run_arguments, build_runner,
                       load_config, training_alone)
 
@@ -274,11 +274,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         cfg = load_config(args)
         folder = Path(cfg.work_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        with Progress() as progress:
+        with progress_bar('iterations', args.iters *
+                          len(args.learning_rates)) as tell:
             for factor in args.learning_rates:
-                task = progress.add_task(
-                    f'learning rate x {factor:g}', total=args.iters)
-                measure = _Measure(args, partial(progress.advance, task))
+                tell(description=f'learning rate x {factor:g}')
+                measure = _Measure(args, partial(tell, advance=1))
                 runner: Runner = build_runner(prepare(cfg, args, factor))
                 runner.register_hook(measure)
                 runner.train()

@@ -14,13 +14,13 @@ from typing import (Any, Callable, Dict, List, NamedTuple, Optional, Sequence,
 
 import torch
 from rich.console import Console
-from rich.progress import (BarColumn, MofNCompleteColumn, Progress,
-                           TextColumn, TimeRemainingColumn)
 
 from ..benchmark.contests import processor
 from ..errors import check_known, one_line_errors
 from ..files import write_runs
 from ..pictures import save_lines
+from ..processes import end_with_parent
+from ..progress import progress_bar
 from ..study.regimes import EXAMPLE_WEIGHTS, REGIMES, asked, run
 from ..study.settings import ABLATIONS, SETTINGS
 from ..tables import as_sections, show, spread
@@ -198,14 +198,12 @@ def train_all(todo: List[Cell], results: Results, jobs: int,
               minutes: Optional[float]) -> None:
     """Train cells, several at a time, and keep each as it ends."""
     begun = time.monotonic()
-    columns = (TextColumn('{task.description}'), BarColumn(),
-               MofNCompleteColumn(), TimeRemainingColumn())
     context = multiprocessing.get_context('spawn')
     todo = list(todo)
     waiting: Set[Future] = set()
-    with ProcessPoolExecutor(jobs, context) as pool, Progress(
-            *columns) as progress:
-        task = progress.add_task('trainings', total=len(todo))
+    with ProcessPoolExecutor(
+            jobs, context, end_with_parent) as pool, progress_bar(
+                'trainings', len(todo)) as tell:
         while todo or waiting:
             late = minutes is not None and (
                 time.monotonic() - begun > 60 * minutes)
@@ -219,9 +217,7 @@ def train_all(todo: List[Cell], results: Results, jobs: int,
                     done, key=lambda f: f.exception() is not None):
                 row = future.result()
                 results.add(row)
-                progress.update(
-                    task, advance=1, description=', '.join(
-                        map(str, _cell(row))))
+                tell(advance=1, description=', '.join(map(str, _cell(row))))
 
 
 def table(results: Results, regime: str) -> List[List[str]]:

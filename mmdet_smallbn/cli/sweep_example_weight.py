@@ -3,18 +3,15 @@ import argparse
 import hashlib
 import io
 import json
-import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from rich.console import Console
-from rich.progress import (BarColumn, MofNCompleteColumn, Progress, TextColumn,
-                           TimeRemainingColumn)
 from rich.table import Table
 
 from ..errors import SetupError, one_line_errors
@@ -23,6 +20,7 @@ from ..hooks import bare_model, calibrate
 from ..layers import (check_example_weight, check_positive_int,
                       lacks_averages, set_example_weight, weights_as_trained)
 from ..pictures import save_sweep
+from ..progress import progress_bar
 from .runtime import (add_config_arguments, add_run_arguments, build_runner,
                       load_config)
 
@@ -114,12 +112,11 @@ class Results:
 class _Tick(Hook):
     """A step of the progress bar for each batch."""
 
-    def __init__(self, progress: Progress, task) -> None:
-        self.progress = progress
-        self.task = task
+    def __init__(self, tell: Callable[..., None]) -> None:
+        self.tell = tell
 
     def after_test_iter(self, runner, *args, **kwargs) -> None:
-        self.progress.advance(self.task)
+        self.tell(advance=1)
 
 
 def _digest(content: bytes) -> str:
@@ -145,28 +142,20 @@ def identity_of(args: argparse.Namespace, cfg: Config,
 
 
 def sweep(runner: Runner, args: argparse.Namespace, todo: List[float],
-          results: Results, console: Console) -> None:
+          results: Results) -> None:
     """Evaluate the weights that are left to do."""
     model = bare_model(runner)
-    with Progress(
-            TextColumn('{task.description}'),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not is_main_process()) as progress:
-        if any(lacks_averages(model, w, args.exclude) for w in todo):
-            task = progress.add_task(
-                'GroupNorm averages', total=args.calibration_images)
+    if any(lacks_averages(model, w, args.exclude) for w in todo):
+        with progress_bar(
+                'GroupNorm averages', args.calibration_images) as tell:
             calibrate(runner, args.calibration_images,
-                      lambda seen: progress.update(task, completed=seen))
-        total = len(runner.test_loop.dataloader)
-        task = progress.add_task('', total=total)
-        runner.register_hook(_Tick(progress, task))
+                      lambda seen: tell(completed=seen))
+    with progress_bar(
+            'weights', len(todo) * len(runner.test_loop.dataloader)) as tell:
+        runner.register_hook(_Tick(tell))
         for weight in todo:
             set_example_weight(model, weight, args.exclude)
-            progress.reset(
-                task, total=total, description=f'weight {weight:g}')
+            tell(description=f'weight {weight:g}')
             with redirect_stdout(io.StringIO()):  # pycocotools
                 metrics = runner.test()
             # Nothing detected at all is no metrics.
@@ -174,9 +163,7 @@ def sweep(runner: Runner, args: argparse.Namespace, todo: List[float],
             if is_main_process():
                 results.add(weight, metrics)
                 value = _metric(metrics, args.metric)
-                progress.console.print(
-                    f'weight {weight:g}: {args.metric} {value:.4f}',
-                    highlight=False)
+                print(f'weight {weight:g}: {args.metric} {value:.4f}')
 
 
 def _metric(metrics: Dict[str, float], name: str) -> float:
@@ -262,8 +249,7 @@ def prepare(args: argparse.Namespace) -> Config:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Sweep as the command line says."""
     args = parse_args(argv)
-    # A console of its own stream: what pycocotools prints is kept apart.
-    console = Console(file=sys.stdout)
+    console = Console()
     with one_line_errors():
         cfg = prepare(args)
         with redirect_stdout(io.StringIO()):
@@ -285,7 +271,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             console.print(f'{len(weights) - len(todo)} of {len(weights)} '
                           f'weights are in {results.path} already')
         if todo:
-            sweep(runner, args, todo, results, console)
+            sweep(runner, args, todo, results)
         if not is_main_process():
             return
         chosen = {w: results.metrics[w] for w in weights}

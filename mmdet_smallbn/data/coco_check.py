@@ -2,14 +2,14 @@
 import hashlib
 import json
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
 from PIL import Image
-from tqdm import tqdm
+
+from ..progress import track
 
 _SHOWN = 10
 # What a whole file of a format has near its end.
@@ -29,12 +29,9 @@ def check_images(image_dir: Path, images: List[Dict], title: str) -> None:
         ValueError: If there are images that are not. It names the first ten.
     """
     with ThreadPoolExecutor() as pool:
-        found = tqdm(
-            pool.map(partial(_fault_of, image_dir), images),
-            desc=title,
-            total=len(images),
-            unit='image',
-            disable=not sys.stderr.isatty())
+        found = track(
+            pool.map(partial(_fault_of, image_dir), images), title,
+            len(images))
         faults = [fault for fault in found if fault]
     if faults:
         shown = '; '.join(faults[:_SHOWN])

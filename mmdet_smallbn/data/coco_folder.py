@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import List, NamedTuple, Tuple, Union
 
+from .coco_bounds import check_memory, check_printable, leads_out
 from .coco_check import check_images, complete
 
 _NAMES = {'train': ('train', ), 'val': ('val', 'valid', 'test')}
@@ -48,10 +49,12 @@ def find_coco_split(root: Union[str, Path],
 
     Raises:
         FileNotFoundError: Naming what was looked for, or is missing.
-        ValueError: If an annotation file is not COCO's detection format, or
-            images were looked into and cannot be used.
+        ValueError: If an annotation file is not COCO's detection format, is
+            too large for the memory that is free, or names an image outside
+            of the folder, or if images were looked into and cannot be used.
     """
     root = Path(root)
+    check_printable(root)
     if not root.is_dir():
         raise FileNotFoundError(f'no data set folder at {root}')
     files = _annotation_files(root, split)
@@ -62,11 +65,13 @@ def find_coco_split(root: Union[str, Path],
             f'{split}*/_annotations.coco.json')
     without_images = []
     for path in files:
+        check_printable(path)
+        check_memory(path)
         content = _read(path)
-        first = content['images'][0]['file_name']
+        names = _file_names(path, content)
         for folder in _image_folders(root, path, split):
-            if (folder / first).is_file():
-                _check_names(path, folder, content)
+            if (folder / names[0]).is_file():
+                _check_names(path, root, folder, names)
                 if check:
                     check_images(folder, content['images'],
                                  f'checking {split} images')
@@ -75,7 +80,7 @@ def find_coco_split(root: Union[str, Path],
                                  len(content['images']),
                                  all(map(_has_mask, content['annotations'])),
                                  filled)
-        without_images.append(f'{first!r} of {path}')
+        without_images.append(f'{str(names[0])!r} of {path}')
     raise FileNotFoundError(
         f'no image {" nor ".join(without_images)}: looked in '
         f'{", ".join(map(str, _image_folders(root, files[0], split)))}')
@@ -101,8 +106,23 @@ def _image_folders(root: Path, ann_file: Path, split: str) -> List[Path]:
     return [*folders, root / 'images', root]
 
 
-def _check_names(path: Path, folder: Path, content: dict) -> None:
-    names = [Path(image['file_name']) for image in content['images']]
+def _file_names(path: Path, content: dict) -> List[Path]:
+    names = [image.get('file_name') for image in content['images']]
+    for index, name in enumerate(names):
+        if not name or not isinstance(name, str):
+            raise ValueError(f'{path}: image {index} has no file_name, but '
+                             f'{name!r}')
+    return list(map(Path, names))
+
+
+def _check_names(path: Path, root: Path, folder: Path,
+                 names: List[Path]) -> None:
+    outside = [name for name in names if leads_out(name, root, folder)]
+    if outside:
+        raise ValueError(
+            f'{path}: {str(outside[0])!r} is outside of {root}. Put the image '
+            'into the folder, or a link to its own folder, and write the name '
+            'relative to that')
     # A look into each folder is less than one for each file.
     held = {
         parent: set(os.listdir(folder / parent))
@@ -113,7 +133,7 @@ def _check_names(path: Path, folder: Path, content: dict) -> None:
     if missing:
         raise FileNotFoundError(
             f'{len(missing)} of the {len(names)} images of {path} are not in '
-            f'{folder}, {missing[0]} the first of them')
+            f'{folder}, {str(missing[0])!r} the first of them')
 
 
 def _classes(path: Path, content: dict) -> Tuple[str, ...]:
@@ -136,7 +156,7 @@ def _read(path: Path) -> dict:
         content = json.loads(path.read_text(encoding='utf-8-sig'))
         wanted = ('images', 'annotations', 'categories')
         missing = [key for key in wanted if not content.get(key)]
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f'{path} is not a COCO annotation file') from error
     if missing:
         raise ValueError(f'{path} is not a COCO detection annotation file: it '

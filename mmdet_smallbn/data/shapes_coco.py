@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Union
 
 import cv2
-from tqdm import tqdm
 
+from ..processes import end_with_parent
+from ..progress import track
 from .shapes import CLASSES, VERSION, make_image
 
 
@@ -28,6 +29,12 @@ def _file_name(index: int) -> str:
     return f'{index:06d}.jpg'
 
 
+def _begin() -> None:
+    # One thread each: the processes are as many as the cores.
+    cv2.setNumThreads(0)
+    end_with_parent()
+
+
 def _write_split(root: Path, name: str, count: int, seed: Sequence[int],
                  size: int, conditions: float, frames: int,
                  workers: int) -> None:
@@ -40,15 +47,11 @@ def _write_split(root: Path, name: str, count: int, seed: Sequence[int],
         size=size,
         conditions=conditions,
         frames=frames)
-    # One thread each: the processes are as many as the cores.
-    with ProcessPoolExecutor(
-            workers, initializer=cv2.setNumThreads, initargs=(0, )) as pool:
+    with ProcessPoolExecutor(workers, initializer=_begin) as pool:
         drawn = list(
-            tqdm(
+            track(
                 pool.map(draw, range(count), chunksize=8),
-                total=count,
-                desc=f'ShapesCOCO {name}',
-                unit='image'))
+                f'drawing {count} {name} images of ShapesCOCO', count))
     images, annotations = [], []
     for index, found in enumerate(drawn):
         images.append(

@@ -15,11 +15,17 @@ def run_eagerly(function: Callable) -> Callable:
     It reads what changes from call to call, and a graph would hold it as a
     constant: the kind of the pass, the past, the version of a tensor.
     """
-    disabled = _disable(function)
+    disabled = None
 
     @functools.wraps(function)
     def run(*args):
+        nonlocal disabled
         # torch's wrapper takes time, so it is used in compilation alone.
-        return disabled(*args) if _is_compiling() else function(*args)
+        if not _is_compiling():
+            return function(*args)
+        # To make one loads the compiler: an import of this package does not.
+        if disabled is None:
+            disabled = _disable(function)
+        return disabled(*args)
 
     return run

@@ -7,7 +7,7 @@ from mmengine.runner import EpochBasedTrainLoop
 from torch import nn
 
 from ..errors import SetupError
-from ..layers import (CBN, SmallBatchNorm, is_under,
+from ..layers import (CBN, SmallBatchNorm, is_under, matches_none,
                       suggested_window_size)
 from .model import asleep_note, check_unit, kept_asleep, one_unit
 from .norm_hook import SmallBatchNormHook
@@ -126,16 +126,13 @@ class BurnInHook(SmallBatchNormHook):
 
     def _raise_no_layer(self, prefix: Optional[str],
                         model: nn.Module) -> None:
-        where = 'the model' if prefix is None else f'{prefix!r} of the model'
-        message = f'BurnInHook: {where} holds no layer that burns in'
         burning = [n for n, layer in self._norms.items() if layer.burns_in]
-        # torch's, and mmcv's, which is no BatchNorm by its class.
-        converted = any(
-            type(m).__name__ == 'SyncBatchNorm' for m in model.modules())
         if burning:
-            parts = sorted({name.split('.')[0] for name in burning})
-            message += f'; such layers are in {", ".join(parts)}'
-        elif converted:
+            said = matches_none('prefix', prefix, 'layer that burns in', burning)
+            raise SetupError(f'BurnInHook: {said}')
+        message = 'BurnInHook: the model holds no layer that burns in'
+        # torch's, and mmcv's, which is no BatchNorm by its class.
+        if any(type(m).__name__ == 'SyncBatchNorm' for m in model.modules()):
             message += (
                 ', but SyncBatchNorm. If sync_bn (or use_syncbn) stands in '
                 'the config, remove it: it converts every kind of BatchNorm')

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import SetupError
-from ..layers import SmallBatchNorm, is_under
+from ..layers import SmallBatchNorm, is_under, matches_none
 from .model import bare_model, check_unit, one_unit
 
 
@@ -50,39 +50,56 @@ class FreezeStatisticsHook(Hook):
         self._norms: List[nn.Module] = []
 
     def before_train(self, runner) -> None:
-        """Find the norms."""
+        """Find the norms, and check that they have a time to stay."""
+        self.find_layers(bare_model(runner))
+        self.check_length(
+            isinstance(runner.train_loop, EpochBasedTrainLoop),
+            runner.max_epochs, runner.max_iters)
+        self._frozen = False
+
+    def covers(self, name: str) -> bool:
+        """Whether a module of this name is in the hook's part of the model."""
+        return self.prefixes is None or any(
+            is_under(name, prefix) for prefix in self.prefixes)
+
+    def find_layers(self, model: nn.Module) -> None:
+        """Find the norms.
+
+        Raises:
+            SetupError: If there is none in the model, or under a prefix.
+        """
         norms = {
-            name: module
-            for name, module in bare_model(runner).named_modules()
+            name: module for name, module in model.named_modules()
             if isinstance(module, (_BatchNorm, SmallBatchNorm))
             and getattr(module, 'running_mean', None) is not None
         }
-        if self.prefixes is None:
-            self._norms = list(norms.values())
-        else:
-            for prefix in self.prefixes:
-                if not any(is_under(name, prefix) for name in norms):
-                    parts = sorted({name.split('.')[0] for name in norms})
-                    raise SetupError(
-                        f'FreezeStatisticsHook: prefix={prefix!r} fits no '
-                        f'norm with running statistics; such norms are in '
-                        f'{", ".join(parts) or "no part of the model"}')
-            self._norms = [
-                module for name, module in norms.items()
-                if any(is_under(name, prefix) for prefix in self.prefixes)
-            ]
+        for prefix in self.prefixes or ():
+            if not any(is_under(name, prefix) for name in norms):
+                said = matches_none('prefix', prefix, 'norm with running '
+                                 'statistics', norms)
+                raise SetupError(f'FreezeStatisticsHook: {said}')
+        self._norms = [
+            module for name, module in norms.items() if self.covers(name)
+        ]
         if not self._norms:
             raise SetupError('FreezeStatisticsHook: the model holds no norm '
                              'with running statistics. Remove the hook')
-        self._frozen = False
-        self._check_begin(runner)
 
-    def _check_begin(self, runner) -> None:
-        check_unit('FreezeStatisticsHook', self.unit, self.begin,
-                   isinstance(runner.train_loop, EpochBasedTrainLoop))
-        total = (runner.max_epochs if self.unit == 'epochs' else
-                 runner.max_iters)
-        if self.begin >= total:
+    def check_length(self, by_epoch: bool, max_epochs: Optional[int],
+                     max_iters: Optional[int]) -> None:
+        """Compare the point with the training.
+
+        Args:
+            by_epoch (bool): Whether the training loop counts epochs.
+            max_epochs (int, optional): Its length, if so.
+            max_iters (int, optional): Its length, if not, or if known.
+
+        Raises:
+            SetupError: If the units differ, or the training ends before.
+        """
+        check_unit('FreezeStatisticsHook', self.unit, self.begin, by_epoch)
+        total = max_epochs if self.unit == 'epochs' else max_iters
+        if total and self.begin >= total:
             raise SetupError(
                 f'FreezeStatisticsHook: {self.unit}={self.begin}, but the '
                 f'training is over after {total}. Take fewer, or remove the '

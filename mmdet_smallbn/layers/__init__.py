@@ -7,7 +7,7 @@ from .cbn import CBN, NaiveCBN, suggested_window_size
 from .cen_conv import CenConv, CenConv2d
 from .cmbn import CmBN
 from .checks import (check_example_weight, check_positive_int, check_settings,
-                     is_batch_norm, is_under)
+                     is_batch_norm, is_under, matches_none)
 from .conv_call import remember_calls
 from .example_weight import (lacks_averages, set_example_weight,
                              weights_as_trained)
@@ -19,7 +19,7 @@ __all__ = [
     'BGN', 'BRN', 'CBN', 'CenConv', 'CenConv2d', 'CmBN', 'GhostBN', 'MABN',
     'NaiveCBN', 'SmallBatchNorm', 'TrainingLoop', 'calibrate_group_norms',
     'check_example_weight', 'check_positive_int', 'check_settings',
-    'in_backward', 'is_batch_norm', 'is_under', 'lacks_averages', 'norms_of',
-    'remember_calls', 'set_example_weight', 'suggested_window_size',
-    'weights_as_trained'
+    'in_backward', 'is_batch_norm', 'is_under', 'lacks_averages',
+    'matches_none', 'norms_of', 'remember_calls', 'set_example_weight',
+    'suggested_window_size', 'weights_as_trained'
 ]

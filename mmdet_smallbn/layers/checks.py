@@ -52,6 +52,21 @@ def is_under(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(f'{prefix}.')
 
 
+def matches_none(setting: str, prefix: str, kind: str,
+              names: Iterable[str]) -> str:
+    """Return the message about a prefix that matches no module of a kind.
+
+    Args:
+        setting (str): Name of the argument that holds the prefix.
+        prefix (str): The prefix.
+        kind (str): Kind of the modules, such as ``'norm'``.
+        names (Iterable[str]): Names of all such modules of the model.
+    """
+    parts = sorted({name.split('.')[0] for name in names})
+    return (f'{setting}={prefix!r} matches no {kind} of the model. Parts with '
+            f'a {kind}: {", ".join(parts) or "none"}')
+
+
 def name_of(layer: nn.Module) -> str:
     """Return a norm's type and its name in the model, for messages.
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..functional import normalize_for_inference
 from .base import SmallBatchNorm
-from .checks import check_example_weight, is_batch_norm, is_under
+from .checks import (check_example_weight, is_batch_norm, matches_none,
+                     is_under)
 
 
 class _WeighsExamples:
@@ -144,10 +145,7 @@ def _not_excluded(norms: Dict[str, nn.Module],
     exclude = (exclude, ) if isinstance(exclude, str) else tuple(exclude)
     for prefix in exclude:
         if not any(is_under(name, prefix) for name in norms):
-            parts = sorted({name.split('.')[0] for name in norms})
-            raise ValueError(
-                f'exclude={prefix!r} matches no norm of the model. Parts with '
-                f'norms: {", ".join(parts) or "none"}')
+            raise ValueError(matches_none('exclude', prefix, 'norm', norms))
     return [
         name for name in norms
         if not any(is_under(name, prefix) for prefix in exclude)

@@ -7,13 +7,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from ..hooks import BurnInHook, ExampleWeightHook
+from ..hooks import BurnInHook, ExampleWeightHook, FreezeStatisticsHook
 from ..layers import BRN, MABN, CmBN, SmallBatchNorm, is_under
 from ..words import counted
 
 RUNNING = 'running averages'
 OWN = "each example's own"
 UNKNOWN = '?'
+_UNITS = dict(epochs='epoch', iters='iteration')
 # What mmengine makes of SyncBatchNorm in a single process.
 _REVERTED = '_BatchNormXd'
 # Parts of a RoI head that see whole feature maps.
@@ -66,8 +67,9 @@ def describe_norms(model: nn.Module,
         Norm(
             name, registered_name(norm), before.get(norm, UNKNOWN),
             'train' if norm.training else 'eval', _affine(norm),
-            _statistics(name, norm, images, processes),
-            _burn_in(name, norm, hooks), _inference(name, norm, hooks))
+            _statistics(name, norm, images, processes)
+            + _later(name, norm, hooks), _burn_in(name, norm, hooks),
+            _inference(name, norm, hooks))
         for name, norm in model.named_modules() if is_norm(norm)
     ]
 
@@ -128,6 +130,16 @@ def _statistics(name: str, norm: nn.Module, images: Optional[int],
     if isinstance(norm, _BatchNorm):
         return examples
     return _of_one_example(norm)
+
+
+def _later(name: str, norm: nn.Module, hooks: Sequence[Any]) -> str:
+    """What follows once a hook puts the norm into evaluation mode."""
+    if not norm.training or not _keeps_averages(norm):
+        return ''
+    return ''.join(
+        f', from {_UNITS[hook.unit]} {hook.begin} on '
+        f'{_inference(name, norm)}' for hook in hooks
+        if isinstance(hook, FreezeStatisticsHook) and hook.covers(name))
 
 
 def _of_processes(examples: str, processes: Optional[int]) -> str:

@@ -1,9 +1,13 @@
 import json
+import os
 import shutil
+import tracemalloc
 
 import pytest
+from mmdet.datasets import CocoDataset
 from PIL import Image
 
+from mmdet_smallbn.data.coco_bounds import MEMORY
 from mmdet_smallbn.data.coco_check import check_images
 from mmdet_smallbn.data.coco_folder import find_coco_split
 
@@ -77,7 +81,7 @@ def test_every_image_must_be_there(tmp_path):
     for name in names[:2]:
         _touch(tmp_path / 'train' / name)
     with pytest.raises(
-            FileNotFoundError, match='2 of the 4 images of .*in/c.jpg the f'):
+            FileNotFoundError, match="2 of the 4 images of .*'in/c.jpg' the f"):
         find_coco_split(tmp_path, 'train')
     for name in names[2:]:
         _touch(tmp_path / 'train' / name)
@@ -214,3 +218,119 @@ def test_an_image_that_is_turned_has_its_own_size(tmp_path):
     with pytest.raises(ValueError, match='has 20 x 40 pixels'):
         check_images(
             tmp_path, [dict(file_name='a.jpg', width=40, height=20)], '')
+
+
+def _named(*names):
+    return [dict(id=i, file_name=name, width=4, height=4)
+            for i, name in enumerate(names)]
+
+
+@pytest.mark.parametrize('name', ['../../out.jpg', '{outside}/out.jpg',
+                                  'elsewhere/../out.jpg'])
+@pytest.mark.parametrize('first', [True, False])
+def test_annotations_do_not_lead_out_of_the_folder(tmp_path, name, first):
+    root, outside = tmp_path / 'own', tmp_path
+    (tmp_path / 'disk').mkdir()
+    _touch(outside / 'out.jpg')
+    _touch(root / 'train' / 'a.jpg')
+    # By way of a link, '..' is another folder than it seems.
+    (root / 'train' / 'elsewhere').symlink_to(tmp_path / 'disk')
+    names = ['a.jpg', name.format(outside=outside)]
+    _write(root / 'annotations/train.json', '',
+           images=_named(*(names[::-1] if first else names)))
+    with pytest.raises(ValueError, match='train.json: .*out.jpg. is outside '
+                       'of .*own. Put the image into'):
+        find_coco_split(root, 'train')
+
+
+def test_names_and_links_that_stay_or_are_the_users(tmp_path):
+    """Images on another disk, and names relative to the annotations."""
+    disk, root = tmp_path / 'disk', tmp_path / 'own'
+    for name in ('a.jpg', 'b.jpg'):
+        _touch(disk / name)
+    root.mkdir()
+    (root / 'train').symlink_to(disk)
+    _touch(root / 'val' / 'c.jpg')
+    _write(root / 'annotations/train.json', '',
+           images=_named('a.jpg', 'b.jpg'))
+    assert find_coco_split(root, 'train').num_images == 2
+    _write(root / 'annotations/val.json', '', images=_named(
+        '../val/c.jpg', str(root / 'val' / 'c.jpg')))
+    assert find_coco_split(root, 'val').num_images == 2
+    (tmp_path / 'link').symlink_to(root)
+    assert find_coco_split(tmp_path / 'link', 'val').num_images == 2
+
+
+def test_what_no_line_can_show_is_escaped(tmp_path):
+    name = 'a\n\x1b[2J.jpg'
+    _write(tmp_path / 'train.json', '', images=_named('a.jpg', name))
+    with pytest.raises(FileNotFoundError, match='looked in') as missing_first:
+        find_coco_split(tmp_path, 'train')
+    _touch(tmp_path / 'a.jpg')
+    with pytest.raises(FileNotFoundError, match='the first') as missing:
+        find_coco_split(tmp_path, 'train')
+    Image.new('RGB', (2, 2)).save(tmp_path / 'a.jpg')
+    Image.new('RGB', (2, 2)).save(tmp_path / name)
+    with pytest.raises(ValueError, match='2 x 2 pixels') as wrong:
+        find_coco_split(tmp_path, 'train', check=True)
+    _write(tmp_path / 'train.json', '', images=_named(name, 'a.jpg'))
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match='looked in') as gone:
+        find_coco_split(tmp_path, 'train')
+    for error in (missing_first, missing, wrong, gone):
+        assert str(error.value).isprintable()
+    for error in (missing, wrong, gone):
+        assert repr(name) in str(error.value)
+
+
+def test_a_folder_that_no_line_can_show_is_refused(tmp_path):
+    for root in (tmp_path / 'no\nwhere', tmp_path):
+        _write(tmp_path / 'annotations/train\x1b.json', 'a.jpg')
+        with pytest.raises(ValueError, match='control character') as error:
+            find_coco_split(root, 'train')
+        assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize('image', [dict(id=1), dict(id=1, file_name=''),
+                                   dict(id=1, file_name=7)])
+def test_an_image_without_a_name_is_told(tmp_path, image):
+    _write(tmp_path / 'train.json', '', images=[image])
+    with pytest.raises(ValueError, match='image 0 has no file_name, but'):
+        find_coco_split(tmp_path, 'train')
+
+
+@pytest.mark.parametrize('content', [b'\xff\xfe', b'[' * 100000],
+                         ids=['bytes', 'nested'])
+def test_other_content_is_no_annotation_file(tmp_path, content):
+    (tmp_path / 'train.json').write_bytes(content)
+    with pytest.raises(ValueError, match='train.json is not a COCO annot'):
+        find_coco_split(tmp_path, 'train')
+
+
+@pytest.mark.skipif(
+    not os.path.exists('/proc/meminfo'), reason='Linux says what is free')
+def test_what_memory_does_not_hold_is_not_read(tmp_path):
+    """The file is a hole: it takes no disk."""
+    path = tmp_path / 'train.json'
+    path.touch()
+    os.truncate(path, 10**13)
+    with pytest.raises(ValueError, match=r'train.json has 10000.0 GB. To read '
+                       r'it takes about 80000 GB of memory, and \d+ GB are'):
+        find_coco_split(tmp_path, 'train')
+
+
+def test_reading_takes_about_the_memory_that_is_said(tmp_path):
+    path = tmp_path / 'train.json'
+    _write(path, '', images=_named(*map('{:012d}.jpg'.format, range(3000))),
+           annotations=[
+               dict(id=i, image_id=i % 3000, category_id=3, area=4.5,
+                    bbox=[0.5, 0.25, 123.5, 2.25], iscrowd=0,
+                    segmentation=[[i + j / 100 for j in range(25, 65)]])
+               for i in range(10000)
+           ])
+    tracemalloc.start()
+    CocoDataset(ann_file=str(path), data_prefix=dict(img=''), pipeline=[],
+                metainfo=dict(classes=('cat', 'dog')))
+    peak = tracemalloc.get_traced_memory()[1] / path.stat().st_size
+    tracemalloc.stop()
+    assert MEMORY / 2 < peak < 1.5 * MEMORY

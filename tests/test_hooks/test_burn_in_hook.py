@@ -349,9 +349,9 @@ def test_bad_arguments(settings, message):
 @pytest.mark.parametrize('hook, model, extra, message', [
     (dict(epochs=1), Toy(nn.BatchNorm2d), {}, 'no layer that burns in'),
     (dict(epochs=1, prefix='neck'), None, {},
-     "'neck' of the model.*backbone, head"),
+     "prefix='neck' matches no layer that burns in.*: backbone, head"),
     (dict(epochs=1, prefix=['head', 'neck']), None, {},
-     "'neck' of the model.*backbone, head"),
+     "prefix='neck' matches no layer that burns in.*: backbone, head"),
     (dict(epochs=3), None, {}, 'epochs=3 is no shorter.*3 epochs'),
     (dict(epochs=1), None, dict(by_epoch=False), 'epochs=1.*Use iters'),
     (dict(iters=6), None, dict(by_epoch=False), 'iters=6 is no shorter'),

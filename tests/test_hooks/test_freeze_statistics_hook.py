@@ -4,7 +4,8 @@ import torch
 from mmengine.hooks import Hook
 from torch import nn
 
-from mmdet_smallbn import CBN, MABN, FreezeStatisticsHook
+from mmdet_smallbn import (BGN, BRN, CBN, MABN, FreezeStatisticsHook, GhostBN,
+                           NaiveCBN)
 from mmdet_smallbn.errors import SetupError
 from tests.toy import Toy, read_log, toy_runner
 
@@ -30,7 +31,8 @@ def _train(tmp_path, hook, norm=nn.BatchNorm2d, by_epoch=False):
     return watch
 
 
-@pytest.mark.parametrize('norm', [nn.BatchNorm2d, CBN])
+@pytest.mark.parametrize(
+    'norm', [nn.BatchNorm2d, CBN, NaiveCBN, BRN, BGN, GhostBN])
 def test_statistics_stay_and_scales_train_on(tmp_path, norm):
     seen = _train(tmp_path, dict(iters=4), norm)
     assert seen.training == 4 * [[True, True]] + 2 * [[False, False]]
@@ -78,8 +80,8 @@ def test_averages_of_mabn_stay_too(tmp_path):
 
 @pytest.mark.parametrize('norm, hook, said', [
     (nn.BatchNorm2d, dict(iters=1, prefix='neck'),
-     "prefix='neck' fits no norm with running statistics; such norms are in "
-     'backbone, head'),
+     "FreezeStatisticsHook: prefix='neck' matches no norm with running "
+     'statistics of the model.*backbone, head'),
     (nn.Identity, dict(iters=1), 'the model holds no norm with running'),
     (nn.BatchNorm2d, dict(epochs=1), 'counts iterations. Use iters'),
     (nn.BatchNorm2d, dict(iters=6), 'the training is over after 6'),

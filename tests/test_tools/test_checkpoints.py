@@ -1,16 +1,20 @@
 """Checkpoints are loaded safely, from wherever they are named."""
+import ast
+import importlib
 import pickle
 import re
 from pathlib import Path
 
+import mmdet
 import pytest
 import torch
 from mmdet.models.backbones import ResNet
 from mmengine.config import Config
+from mmengine.fileio import (LocalBackend, PetrelBackend,
+                              register_backend)
 from mmengine.runner import CheckpointLoader
 
-from mmdet_smallbn.cli import (checkpoints, convert_from_stock,
-                               convert_to_stock, export_onnx, train)
+from mmdet_smallbn.cli import checkpoints, print_norms, train
 from mmdet_smallbn.cli.checkpoints import (load_from_address, load_from_local,
                                            register_checkpoint_loader,
                                            trust_checkpoints)
@@ -18,6 +22,7 @@ from mmdet_smallbn.errors import SetupError
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = 'configs/demo/faster-rcnn_r18_fpn_bn-all_1xb2_shapes-coco.py'
+CBN_DEMO = 'configs/demo/faster-rcnn_r18_fpn_cbn-all_1xb2_shapes-coco.py'
 
 
 class Malicious:
@@ -65,18 +70,82 @@ def test_code_in_a_checkpoint_runs_only_if_it_is_trusted(trap):
     assert left.exists()
 
 
-@pytest.mark.parametrize('main, arguments', [
-    (convert_from_stock.main, ['{path}', '-o', '{out}']),
-    (convert_to_stock.main, [DEMO, '{path}', '-o', '{out}']),
-    (export_onnx.main, [DEMO, '{path}', '-o', '{out}.onnx']),
-], ids=['convert_from_stock', 'convert_to_stock', 'export_onnx'])
-def test_the_tools_refuse_it(main, arguments, trap, tmp_path, capsys):
+_RUN = ['--data', '{data}', '--work-dir', '{out}']
+_WEIGHTS = ['--cfg-options', 'load_from={path}']
+# Every tool that can load a checkpoint, and how it comes to do so.
+LOADING = {
+    'convert_from_stock': ['{path}', '-o', '{out}.pth'],
+    'convert_to_stock': [DEMO, '{path}', '-o', '{out}.pth'],
+    'demo': [DEMO, *_RUN, *_WEIGHTS],
+    'diagnose_norm': [DEMO, '{path}', *_RUN],
+    'export_onnx': [DEMO, '{path}', '-o', '{out}.onnx'],
+    'statistics_error': [CBN_DEMO, *_RUN, *_WEIGHTS],
+    'sweep_example_weight': [DEMO, '{path}', *_RUN],
+    'test': [DEMO, '{path}', *_RUN],
+    'train': [DEMO, *_RUN, *_WEIGHTS],
+}
+
+
+@pytest.mark.parametrize('name', LOADING)
+def test_the_tools_refuse_it(name, trap, shapes, tmp_path, capsys):
     path, left = trap
-    words = [w.format(path=path, out=tmp_path / 'out.pth') for w in arguments]
+    words = [word.format(path=path, data=shapes, out=tmp_path / 'out')
+             for word in LOADING[name]]
     with pytest.raises(SystemExit):
-        main(words)
+        importlib.import_module(f'mmdet_smallbn.cli.{name}').main(words)
     assert 'add --trust-checkpoint' in capsys.readouterr().err
     assert not left.exists()
+
+
+@pytest.mark.parametrize(
+    'name', sorted(path.stem for path in (ROOT / 'tools').glob('*.py')
+                   if path.stem != 'setup_env'))
+def test_the_flag_is_where_a_checkpoint_can_be_loaded(name, capsys):
+    tool = importlib.import_module(f'mmdet_smallbn.cli.{name}')
+    with pytest.raises(SystemExit):
+        tool.parse_args(['--help'])
+    has_flag = '--trust-checkpoint' in capsys.readouterr().out
+    assert has_flag == (name in LOADING)
+
+
+def test_the_table_of_norms_loads_nothing(trap, tmp_path, capsys):
+    """Not even the teacher, which mmdet loads where it builds a detector."""
+    path, left = trap
+    teacher = Path(mmdet.__file__).parent / '.mim/configs/gfl'
+    config = tmp_path / 'distilled.py'
+    config.write_text(
+        "_base_ = 'mmdet::ld/ld_r18-gflv1-r101_fpn_1x_coco.py'\n"
+        f'load_from = {str(path)!r}\n'
+        f'model = dict(teacher_ckpt={str(path)!r}, teacher_config='
+        f"{str(teacher / 'gfl_r50_fpn_1x_coco.py')!r}, backbone=dict("
+        f'init_cfg=dict(checkpoint={str(path)!r})))\n')
+    print_norms.main([str(config)])
+    assert 'bbox_head' in capsys.readouterr().out
+    assert not left.exists()
+
+
+def _is_unsafe(call):
+    """Whether a call unpickles, or may, without ``weights_only=True``."""
+    safe = [getattr(k.value, 'value', None) is True for k in call.keywords
+            if k.arg == 'weights_only']
+    name = (getattr(getattr(call.func, 'value', None), 'id', None),
+            getattr(call.func, 'attr', None))
+    return safe == [False] or not safe and name in (
+        ('torch', 'load'), ('pickle', 'load'), ('pickle', 'loads'),
+        ('pickle', 'Unpickler'))
+
+
+def test_one_place_alone_loads_what_is_not_safe():
+    """docs/deployment.md names it."""
+    unsafe = [
+        path.name for folder in ('mmdet_smallbn', 'tools')
+        for path in (ROOT / folder).rglob('*.py')
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and _is_unsafe(node)
+    ]
+    assert unsafe == ['checkpoints.py']
+    page = (ROOT / 'docs' / 'deployment.md').read_text()
+    assert '`load_from_local`' in page and 'add --trust-checkpoint' in page
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path):
@@ -102,6 +171,36 @@ def test_addresses_are_loaded_safely_or_not_at_all(tmp_path):
     torch.save(dict(more=Config(dict(a=1))), source / 'more.pth')
     with pytest.raises(SetupError, match='not loaded from an address'):
         load_from_address((source / 'more.pth').as_uri(), 'cpu', cache)
+
+
+@pytest.fixture
+def bucket(tmp_path):
+    """A folder that stands for a storage of addresses s3://..."""
+    folder = tmp_path / 'bucket'
+    folder.mkdir()
+
+    class Bucket(LocalBackend):
+
+        def get(self, filepath):
+            return super().get(folder / Path(filepath).name)
+
+    register_backend('bucket', Bucket, prefixes='s3', force=True)
+    yield folder
+    register_backend('petrel', PetrelBackend, prefixes=['petrel', 's3'],
+                     force=True)
+
+
+def test_a_storage_is_read_safely_or_not_at_all(bucket, trap):
+    path, left = trap
+    register_checkpoint_loader()
+    trust_checkpoints(True)
+    torch.save(dict(w=torch.ones(2)), bucket / 'plain.pth')
+    loaded = CheckpointLoader.load_checkpoint('s3://b/plain.pth', 'cpu')
+    torch.testing.assert_close(loaded['w'], torch.ones(2))
+    path.rename(bucket / 'trap.pth')
+    with pytest.raises(SetupError, match='not loaded from an address'):
+        CheckpointLoader.load_checkpoint('s3://b/trap.pth', 'cpu')
+    assert not left.exists()
 
 
 def test_names_of_torchvision_need_no_torchvision(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The norm doctor on configs as people have them."""
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,12 @@ def run(capsys, tmp_path, config, shapes, *flags, options=()):
         arguments += ['--cfg-options', *options]
     main(arguments)
     held = json.loads((tmp_path / 'doctor.json').read_text())
-    return capsys.readouterr().out, held
+    said = capsys.readouterr()
+    # What is no terminal gets a line for each bar.
+    assert re.findall(r'^(.*) \.\.\.$', said.err, re.M) == [
+        'checking val images', 'checking train images', 'looking at images'
+    ]
+    return said.out, held
 
 
 @pytest.fixture(scope='module')
