@@ -7,8 +7,8 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence
 
 import torch
 
-from .cases import (BLOCKS, DEPLOYED, DETECTORS, NORMS, PLACES, Contender,
-                    Setting, infer_block, infer_network, train_block,
+from .cases import (BLOCKS, DEPLOYED, DETECTORS, PLACES, Contender, Setting,
+                    infer_block, infer_network, train_block,
                     train_detector, train_norm, train_stack)
 from .measure import interleave, launches, peak_memory, ratio
 
@@ -29,7 +29,7 @@ def contests(levels: Sequence[str],
 
     Args:
         levels (Sequence[str]): Of :data:`LEVELS`.
-        norms (dict[str, dict]): Of :data:`NORMS`, the baseline among them.
+        norms (dict[str, dict]): Of ``cases.NORMS``, the baseline among them.
         setting (Setting): Where and how they run.
         sides (Sequence[int]): Pixels of latency's square images.
         **detector: ``images``, ``size`` and ``rois`` of

@@ -1,5 +1,4 @@
 """What the flags do to a config."""
-import pickle
 
 import pytest
 import torch
