@@ -228,7 +228,8 @@ def _normalize_examples(x, mean, var, weight, bias, eps, gradient):
     weight, bias = (p if p is None else p.repeat(n) for p in (weight, bias))
     out = _Normalize.apply(
         x.reshape(1, n * c, h, w), mean.flatten(), var.flatten(), weight, bias,
-        None, None, eps, of_examples, True, None, None)
+        None, None, eps, None if gradient is None else of_examples, True, None,
+        None)
     # This must not be a view for autograd: behind activation checkpointing,
     # autograd refuses an in-place operation on a view.
     out = torch.ops.aten._unsafe_view(out, x.shape)

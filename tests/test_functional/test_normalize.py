@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from mmdet_smallbn.functional import (batch_moments, example_moments,
-                                      normalize, normalize_for_inference,
-                                      pool_moments, renormalization)
+                                      normalize, pool_moments,
+                                      renormalization)
 
 
 def _inputs(n=3, c=4, h=5, w=2):
@@ -112,7 +112,10 @@ def test_without_the_gradients_mean_it_is_a_root_mean_square_norm():
     _assert_same(out, expected, (x, weight, bias))
 
 
-def test_statistics_of_each_example():
+@pytest.mark.parametrize('gradient', [
+    None, lambda mean_g, mean_gx: (mean_g, mean_gx)
+], ids=['by default', 'as they are'])
+def test_statistics_of_each_example(gradient):
     """Instance normalisation: groups of one."""
     x, weight, bias = _inputs()
     moments = example_moments(x)
@@ -123,7 +126,7 @@ def test_statistics_of_each_example():
         weight,
         bias,
         1e-5,
-        gradient=lambda mean_g, mean_gx: (mean_g, mean_gx))
+        gradient=gradient)
     expected = F.instance_norm(x, weight=weight, bias=bias, eps=1e-5)
     _assert_same(out, expected, (x, weight, bias))
 

@@ -1,15 +1,11 @@
 """What the flags do to a config."""
 
 import pytest
-import torch
 from mmengine.config import Config
-from mmengine.runner import CheckpointLoader
 
 from mmdet_smallbn import CBN
 from mmdet_smallbn.cli import test as test_cli
 from mmdet_smallbn.cli import train as train_cli
-from mmdet_smallbn.cli.checkpoints import (load_from_address, load_from_local,
-                                           register_checkpoint_loader)
 from mmdet_smallbn.cli.runtime import check_norms, load_config
 from mmdet_smallbn.errors import SetupError
 
