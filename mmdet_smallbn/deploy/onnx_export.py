@@ -87,7 +87,7 @@ def export_onnx(model: nn.Module,
         file (str | Path): To write.
         shape (Sequence[int]): Of the images that the model is run with.
         fold (bool): Whether to fold norms into convolutions first, with
-            :func:`mmdet_smallbn.deploy.fuse.fuse_norm`, which refuses a norm
+            :func:`mmdet_smallbn.fuse_norm`, which refuses a norm
             that it cannot fold. Without, torch folds those that it can.
         opset (int): Version of ONNX's operators; 16 or above for a whole
             detector.

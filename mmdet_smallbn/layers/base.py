@@ -32,7 +32,8 @@ class SmallBatchNorm(RunningNorm):
     average, cast and copy buffers.
 
     Args:
-        *args, **kwargs: Arguments of :class:`RunningNorm`.
+        *args: Arguments of :class:`RunningNorm`.
+        **kwargs: Arguments of :class:`RunningNorm`.
 
     Attributes:
         burns_in (bool): True if this type of norm has a burn-in.

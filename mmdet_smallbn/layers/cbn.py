@@ -217,8 +217,9 @@ class NaiveCBN(CBN, nn.BatchNorm2d, _BatchNorm):
     """CBN without compensation, the paper's baseline "Naive CBN".
 
     Args:
-        num_features, eps, momentum, affine, track_running_stats, window_size,
-            sync: As in :class:`CBN`.
+        window_size (int): Number of iterations in the statistics.
+        num_features, eps, momentum, affine, track_running_stats, sync: As in
+            :class:`CBN`.
     """
 
     def __init__(self,

@@ -28,7 +28,8 @@ class RememberingNorm(SmallBatchNorm):
     them.
 
     Args:
-        *args, **kwargs: Arguments of :class:`SmallBatchNorm`.
+        *args: Arguments of :class:`SmallBatchNorm`.
+        **kwargs: Arguments of :class:`SmallBatchNorm`.
     """
 
     keeps_states = True
