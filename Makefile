@@ -1,5 +1,6 @@
 # make demo   set-up, then train and evaluate a small detector
 # make test   set-up, then all tests
+# make docs   set-up, then the documentation as a site, in build/docs
 # make setup  the environment alone
 #
 # PYTHON   the interpreter to make the environment with
@@ -23,7 +24,7 @@ $(error NORM=$(NORM) is none of $(NORMS))
 endif
 WORK_DIR ?= work_dirs/demo$(if $(filter-out ghostbn,$(NORM)),_$(NORM))
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test docs clean
 
 setup:
 	$(PYTHON) tools/setup_env.py $(VENV) --toolbox $(TOOLBOX)
@@ -41,5 +42,9 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
+docs: $(VENV)/ready
+	$(RUN) -m sphinx -q -W --keep-going -c docs . build/docs
+	@echo "open build/docs/index.html"
+
 clean:
-	rm -rf $(VENV) work_dirs/demo work_dirs/demo_* data/shapes_coco
+	rm -rf $(VENV) work_dirs/demo work_dirs/demo_* data/shapes_coco build/docs

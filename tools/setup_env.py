@@ -103,7 +103,7 @@ def main() -> None:
                      f'Remove it, install venv (Debian: python3-venv), and '
                      'run make setup again')
 
-    pip_install(python, ['-e', '.[build,tools,onnx,tests]'], log,
+    pip_install(python, ['-e', '.[build,tools,onnx,tests,docs]'], log,
                 'torch and build tools')
     print(
         'mmcv is built from source, with its operators: about 5 minutes on 2 '
