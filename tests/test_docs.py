@@ -76,7 +76,7 @@ ELSEWHERE = ROOT / 'configs' / 'other_toolboxes' / 'README.md'
     ], ids=lambda p: p.parent.name)
 def test_printed_tables_are_what_the_tool_prints(page, capsys):
     (words, table), = re.findall(
-        r'print_norms\.py (configs[^\n]+)\n```\n.*?^```\n(part .*?)^```',
+        r'print_norms\.py (configs[^\n]+)\n *```\n.*?^```\n(part .*?)^```',
         page.read_text(), re.M | re.S)
     print_norms.main(words.split())
     assert capsys.readouterr().out == table

@@ -84,10 +84,10 @@ def kept_asleep(norms: Dict[str, nn.Module]) -> List[str]:
 
 
 def asleep_note(names: Sequence[str]) -> str:
-    """What to say of them."""
-    return (f'{counted(len(names), "norm")}, {names[0]} the first of them, '
-            'would train but stay in evaluation mode: set norm_eval=False in '
-            'the backbone')
+    """Return the message about norms from :func:`kept_asleep`."""
+    return (f'{counted(len(names), "norm")} (first: {names[0]}) should train, '
+            'but the model keeps them in evaluation mode. Set '
+            'norm_eval=False in the backbone')
 
 
 def gradient_scale(runner: Runner) -> Union[float, Tensor]:

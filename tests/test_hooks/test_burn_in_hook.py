@@ -410,11 +410,12 @@ class Asleep(Toy):
 def test_norms_kept_in_evaluation_are_told(tmp_path):
     hook = dict(type='BurnInHook', epochs=1)
     _runner(tmp_path, [hook], Asleep('backbone'))[0].train()
-    assert re.search('1 norm, backbone.1 the first of them, would train but '
-                     'stay in evaluation.*norm_eval=False', read_log(tmp_path))
+    assert re.search(r'1 norm \(first: backbone.1\) should train, but the '
+                     'model keeps them in evaluation.*norm_eval=False',
+                     read_log(tmp_path))
     runner, _ = _runner(tmp_path, [hook], Asleep('backbone', 'head'))
-    with pytest.raises(SetupError, match='2 norms, backbone.1 the first of them, '
-                       'would train but stay in evaluation'):
+    with pytest.raises(SetupError,
+                       match=r'2 norms \(first: backbone.1\) should train'):
         runner.train()
 
 
@@ -423,5 +424,5 @@ def test_frozen_norms_are_not_asleep(tmp_path):
     model.backbone.requires_grad_(False)
     _runner(tmp_path, [dict(type='BurnInHook', epochs=1)], model)[0].train()
     text = read_log(tmp_path)
-    assert 'stay in evaluation' not in text
+    assert 'keeps them in evaluation' not in text
     assert '1 CBN layers: 4 iterations' in text
