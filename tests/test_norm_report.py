@@ -270,10 +270,10 @@ def test_what_would_stop_the_training_is_said(capsys):
     lines = _table(capsys, CBN_HEAD, '--cfg-options',
                    'custom_hooks.0.epochs=12')
     assert lines[-1].startswith('Training would stop at its start: BurnInHook:'
-                                ' epochs=12 is no shorter')
+                                ' epochs=12 is not shorter')
     lines = _table(capsys, CBN_HEAD, '--cfg-options',
                    'custom_hooks.0.prefix=nek')
-    assert "'nek' of the model holds no layer that burns in" in lines[-1]
+    assert "'nek' of the model has no layer that burns in" in lines[-1]
     with pytest.raises(SystemExit):
         main([CBN_HEAD, '--gpus', '0'])
 
