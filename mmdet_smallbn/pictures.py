@@ -1,4 +1,4 @@
-"""The pictures that the tools leave behind."""
+"""Functions that draw the pictures of the tools."""
 import io
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -19,13 +19,13 @@ _INK = '#333333'
 
 
 class Objects(NamedTuple):
-    """What is drawn on an image.
+    """Objects to draw on an image.
 
     Attributes:
         boxes (Sequence): Boxes in pixels as x, y, width, height.
-        labels (Sequence[int]): Index of each one's class.
+        labels (Sequence[int]): Class index of each object.
         scores (Sequence[float], optional): Confidences in [0, 1].
-        polygons (Sequence[Sequence], optional): For each, its outlines as
+        polygons (Sequence[Sequence], optional): Outlines of each object, as
             flat lists x1, y1, x2, y2, …
     """
     boxes: Sequence
@@ -35,20 +35,20 @@ class Objects(NamedTuple):
 
 
 def _finish(ax: Axes) -> None:
-    """A light grid, and no frame where there is no scale."""
+    """Add a light grid, and remove the frame's top and right lines."""
     ax.grid(alpha=0.25)
     ax.spines[['top', 'right']].set_visible(False)
 
 
 def quiet_coco(ann_file: Union[str, Path]) -> 'COCO':
-    """pycocotools' index of an annotation file, without its messages."""
+    """Load an annotation file with pycocotools, without its messages."""
     from pycocotools.coco import COCO
     with redirect_stdout(io.StringIO()):
         return COCO(str(ann_file))
 
 
 def coco_objects(coco: 'COCO', image_id: int) -> Objects:
-    """Ground truth of one image."""
+    """Return the ground truth of one image."""
     anns = coco.loadAnns(coco.getAnnIds(image_id, iscrowd=False))
     order = {cat: i for i, cat in enumerate(coco.getCatIds())}
     polygons = [
@@ -61,9 +61,9 @@ def coco_objects(coco: 'COCO', image_id: int) -> Objects:
 
 def draw_objects(ax: Axes, image: np.ndarray, objects: Objects,
                  classes: Sequence[str]) -> None:
-    """Draw an image in RGB, shape (H, W, 3), with boxes, names and outlines.
+    """Draw an RGB image, shape (H, W, 3), with boxes, names and outlines.
 
-    Names are inside the image, above their box where there is room.
+    A name is above its box, or inside the box at the top of the image.
     """
     height, width = image.shape[:2]
     ax.imshow(image, interpolation='bilinear')
@@ -125,12 +125,13 @@ def save_sheet(ann_file: Union[str, Path],
 
 def save_detections(rows: Sequence[Tuple[Union[str, Path], Objects, Objects]],
                     classes: Sequence[str], path: Union[str, Path]) -> None:
-    """Save ground truth beside detections, two images a line.
+    """Save ground truth beside detections, two images per row.
 
     Args:
-        rows (Sequence[tuple]): Image file, ground truth and detections.
+        rows (Sequence[tuple]): Image file, ground truth and detections of
+            each image.
         classes (Sequence[str]): Names of the classes.
-        path (str | Path): Picture to write.
+        path (str | Path): Image file to write.
     """
     lines = -(-len(rows) // 2)
     figure = Figure(figsize=(13, 3.4 * lines), layout='tight')
@@ -153,9 +154,9 @@ def save_curves(scalars: List[Dict[str, Any]],
     """Save loss and box AP over the iterations of a run.
 
     Args:
-        scalars (list[dict]): Records of mmengine's local backend, of an
+        scalars (list[dict]): Records of mmengine's local backend, from an
             iteration-based run.
-        path (str | Path): Picture to write.
+        path (str | Path): Image file to write.
         burn_in (int, optional): Iteration at which burn-in ends.
     """
     figure = Figure(figsize=(10, 3.8), layout='tight')
@@ -186,14 +187,14 @@ def save_sweep(metrics: Dict[float, float],
                path: Union[str, Path],
                best: float,
                trained: Optional[float] = None) -> None:
-    """Save a metric over the weight of the examples, with its best.
+    """Save a metric over the example weight, with the best weight marked.
 
     Args:
-        metrics (dict[float, float]): Metric of each weight.
+        metrics (dict[float, float]): Metric by example weight.
         name (str): Name of the metric.
-        path (str | Path): Picture to write.
-        best (float): The best weight.
-        trained (float, optional): The weight of the model as trained.
+        path (str | Path): Image file to write.
+        best (float): Best weight.
+        trained (float, optional): Weight of the model as trained.
     """
     weights = sorted(metrics)
     values = [metrics[weight] for weight in weights]
@@ -229,7 +230,7 @@ _STATISTICS = dict(
 
 def draw_statistics(rows: Sequence[Dict[str, Any]],
                     layers: Sequence[str]) -> Figure:
-    """Draw the recorded statistics of norms, a line of panels for each.
+    """Draw the recorded statistics of norms, one row of panels per norm.
 
     Args:
         rows (Sequence[dict]): Records of
@@ -270,7 +271,7 @@ def _plot(ax: Axes,
           label: str,
           colour: str,
           marker: str = '') -> None:
-    """Plot one scalar over the iterations, with its last value."""
+    """Plot a scalar over the iterations, and label its last value."""
     points = [(r['step'], r[key]) for r in scalars if key in r]
     if not points:
         return
@@ -286,11 +287,12 @@ def _plot(ax: Axes,
 
 def save_errors(means: Dict[tuple, Dict[str, float]],
                 path: Union[str, Path]) -> None:
-    """Draw errors of statistics over windows, a panel a learning rate.
+    """Draw errors of statistics over windows, one column per learning rate.
 
     Args:
-        means (dict): By factor of the learning rate, statistics and window
-            (None: of no window), the errors of mean and variance.
+        means (dict): Errors of mean and variance. The key has the factor of
+            the learning rate, the kind of statistics, and the window (None
+            for statistics without a window).
         path (str | Path): Image file to write.
     """
     factors = sorted({factor for factor, _, _ in means})
@@ -337,10 +339,10 @@ def save_errors(means: Dict[tuple, Dict[str, float]],
 
 def save_cosines(found: Dict[str, Dict[str, Sequence[float]]],
                  path: Union[str, Path]) -> None:
-    """Draw cosines of gradients by layer, a line a variant.
+    """Draw cosines of gradients by layer, one line per variant.
 
     Args:
-        found (dict): Of each variant and seed, a value a layer.
+        found (dict): One value per layer, by variant and seed.
         path (str | Path): Image file to write.
     """
     figure = Figure(figsize=(7.2, 3.6), layout='constrained')
@@ -359,7 +361,7 @@ def save_cosines(found: Dict[str, Dict[str, Sequence[float]]],
 
 def save_costs(panels: Dict[str, Dict[str, Dict[str, float]]],
                path: Union[str, Path]) -> None:
-    """Draw the time of norms beside BatchNorm's as bars, a panel a title.
+    """Draw the time of norms relative to BatchNorm as bars, one panel a title.
 
     Args:
         panels (dict): By title and norm, the median, low and high quartile of
@@ -393,15 +395,17 @@ def save_lines(panels: Dict[str, Dict[str, Dict[str, Sequence[float]]]],
                y_label: str,
                steady: Optional[str] = None,
                joined: bool = True) -> None:
-    """Draw means and deviations over evenly spaced places, a panel a title.
+    """Draw means and standard deviations, one panel per title.
 
     Args:
-        panels (dict): By title, line and place, the values of the seeds; a
-            place without values is left out.
+        panels (dict): Values of the seeds by title, line and place on the x
+            axis. The places are evenly spaced. A place without values is left
+            out.
         path (str | Path): Image file to write.
-        x_label, y_label (str): Of the axes.
-        steady (str, optional): A line whose only place stands for all.
-        joined (bool): Whether a line joins its places.
+        x_label, y_label (str): Labels of the axes.
+        steady (str, optional): Name of a line with a single place. It is
+            drawn as a horizontal line.
+        joined (bool): Connect the points of a line.
     """
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
@@ -441,10 +445,11 @@ def save_lines(panels: Dict[str, Dict[str, Dict[str, Sequence[float]]]],
 
 def save_check(parts: Dict[str, Sequence[Tuple[str, float, float]]],
                path: Union[str, Path]) -> None:
-    """Draw falls of BatchNorm over the agreement of its gradients.
+    """Draw BatchNorm's loss of accuracy over the agreement of its gradients.
 
     Args:
-        parts (dict): By title, the name, agreement and fall of each cell.
+        parts (dict): Name, agreement and loss of accuracy of each cell, by
+            title.
         path (str | Path): Image file to write.
     """
     figure = Figure(figsize=(8, 4.6), layout='constrained')
@@ -468,17 +473,17 @@ def save_diagnosis(agreement: Dict[int, Tuple[float, float]], reference: int,
                    windows: Dict[int, Tuple[float, Optional[float]]],
                    threshold: float, title: str,
                    path: Union[str, Path]) -> None:
-    """Draw what the norm doctor found.
+    """Draw the results of the norm doctor.
 
     Args:
-        agreement (dict): By images that are normalised together, the
-            agreement with the gradient of the large batch and its error; the
-            first is the batch.
-        reference (int): Images of the large batch.
-        windows (dict): By window, errors of the statistics: as they were,
-            and followed.
-        threshold (float): Of the agreement.
-        title (str): The verdict.
+        agreement (dict): Agreement with the gradient of the large batch, and
+            its standard error, by number of images that are normalised
+            together. The first number is that of the batch.
+        reference (int): Number of images in the large batch.
+        windows (dict): Errors of the statistics by window: with the past
+            moments as they were, and recomputed with the current weights.
+        threshold (float): Threshold of the agreement.
+        title (str): Title of the picture.
         path (str | Path): Image file to write.
     """
     panels = 2 if windows else 1
@@ -502,7 +507,7 @@ def save_diagnosis(agreement: Dict[int, Tuple[float, float]], reference: int,
     if windows:
         ax = axes[1]
         for index, label in ((0, 'as they were'),
-                             (1, 'brought to today\'s weights (CBN)')):
+                             (1, 'recomputed with the current weights (CBN)')):
             points = [(w, e[index]) for w, e in windows.items()
                       if e[index] is not None]
             if points:
@@ -511,7 +516,7 @@ def save_diagnosis(agreement: Dict[int, Tuple[float, float]], reference: int,
         ax.set_xticks(list(windows), list(windows))
         ax.set(ylim=(0, None), xlabel='iterations in the statistics '
                '(1: BatchNorm)', ylabel='error of the layer\'s output, '
-               'deviations')
+               'standard deviations')
         ax.legend(frameon=False)
     for ax in axes:
         _finish(ax)

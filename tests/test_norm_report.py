@@ -58,7 +58,7 @@ def _said(layer, images=4, processes=2, **kwargs):
          'running averages'),
         (MABN(8, backward_statistics='batch'),
          '4 images, ema forward, batch backward', 'running averages'),
-        (BRN(8), '4 images, moved to the running averages',
+        (BRN(8), '4 images, renormalised to the running averages',
          'running averages'),
         (BGN(8, num_groups=2),
          'groups of 2 images, 2 groups of channels', "each example's own"),
@@ -66,7 +66,7 @@ def _said(layer, images=4, processes=2, **kwargs):
          'groups of 2 images, 2 groups of channels',
          "running averages, 0.25 of each example's own"),
         (GhostBN(8, ghost_size=1), 'groups of 1 image', 'running averages'),
-        (GhostBN(8, sync=True), 'groups of 2 images, of all GPUs',
+        (GhostBN(8, sync=True), 'groups of 2 images over all GPUs',
          'running averages'),
     ],
     ids=str)
@@ -120,7 +120,7 @@ def test_a_norm_in_evaluation_has_no_burn_in():
     assert norms[1].statistics == 'running averages, fixed'
     assert norms[2].statistics == "each example's own"
     said, = notes(model, norms, hooks)
-    assert said.startswith('2 norms, 1.0 the first of them, would train but')
+    assert said.startswith('2 norms (first: 1.0) should train, but')
 
 
 def test_norms_that_stop_to_gather_statistics():
@@ -169,7 +169,8 @@ def test_what_cbn_may_not_follow():
         NaiveCBN(4))
     hooks = [BurnInHook(iters=0)]
     said, = notes(model, describe_norms(model, hooks=hooks), hooks)
-    assert said.startswith('2 CBN layers, 1 the first of them, with no conv')
+    assert said.startswith(
+        'no convolution found before 2 CBN layers (first: 1).')
 
 
 def test_a_model_without_norms():
@@ -200,7 +201,7 @@ def test_notes_of_what_is_missing():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), MABN(4))
     said = notes(model, describe_norms(model))
     assert len(said) == 2
-    assert "1 MABN layer, 1 the first of them, without centred" in said[0]
+    assert 'before 1 MABN layer (first: 1) does not centre' in said[0]
     assert 'no BurnInHook in custom_hooks' in said[1]
     assert not notes(model, describe_norms(model, hooks=[BurnInHook(iters=0)]),
                      [BurnInHook(iters=0)])[1:]
@@ -270,7 +271,8 @@ def test_prefixes_data_and_options(capsys, shapes):
             for line in lines[1:4]] == ['none', '10000 iters', '10000 iters']
     assert '16 iterations x 1 image, ema forward' in lines[1]
     assert lines[-1].startswith(
-        'Note: 8 MABN layers, neck.lateral_convs.0.bn the')
+        'Note: the convolution before 8 MABN layers '
+        '(first: neck.lateral_convs.0.bn) does not')
 
 
 def test_a_row_for_each(capsys):
@@ -283,7 +285,7 @@ def test_what_would_stop_the_training_is_said(capsys):
     lines = _table(capsys, CBN_HEAD, '--cfg-options',
                    'custom_hooks.0.epochs=12')
     assert lines[-1].startswith('Training would stop at its start: BurnInHook:'
-                                ' epochs=12 is no shorter')
+                                ' epochs=12 is not shorter')
     lines = _table(capsys, CBN_HEAD, '--cfg-options',
                    'custom_hooks.0.prefix=nek')
     assert ("BurnInHook: prefix='nek' matches no layer that burns in of the "
@@ -356,7 +358,7 @@ def test_a_name_at_the_top_that_reaches_no_part(tmp_path, capsys):
             if line.startswith('Note: ')]
     assert len(said) == 2
     assert said[0].startswith('Note: norm_cfg at the top of the config asks '
-                              'for CBN, but no part of the model has it')
+                              'for CBN, but no part of the model uses it')
     assert 'model=dict(neck=dict(conv_cfg=conv_cfg))' in said[1]
 
 
@@ -364,5 +366,5 @@ def test_a_window_that_is_far_too_long(capsys):
     lines = _table(capsys, CBN_HEAD, '--cfg-options',
                    'model.neck.norm_cfg.window_size=100000')
     assert lines[-1].startswith(
-        'Note: 8 CBN layers, neck.lateral_convs.0.bn the first of them, with '
-        'window_size=100000: no window over 16')
+        'Note: window_size=100000 in 8 CBN layers (first: '
+        'neck.lateral_convs.0.bn) is too large: no window above 16')

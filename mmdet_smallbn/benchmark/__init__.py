@@ -1,1 +1,1 @@
-"""What norms cost, measured side by side."""
+"""Benchmarks of the cost of norms, and the classifier of the studies."""

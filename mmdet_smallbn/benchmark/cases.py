@@ -1,4 +1,4 @@
-"""What is measured: norms, blocks, detectors, in training and inference."""
+"""Benchmark cases: norms, blocks and detectors, in training and inference."""
 from collections import OrderedDict
 from contextlib import nullcontext
 from typing import Any, Callable, Dict, List, NamedTuple, Optional
@@ -18,7 +18,7 @@ from ..layers import (CenConv2d, SmallBatchNorm, TrainingLoop, norms_of,
                       set_example_weight)
 from .measure import Run
 
-# The baseline comes first. MABN's convolutions are centred, as in its method.
+# The baseline is first. MABN has centred convolutions, as in the paper.
 NORMS: Dict[str, dict] = {
     'BN': dict(norm_cfg=dict(type='BN')),
     'no norm': dict(norm_cfg=None),
@@ -39,7 +39,7 @@ NORMS: Dict[str, dict] = {
 
 
 class Block(NamedTuple):
-    """A convolution with what goes into it."""
+    """Input shape and kernel size of a convolution."""
     shape: tuple
     kernel_size: int
 
@@ -53,13 +53,14 @@ BLOCKS = {
     'bottleneck, 2x256x32x32, 1x1': Block((2, 256, 32, 32), 1),
     'RoI head, 128x256x7x7, 3x3': Block((128, 256, 7, 7), 3),
 }
-# By the names that mmcv's ConvModule takes; measuring blocks needs no mmcv.
+# Names as in mmcv, so that the benchmark of blocks does not need mmcv.
 _STOCK = dict(BN=nn.BatchNorm2d, GN=nn.GroupNorm)
-# As in a model, whose layers share what is done for all at once.
+# Several blocks, because the layers of a model share some of the work.
 IN_A_ROW = 4
-# At inference these stand for all: what a layer remembers is not used there.
+# Norms to measure at inference. The others differ from these only in their
+# past statistics, which inference does not use.
 DEPLOYED = ('BN', 'GN', 'CBN, window 4', 'MABN', 'BRN', 'BGN', 'GhostBN')
-# Detectors, and configs of configs/cbn with a norm in neck and heads.
+# Detectors, and their configs in configs/cbn with norms in neck and heads.
 DETECTORS = {
     'Faster R-CNN': 'faster-rcnn_r50_fpn_4conv1fc_cbn-head_4xb4-1x_coco.py',
     'Mask R-CNN': 'mask-rcnn_r50_fpn_4conv1fc_cbn-head_4xb4-1x_coco.py',
@@ -68,12 +69,12 @@ PLACES = ('heads', 'all')
 
 
 class Setting(NamedTuple):
-    """How everything runs.
+    """Device, precision and memory format of a benchmark.
 
     Attributes:
-        device (torch.device): Where.
-        dtype (torch.dtype): float32, or that of autocast.
-        channels_last (bool): The memory format.
+        device (torch.device): Device to run on.
+        dtype (torch.dtype): float32, or the dtype of autocast.
+        channels_last (bool): Use the channels_last memory format.
     """
     device: torch.device = torch.device('cpu')
     dtype: torch.dtype = torch.float32
@@ -85,7 +86,7 @@ class Setting(NamedTuple):
         return torch.autocast(self.device.type, self.dtype)
 
     def put(self, thing: Any) -> Any:
-        """A module or tensor on the device, in the memory format."""
+        """Move a module or tensor to the device and memory format."""
         thing = thing.to(self.device)
         if self.channels_last:
             thing = thing.to(memory_format=torch.channels_last)
@@ -93,19 +94,19 @@ class Setting(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """Something to measure.
+    """Step to measure, with its module.
 
     Attributes:
-        run (callable): One step of it.
-        module (nn.Module): What it trains.
-        optimizer (torch.optim.Optimizer, optional): What it trains it with.
+        run (callable): Function that runs one step.
+        module (nn.Module): Module that the step uses.
+        optimizer (torch.optim.Optimizer, optional): Optimizer of the step.
     """
     run: Run
     module: nn.Module
     optimizer: Optional[torch.optim.Optimizer] = None
 
     def state_bytes(self) -> int:
-        """What the norms remember of past iterations."""
+        """Return the bytes of the norms' past statistics."""
         return sum(
             tensor.numel() * tensor.element_size()
             for norm in self.module.modules()
@@ -113,7 +114,7 @@ class Contender(NamedTuple):
             for tensor in _tensors(norm.export_states()))
 
     def resident_bytes(self) -> int:
-        """Parameters, buffers, optimizer's and norms' states."""
+        """Return the bytes of parameters, buffers, optimizer and norms."""
         tensors = [*self.module.parameters(), *self.module.buffers()]
         if self.optimizer is not None:
             tensors += _tensors(list(self.optimizer.state.values()))
@@ -126,7 +127,7 @@ def _tensors(values: Any) -> List[Tensor]:
 
 
 def _block(norm: dict, block: Block, setting: Setting) -> nn.Sequential:
-    """Convolution, norm and ReLU, as mmcv's ConvModule has them."""
+    """Build a block of convolution, norm and ReLU, as mmcv's ConvModule."""
     channels, kernel = block.shape[1], block.kernel_size
     centred = norm.get('conv_cfg') is not None
     conv = (CenConv2d if centred else nn.Conv2d)(
@@ -161,7 +162,8 @@ def _in_turn(values: list) -> Callable[[], Any]:
 
 
 def _steps(module: nn.Module) -> Callable[[Run], None]:
-    """Runs something as an iteration of a training loop."""
+    """Return a function that runs a step as an iteration of a training loop.
+    """
     loop = TrainingLoop(norms_of(module))
     state = dict(iteration=0)
 
@@ -175,7 +177,7 @@ def _steps(module: nn.Module) -> Callable[[Run], None]:
 
 
 def train_block(norm: dict, block: Block, setting: Setting) -> Contender:
-    """Forward and backward of blocks in a row: convolution, norm and ReLU."""
+    """Measure forward and backward of several blocks in a row."""
     module = nn.Sequential(
         *(_block(norm, block, setting) for _ in range(IN_A_ROW)))
     parameters = list(module.parameters())
@@ -196,7 +198,10 @@ def train_block(norm: dict, block: Block, setting: Setting) -> Contender:
 
 
 def train_norm(norm: dict, block: Block, setting: Setting) -> Contender:
-    """Forward and backward of the norm, on convolutions that are made."""
+    """Measure forward and backward of the norm alone.
+
+    Its inputs are outputs of a convolution that were computed before.
+    """
     module = _block(norm, block, setting)
     with setting.autocast():
         maps = [module.conv(x) for x in _inputs(block, setting)]
@@ -217,7 +222,7 @@ def infer_block(norm: dict,
                 block: Block,
                 setting: Setting,
                 fold: bool = False) -> Contender:
-    """Forward of a block in evaluation."""
+    """Measure forward of a block in evaluation mode."""
     module = _block(norm, block, setting)
     return _infer(module, _inputs(block, setting), setting, fold)
 
@@ -226,15 +231,15 @@ def infer_network(norm: dict,
                   side: int,
                   setting: Setting,
                   fold: bool = False) -> Contender:
-    """Forward of a ResNet-50 with FPN, norms in all of it, on one image.
+    """Measure forward of a ResNet-50 with FPN and norms, on one image.
 
     Args:
-        norm (dict): ``norm_cfg`` and ``conv_cfg`` to have there.
+        norm (dict): ``norm_cfg`` and ``conv_cfg`` of backbone and FPN.
         side (int): Height and width of the image in pixels.
-        setting (Setting): Where and how.
-        fold (bool): Whether the norms are folded into the convolutions.
+        setting (Setting): Device, precision and memory format.
+        fold (bool): Fold the norms into the convolutions first.
     """
-    import mmdet.models  # noqa: F401  registers them
+    import mmdet.models  # noqa: F401  registers the models
     init_default_scope('mmdet')
     torch.manual_seed(0)
     module = nn.Sequential(
@@ -255,7 +260,7 @@ def _infer(module: nn.Module, inputs: List[Tensor], setting: Setting,
            fold: bool) -> Contender:
     module.eval()
     if fold:
-        # As trained, BGN normalises each image with its own statistics.
+        # By default BGN normalises each image with its own statistics.
         set_example_weight(module, 0)
         fuse_norm(module, inputs[0])
     next_input = _in_turn(inputs)
@@ -269,16 +274,17 @@ def _infer(module: nn.Module, inputs: List[Tensor], setting: Setting,
 
 def train_detector(config: str, place: str, norm: dict, setting: Setting,
                    images: int, size: tuple, rois: int) -> Contender:
-    """A step of a detector: losses, backward, update.
+    """Measure a training step of a detector: losses, backward, update.
 
     Args:
-        config (str): One with a norm in neck and heads.
-        place (str): ``'heads'``, or ``'all'`` for the backbone, too.
-        norm (dict): ``norm_cfg`` and ``conv_cfg`` to have there.
-        setting (Setting): Where and how.
-        images (int): Of a batch.
+        config (str): Config of a detector with norms in neck and heads.
+        place (str): ``'heads'`` for norms in neck and heads, or ``'all'`` for
+            norms in the backbone, too.
+        norm (dict): ``norm_cfg`` and ``conv_cfg`` of these parts.
+        setting (Setting): Device, precision and memory format.
+        images (int): Number of images in a batch.
         size (tuple[int, int]): Height and width of the images in pixels.
-        rois (int): Regions of an image in training.
+        rois (int): Number of sampled regions per image.
     """
     from mmdet.testing import demo_mm_inputs
     model = Config.fromfile(config).model
@@ -291,7 +297,7 @@ def train_detector(config: str, place: str, norm: dict, setting: Setting,
         parts.append(model.backbone)
     for part in parts:
         for key, value in norm.items():
-            part[key] = value  # update() would merge the two
+            part[key] = value  # update() would merge dicts
     model.backbone.init_cfg = None
     model.train_cfg.rcnn.sampler.num = rois
     torch.manual_seed(0)
@@ -319,14 +325,14 @@ def train_detector(config: str, place: str, norm: dict, setting: Setting,
 
 
 def train_stack(norm: dict, setting: Setting, folder: str) -> Contender:
-    """An iteration of mmengine's loop on 50 blocks with maps of 4x4.
+    """Measure an iteration of mmengine's loop on 50 blocks with 4x4 maps.
 
-    There the host is what takes time.
+    The maps are so small that the time is mainly the host's.
 
     Args:
-        norm (dict): ``norm_cfg`` and ``conv_cfg``.
-        setting (Setting): Where and how.
-        folder (str): For the loop's log.
+        norm (dict): ``norm_cfg`` and ``conv_cfg`` of the blocks.
+        setting (Setting): Device, precision and memory format.
+        folder (str): Folder for the log.
     """
     block = Block((2, 64, 4, 4), 3)
     x, = _inputs(block, setting, 1)

@@ -1,6 +1,6 @@
-"""Whether everything works on this GPU, and what the norms cost on it.
+"""Tool that tests the norms on a GPU and measures their cost there.
 
-Needs torch, mmengine and pytest; no mmcv and no mmdet.
+It needs torch, mmengine and pytest, but neither mmcv nor mmdet.
 """
 import argparse
 import copy
@@ -31,7 +31,7 @@ from .contests import contests, measure
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ('tests/test_layers', 'tests/test_functional', 'tests/test_hooks')
 LEVELS = ('norm', 'block', 'host')
-# What is measured, as long as there is time.
+# Settings to measure, in this order, until the time is over.
 SETTINGS = {
     'float32': dict(),
     'bfloat16 autocast': dict(dtype=torch.bfloat16),
@@ -41,20 +41,25 @@ SETTINGS = {
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Flags of the tool."""
+    """Parse the flags of the tool."""
     parser = argparse.ArgumentParser(
-        description='Run the tests of layers and hooks on a GPU, count where '
-        'the host waits for it, and measure what the norms cost')
+        description='Run the tests of layers and hooks on a GPU, count how '
+        'often the host waits for the GPU, and measure the cost of the norms')
     parser.add_argument(
         '--minutes',
         type=float,
         default=8.,
-        help='what would begin later than that is left out')
-    parser.add_argument('--rounds', type=int, default=9)
+        help='start no measurement after this time (8)')
+    parser.add_argument(
+        '--rounds',
+        type=int,
+        default=9,
+        help='number of timings of each norm, at least 3 (9)')
     parser.add_argument(
         '--out',
         default='docs/results/gpu.json',
-        help='JSON file to write; a Markdown page goes beside it')
+        help='JSON file to write; the Markdown page has the same name with '
+        '.md (docs/results/gpu.json)')
     args = parser.parse_args(argv)
     if args.rounds < 3:
         parser.error(f'--rounds {args.rounds}: quartiles need at least 3')
@@ -63,23 +68,25 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def run_tests(paths: Sequence[str], device: str,
               seconds: float) -> Dict[str, Any]:
-    """Run tests with tensors on a device, in processes of their own.
+    """Run tests on a device, in separate processes.
 
     Args:
-        paths (Sequence[str]): Of the tests, from the repository's root.
-        device (str): As torch names it.
-        seconds (float): After which they are stopped.
+        paths (Sequence[str]): Test files or folders, relative to the
+            repository's root.
+        device (str): Device name of torch.
+        seconds (float): Time limit in seconds.
 
     Returns:
-        dict: How many passed; the names and messages of those that failed;
-        how many were skipped, by reason; the seconds that it took.
+        dict: Number of passed tests, names and messages of failed tests,
+        number of skipped tests by reason, and time in seconds.
 
     Raises:
-        SetupError: If pytest is missing, or ended without a report.
+        SetupError: If pytest is missing, exceeds the time limit, or ends
+            without a report.
     """
     if find_spec('pytest') is None:
         raise SetupError('the tests need pytest, which is not installed. '
-                         'Remedy: pip install pytest pytest-xdist')
+                         'Install it: pip install pytest pytest-xdist')
     command = [sys.executable, '-m', 'pytest', '-q', '--device', device]
     if find_spec('xdist') is not None:
         workers = min(os.cpu_count() or 1, 12)
@@ -96,19 +103,19 @@ def run_tests(paths: Sequence[str], device: str,
                 text=True,
                 timeout=seconds)
         except subprocess.TimeoutExpired as error:
-            raise SetupError(f'the tests were not done after {seconds:.0f} '
-                             's. Give them more: --minutes') from error
+            raise SetupError(f'the tests did not end within {seconds:.0f} s. '
+                             'Increase --minutes') from error
         # 0: all passed; 1: some failed.
         if ended.returncode > 1 or not report.exists():
             said = (ended.stderr or ended.stdout).strip().splitlines()
             raise SetupError('the tests did not run: '
-                             f'{said[-1] if said else "pytest said nothing"}')
+                             f'{said[-1] if said else "pytest was silent"}')
         found = read_report(report)
     return dict(found, seconds=round(time.perf_counter() - begin))
 
 
 def read_report(path: Path) -> Dict[str, Any]:
-    """Counts and messages from pytest's XML report."""
+    """Return counts and messages from pytest's XML report."""
     passed, failed, skipped = 0, [], Counter()
     for case in ElementTree.parse(path).iter('testcase'):
         name = f'{case.get("classname")}::{case.get("name")}'
@@ -127,9 +134,9 @@ def read_report(path: Path) -> Dict[str, Any]:
 
 
 def count_waits(norm: dict, setting: Setting) -> int:
-    """How often the host waits for the GPU in a step of four blocks."""
+    """Count how often the host waits for the GPU in a step of four blocks."""
     step = train_block(norm, next(iter(BLOCKS.values())), setting)
-    for _ in range(20):  # until all tables are made
+    for _ in range(20):  # until all cached tensors exist
         step.run()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode('warn')
@@ -146,7 +153,7 @@ def capture(norm: dict, setting: Setting) -> str:
     """Capture a step of a block in a CUDA graph, and replay it.
 
     Returns:
-        str: ``'yes'``, or what speaks against it.
+        str: ``'yes'``, or the error message of the capture.
     """
     block = next(iter(BLOCKS.values()))
     torch.manual_seed(0)
@@ -179,7 +186,7 @@ def capture(norm: dict, setting: Setting) -> str:
 
 
 def machine() -> Dict[str, Any]:
-    """The GPU and the versions that everything ran with."""
+    """Return the GPU's name, the versions and the date."""
     import mmengine
     return dict(
         gpu=torch.cuda.get_device_name(),
@@ -192,7 +199,7 @@ def machine() -> Dict[str, Any]:
 
 
 def norm_table(rows: Sequence[Dict[str, Any]]) -> List[List[str]]:
-    """A line a norm, a column a case: time as a ratio to BatchNorm's."""
+    """Return a table of times relative to BatchNorm, one row per norm."""
     cases = list(dict.fromkeys((row['level'], row['case']) for row in rows))
     found = {(r['level'], r['case'], r['norm']): r for r in rows}
     host = next(case for case in cases if case[0] == 'host')
@@ -211,14 +218,14 @@ def norm_table(rows: Sequence[Dict[str, Any]]) -> List[List[str]]:
 
 
 def page(result: Dict[str, Any]) -> str:
-    """What was found, as a Markdown page."""
+    """Return the results as a Markdown page."""
     on, tests = result['machine'], result['tests']
     lines = [
         f'# The norms on {on["gpu"]}', '',
         f'`{result["command"]}`, {on["date"]}: Python {on["python"]}, PyTorch '
         f'{on["torch"]}, CUDA {on["cuda"]}, cuDNN {on["cudnn"]}, mmengine '
-        f'{on["mmengine"]}, neither mmcv nor mmdet needed. '
-        f'{result["seconds"]} s in all.', '', '## Tests on the GPU', '',
+        f'{on["mmengine"]}, without mmcv and mmdet. Total time: '
+        f'{result["seconds"]} s.', '', '## Tests on the GPU', '',
         f'{" ".join(TESTS)} with `--device cuda`: {tests["passed"]} passed, '
         f'{len(tests["failed"])} failed, {sum(tests["skipped"].values())} '
         f'skipped, {tests["seconds"]} s.', ''
@@ -243,23 +250,24 @@ def page(result: Dict[str, Any]) -> str:
     for title, rows in result['costs'].items():
         lines += [
             '', f'## Time of a training step, {title}', '',
-            "As a ratio to BatchNorm's within each round, medians. Host is an "
-            "iteration of mmengine's loop on 50 small blocks, where launches "
-            'take the time.', '', as_markdown(norm_table(rows))
+            'Each number is the median of the ratio to the time of BatchNorm '
+            "in the same round. Host is an iteration of mmengine's loop on 50 "
+            'small blocks. Its time is that of the launches.', '',
+            as_markdown(norm_table(rows))
         ]
     if result['left_out']:
-        lines += ['', f'Left out, for lack of time: '
+        lines += ['', f'Not measured, because the time was over: '
                   f'{"; ".join(result["left_out"])}.']
     return '\n'.join([*lines, ''])
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Test, count, measure, write."""
+    """Run the tests and measurements, and write the results."""
     args = parse_args(argv)
     console, begin = Console(), time.perf_counter()
     with one_line_errors():
         if not torch.cuda.is_available():
-            raise SetupError('this torch sees no GPU. On a machine with one, '
+            raise SetupError('torch finds no GPU. On a machine with a GPU, '
                              'install a torch that is built for CUDA')
 
         def left() -> float:
@@ -305,4 +313,4 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         console.print(page(result), markup=False)
         if tests['failed']:
             raise SetupError(f'{len(tests["failed"])} tests failed on the '
-                             f'GPU. {path} names them')
+                             f'GPU. {path} lists them')

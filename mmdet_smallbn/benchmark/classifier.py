@@ -1,4 +1,7 @@
-"""A small classifier on made images: minutes where a detector takes hours."""
+"""Small image classifier on synthetic images, for quick experiments.
+
+It trains in minutes, where a detector takes hours.
+"""
 from typing import Callable, Iterator, NamedTuple, Optional, Tuple
 
 import numpy as np
@@ -18,8 +21,8 @@ class Images(NamedTuple):
     """Images and their classes.
 
     Attributes:
-        pixels (Tensor): Shape (N, 3, 24, 24), from about -1.5 to 4.
-        labels (Tensor): Shape (N,).
+        pixels (Tensor): Images, shape (N, 3, 24, 24), from about -1.5 to 4.
+        labels (Tensor): Classes, shape (N,).
     """
     pixels: Tensor
     labels: Tensor
@@ -29,16 +32,16 @@ class Images(NamedTuple):
 
 
 def make_images(count: int, seed: int = 0, light: float = 1.) -> Images:
-    """One of ShapesCOCO's shapes on each, on noise.
+    """Draw images of one ShapesCOCO shape each, on noise.
 
-    Each image has a gain from 0.5 to 2 and an offset from -0.5 to 0.5 of its
-    own, as pictures have that were taken in different light. So images differ
-    from each other in what the many pixels of one cannot tell.
+    Each image has its own gain from 0.5 to 2 and its own offset from -0.5 to
+    0.5, like photographs in different light. The statistics of one image,
+    despite its many pixels, therefore differ from those of all images.
 
     Args:
-        count (int): How many.
-        seed (int): The images are a function of the arguments alone.
-        light (float): How much the light differs. 0: not at all.
+        count (int): Number of images.
+        seed (int): Random seed. Equal arguments give equal images.
+        light (float): Strength of the differences in light. 0: none.
     """
     rng = np.random.default_rng(seed)
     pixels = np.empty((count, SIZE, SIZE, 3), np.float32)
@@ -55,7 +58,7 @@ def make_images(count: int, seed: int = 0, light: float = 1.) -> Images:
 
 
 class Block(nn.Module):
-    """Two convolutions and a shortcut, as in ResNet-18."""
+    """Residual block of two convolutions, as in ResNet-18."""
 
     def __init__(self, inputs: int, channels: int, stride: int,
                  norm: dict) -> None:
@@ -76,11 +79,11 @@ class Block(nn.Module):
 
 
 def build_classifier(norm: dict, width: int = 16) -> nn.Sequential:
-    """A residual network of 11 convolutions and a linear layer.
+    """Build a residual network of 11 convolutions and a linear layer.
 
     Args:
-        norm (dict): ``norm_cfg``, and ``conv_cfg`` where it takes one.
-        width (int): Channels of the first stage.
+        norm (dict): ``norm_cfg``, and ``conv_cfg`` if the norm needs one.
+        width (int): Number of channels in the first stage.
     """
     model = nn.Sequential(
         ConvModule(3, width, 3, 1, 1, bias=False, **norm),
@@ -98,7 +101,7 @@ def tell_iteration(model: nn.Module,
                    iteration: Optional[int],
                    scale: float = 1.,
                    burning_in: bool = False) -> None:
-    """What a hook tells the norms in a detector's training."""
+    """Set the norms' training state, as the hook does in mmengine's loop."""
     for layer in norms_of(model).values():
         layer.iteration = iteration
         layer.gradient_scale = scale
@@ -106,14 +109,14 @@ def tell_iteration(model: nn.Module,
 
 
 class Schedule(NamedTuple):
-    """How a classifier trains.
+    """Training schedule of a classifier.
 
     Attributes:
-        images (int): Of a batch that is normalised.
-        batches (int): That a step accumulates.
-        steps (int): Of the optimizer.
+        images (int): Number of images that are normalised together.
+        batches (int): Number of such batches in an optimizer step.
+        steps (int): Number of optimizer steps.
         lr (float): Highest learning rate of SGD.
-        burn_in (int): Steps with the norms in burn-in.
+        burn_in (int): Number of steps with the norms in burn-in.
     """
     images: int
     batches: int
@@ -123,7 +126,7 @@ class Schedule(NamedTuple):
 
 
 def batches_of(count: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Indices of shuffled batches without end."""
+    """Yield the indices of shuffled batches without end."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(count, generator=generator)
@@ -135,10 +138,10 @@ def train_classifier(model: nn.Module,
                      schedule: Schedule,
                      seed: int,
                      tell: Callable[[], None] = lambda: None) -> None:
-    """SGD with momentum, warm-up and a cosine schedule.
+    """Train with SGD with momentum, warm-up and a cosine schedule.
 
-    With the same seed, any split of a step into batches sees the same images
-    in it.
+    For a given seed, the images of a step do not depend on how the step is
+    split into batches.
     """
     optimizer = torch.optim.SGD(
         model.parameters(), schedule.lr, momentum=0.9, weight_decay=5e-4)
@@ -163,13 +166,13 @@ def train_classifier(model: nn.Module,
 
 
 def loss_of(model: nn.Module, images: Images) -> Tensor:
-    """Cross entropy of a batch."""
+    """Return the cross entropy of a batch."""
     return F.cross_entropy(model(images.pixels), images.labels)
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Images) -> float:
-    """Part of the images whose class is found, in evaluation."""
+    """Return the fraction of correctly classified images, in evaluation."""
     model.eval()
     found: Tuple[Tensor, ...] = tuple(
         model(pixels).argmax(1) for pixels in images.pixels.split(256))

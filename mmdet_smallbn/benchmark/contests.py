@@ -1,4 +1,4 @@
-"""Which norms are measured side by side, and in what."""
+"""Comparisons of norms: which norms are measured together, in which case."""
 import datetime
 import platform
 import tempfile
@@ -25,13 +25,18 @@ def contests(levels: Sequence[str],
              setting: Setting,
              sides: Sequence[int] = (),
              **detector: Any) -> Iterator[tuple]:
-    """Level, case, and what makes the contenders, one contest at a time.
+    """Yield level, case and contenders of each comparison.
+
+    Each contender is a tuple of a function and its arguments; the call
+    returns a :class:`Contender`.
 
     Args:
-        levels (Sequence[str]): Of :data:`LEVELS`.
-        norms (dict[str, dict]): Of ``cases.NORMS``, the baseline among them.
-        setting (Setting): Where and how they run.
-        sides (Sequence[int]): Pixels of latency's square images.
+        levels (Sequence[str]): Levels from :data:`LEVELS`.
+        norms (dict[str, dict]): Norms from ``cases.NORMS``, including the
+            baseline.
+        setting (Setting): Device, precision and memory format.
+        sides (Sequence[int]): Sides in pixels of the square images for level
+            ``'latency'``.
         **detector: ``images``, ``size`` and ``rois`` of
             :func:`train_detector`.
     """
@@ -85,13 +90,13 @@ def contests(levels: Sequence[str],
 def measure(level: str, case: str, make: Dict[str, tuple], setting: Setting,
             rounds: int, tell: Callable[[], None] = lambda: None
             ) -> List[Dict[str, Any]]:
-    """Let the contenders of one case run side by side.
+    """Measure the contenders of one case in turn.
 
     Args:
-        level, case, make: Of :func:`contests`.
-        setting (Setting): Where and how they run.
-        rounds (int): How often each is timed.
-        tell (callable): Called after each round.
+        level, case, make: One result of :func:`contests`.
+        setting (Setting): Device, precision and memory format.
+        rounds (int): Number of timings of each contender.
+        tell (callable): Progress callback, called after each round.
     """
     contenders: Dict[str, Contender] = {}
     for name, (maker, *arguments) in make.items():
@@ -122,7 +127,7 @@ def measure(level: str, case: str, make: Dict[str, tuple], setting: Setting,
 
 
 def table(rows: Sequence[Dict[str, Any]]) -> List[List[str]]:
-    """Lines of the table, the first of them its head."""
+    """Return the rows of the result table; the first row is the header."""
     lines = [[
         'level', 'case', 'norm', 'time / BN', 'quartiles', 'memory / BN',
         'state, KiB', 'launches'
@@ -139,7 +144,7 @@ def table(rows: Sequence[Dict[str, Any]]) -> List[List[str]]:
 
 
 def processor() -> str:
-    """The name of the CPU."""
+    """Return the name of the CPU."""
     cpuinfo = Path('/proc/cpuinfo')
     if cpuinfo.is_file():
         for line in cpuinfo.read_text().splitlines():
@@ -149,7 +154,7 @@ def processor() -> str:
 
 
 def machine(setting: Setting) -> Dict[str, Any]:
-    """The device that numbers are from, and its settings."""
+    """Return the device of the measurements and its settings."""
     on_cpu = setting.device.type == 'cpu'
     names = {dtype: name for name, dtype in DTYPES.items()}
     return dict(

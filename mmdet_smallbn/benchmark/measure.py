@@ -1,4 +1,4 @@
-"""Times and memory of several things, measured side by side."""
+"""Measurement of time, memory and kernel launches."""
 import gc
 import random
 import statistics
@@ -12,11 +12,11 @@ Run = Callable[[], None]
 
 
 class Ratio(NamedTuple):
-    """A ratio to the baseline over the rounds of a measurement.
+    """Ratio to the baseline over the rounds of a measurement.
 
     Attributes:
-        median (float): Its median.
-        low, high (float): Its quartiles.
+        median (float): Median of the ratio.
+        low, high (float): Quartiles of the ratio.
     """
     median: float
     low: float
@@ -24,7 +24,7 @@ class Ratio(NamedTuple):
 
 
 def seconds(run: Run, repeats: int, device: torch.device) -> float:
-    """Time of one run, of several in a row."""
+    """Return the mean time of a run over several runs in a row."""
     if device.type == 'cuda':
         start, end = (
             torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -47,22 +47,23 @@ def interleave(runs: Dict[str, Run],
                least: float = 0.02,
                tell: Callable[[], None] = lambda: None
                ) -> Dict[str, List[float]]:
-    """Time all of them in each round, one after the other.
+    """Time several functions in turn, in each of several rounds.
 
-    What slows the machine down for a while slows all of them down. The order
-    changes from round to round: what one leaves in the caches is not always
-    the same one's.
+    If the machine is slow for a while, all functions of a round are slow, and
+    their ratios stay correct. The order changes from round to round, so that
+    no function always profits from the caches of the same predecessor.
 
     Args:
-        runs (dict[str, callable]): By name.
-        rounds (int): How often each is timed, after two rounds of warm-up.
-        device (torch.device): What they run on.
-        least (float): Seconds that a measurement should last; shorter runs
-            are repeated in it.
-        tell (callable): Called after each round.
+        runs (dict[str, callable]): Functions by name.
+        rounds (int): Number of timings of each function, after two rounds of
+            warm-up.
+        device (torch.device): Device that the functions use.
+        least (float): Minimum time of a measurement in seconds. Shorter
+            functions are repeated in it.
+        tell (callable): Progress callback, called after each round.
 
     Returns:
-        dict[str, list[float]]: Seconds of a run, in each round.
+        dict[str, list[float]]: Seconds per run in each round.
     """
     order = list(runs)
     for _ in range(2):
@@ -87,17 +88,17 @@ def interleave(runs: Dict[str, Run],
 
 
 def ratio(times: Sequence[float], baseline: Sequence[float]) -> Ratio:
-    """Of two interleaved measurements, round by round."""
+    """Return the ratio of two interleaved measurements, round by round."""
     low, median, high = statistics.quantiles(
         [a / b for a, b in zip(times, baseline)], n=4)
     return Ratio(median, low, high)
 
 
 def peak_memory(run: Run, device: torch.device) -> int:
-    """The most bytes of tensors that a run adds to what there was.
+    """Return the peak of the bytes that a run allocates for tensors.
 
-    From the device's allocator; on the CPU from the profiler's record of
-    allocations.
+    Memory that was allocated before does not count. On a GPU the number comes
+    from the allocator, on a CPU from the profiler's record of allocations.
     """
     run()
     if device.type == 'cuda':
@@ -122,7 +123,7 @@ def peak_memory(run: Run, device: torch.device) -> int:
 
 
 def launches(run: Run, device: torch.device) -> int:
-    """Kernels that a run launches; operators that do work, on the CPU."""
+    """Count the kernels of a run; on a CPU, the operators that compute."""
     run()
     kinds = [ProfilerActivity.CPU]
     if device.type == 'cuda':
@@ -141,7 +142,7 @@ def launches(run: Run, device: torch.device) -> int:
         and event.name[6:] not in _VIEWS for event in events)
 
 
-# Operators that touch no values.
+# Operators that do not read or write values.
 _VIEWS = {
     'view', 'as_strided', 'expand', 'expand_as', 'transpose', 'permute', 't',
     'select', 'slice', 'narrow', 'unsqueeze', 'squeeze', 'detach', 'alias',

@@ -1,9 +1,9 @@
-"""The images of ShapesCOCO.
+"""Drawing of ShapesCOCO's images.
 
-Coloured shapes of seven kinds and many sizes, on uneven backgrounds, over and
-under each other, among lines and blots that are none of the classes, under
-changing light, contrast, blur and noise. Large enough to need training, small
-enough to learn in minutes on a CPU.
+An image has coloured shapes of seven classes and many sizes on an uneven
+background. They may overlap. Lines and blots belong to no class. Light,
+contrast, blur and noise vary. The data set is large enough to need training,
+and small enough to learn in minutes on a CPU.
 """
 from typing import Dict, List, Optional, Sequence, Tuple
 
@@ -12,14 +12,15 @@ import numpy as np
 
 CLASSES = ('circle', 'square', 'triangle', 'star', 'cross', 'heart',
            'crescent')
-# Raised when the same seed draws something else.
+# Increase it when a seed draws another image than before.
 VERSION = 1
 
-# An object must show this part of itself, and this many pixels.
+# Smallest visible fraction of an object, and smallest number of its pixels.
 _MIN_VISIBLE = 0.7
 _MIN_PIXELS = 40
 _SUPERSAMPLING = 4
-# Between an object's colour and what is behind it: Euclidean, of 255.
+# Smallest Euclidean distance between the colours of an object and of its
+# background, for channels from 0 to 255.
 _MIN_CONTRAST = 90
 
 
@@ -28,7 +29,7 @@ def _polar(angles: np.ndarray, radii) -> np.ndarray:
 
 
 def _outline(name: str) -> np.ndarray:
-    """Outline of a shape in the unit disc, y downwards, shape (P, 2)."""
+    """Return a shape's outline in the unit disc, y downwards, (P, 2)."""
     turn = np.linspace(0, 2 * np.pi, 64, endpoint=False)
     if name == 'circle':
         return 0.9 * _polar(turn, 1.)
@@ -49,7 +50,8 @@ def _outline(name: str) -> np.ndarray:
              np.cos(4 * turn)) / 17
         return 0.95 * np.stack([x, -y], axis=1)
     if name == 'crescent':
-        # A disc without a disc: the two arcs meet where the circles do.
+        # A disc minus another disc: the two arcs meet where the circles
+        # intersect.
         shift, inner = 0.5, 0.78
         x = (shift**2 + 1 - inner**2) / (2 * shift)
         y = np.sqrt(1 - x**2)
@@ -63,14 +65,14 @@ def _outline(name: str) -> np.ndarray:
                      axis=1)
         ])
         return points + np.array([0.25, 0.])
-    raise ValueError(f'unknown shape {name!r}; one of {CLASSES}')
+    raise ValueError(f'unknown shape {name!r}. Use one of {CLASSES}')
 
 
 _OUTLINES = {name: _outline(name) for name in CLASSES}
 
 
 def _mask(outline: np.ndarray, size: int) -> np.ndarray:
-    """Coverage of each pixel, float32 in [0, 1], shape (size, size)."""
+    """Return each pixel's coverage, float32 in [0, 1], (size, size)."""
     big = np.zeros((size * _SUPERSAMPLING, ) * 2, np.uint8)
     points = np.round(outline * _SUPERSAMPLING).astype(np.int32)
     cv2.fillPoly(big, [points], 255)
@@ -79,10 +81,10 @@ def _mask(outline: np.ndarray, size: int) -> np.ndarray:
 
 
 def shape_mask(rng: np.random.Generator, name: str, size: int) -> np.ndarray:
-    """Coverage of each pixel by a shape that fills most of an image.
+    """Draw one shape that fills most of an image, as coverage of each pixel.
 
     Args:
-        rng (np.random.Generator): Chooses size, place and angle.
+        rng (np.random.Generator): Random generator for size, place and angle.
         name (str): One of ``CLASSES``.
         size (int): Height and width in pixels.
 
@@ -102,7 +104,7 @@ def _turn(rng: np.random.Generator) -> np.ndarray:
 
 def _smooth_noise(rng: np.random.Generator, size: int,
                   cells: int) -> np.ndarray:
-    """Smooth field in about [-1, 1], shape (size, size, 1)."""
+    """Return smooth noise in about [-1, 1], shape (size, size, 1)."""
     grid = rng.uniform(-1, 1, (cells, cells)).astype(np.float32)
     return cv2.resize(
         grid, (size, size), interpolation=cv2.INTER_CUBIC)[..., None]
@@ -127,7 +129,7 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _clutter(rng: np.random.Generator, image: np.ndarray) -> None:
-    """Lines and soft blots, in place: nothing that a class looks like."""
+    """Draw lines and soft blots, which resemble no class, in place."""
     size = len(image)
     for _ in range(rng.integers(2, 7)):
         points = rng.uniform(0, size, (3, 2))
@@ -148,7 +150,10 @@ def _clutter(rng: np.random.Generator, image: np.ndarray) -> None:
 
 def _texture(rng: np.random.Generator, size: int,
              behind: np.ndarray) -> np.ndarray:
-    """Fill of one object that stands out from a colour, (size, size, 3)."""
+    """Return an object's texture, (size, size, 3).
+
+    Its colour differs from ``behind``, the mean colour of the background.
+    """
     for _ in range(10):
         colour = _colour(rng)
         if np.linalg.norm(colour - behind) > _MIN_CONTRAST:
@@ -166,7 +171,7 @@ def _texture(rng: np.random.Generator, size: int,
 
 
 def _photometric(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """Uneven light, contrast, blur, noise."""
+    """Apply uneven light, contrast, blur and noise."""
     size = len(image)
     image = image * (1 + rng.uniform(0, 0.3) * _smooth_noise(rng, size, 2))
     image = (image - 128) * rng.uniform(0.7, 1.15) + 128
@@ -179,7 +184,7 @@ def _photometric(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
 
 def _under_conditions(rng: np.random.Generator, image: np.ndarray,
                       strength: float) -> np.ndarray:
-    """Exposure, white balance, gamma and haze, one of each for the image."""
+    """Apply one random exposure, white balance, gamma and haze."""
     image = (image / np.float32(255))**np.exp(strength * rng.uniform(-.5, .5))
     image = image * 2**(strength * rng.uniform(-1.5, 0.5))
     image = image * 2**(strength * rng.uniform(-0.4, 0.4, 3))
@@ -190,7 +195,7 @@ def _under_conditions(rng: np.random.Generator, image: np.ndarray,
 
 def _place(rng: np.random.Generator, size: int) -> Tuple[int, np.ndarray]:
     category = int(rng.integers(len(CLASSES)))
-    # Even on a log scale: from a twelfth to a quarter of the image in radius.
+    # Log-uniform radius, from a twelfth to a quarter of the image.
     radius = size * np.exp(rng.uniform(np.log(0.08), np.log(0.24)))
     centre = rng.uniform(radius * 0.7, size - radius * 0.7, 2)
     turn = _turn(rng)
@@ -200,11 +205,12 @@ def _place(rng: np.random.Generator, size: int) -> Tuple[int, np.ndarray]:
 
 
 def _annotation(category: int, visible: np.ndarray) -> Dict:
-    """COCO annotation of the visible part of an object, without ids."""
+    """Return the COCO annotation of an object's visible part, without ids."""
     ys, xs = np.nonzero(visible)
     left, top = int(xs.min()), int(ys.min())
     right, bottom = int(xs.max()) + 1, int(ys.max()) + 1
-    # Contours run through pixel centres: enlarged, they follow the outline.
+    # OpenCV's contours run through pixel centres. In the enlarged mask they
+    # follow the outline closely.
     crop = np.kron(visible[top:bottom, left:right],
                    np.ones((_SUPERSAMPLING, ) * 2)).astype(np.uint8)
     contours, _ = cv2.findContours(crop, cv2.RETR_EXTERNAL,
@@ -231,19 +237,19 @@ def make_image(seed: Sequence[int],
     """Draw one image.
 
     Args:
-        seed (Sequence[int]): The image is a function of the arguments alone.
+        seed (Sequence[int]): Random seed. Equal arguments give equal images.
         size (int): Height and width in pixels.
-        conditions (float): How much images differ in exposure, white balance,
-            gamma and haze, as those of a car's camera do by day, at dusk and
-            in fog. From 0, not at all, to 1.
-        scene (Sequence[int], optional): A seed of the condition alone:
-            images of one scene have the same one. None: the image has a
-            condition of its own.
+        conditions (float): Strength of the differences in exposure, white
+            balance, gamma and haze, from 0 (none) to 1. They resemble those
+            of a car's camera by day, at dusk and in fog.
+        scene (Sequence[int], optional): Random seed of the conditions alone.
+            Images with the same scene have the same conditions. None: the
+            image has its own conditions.
 
     Returns:
         tuple[np.ndarray, list[dict]]: The image in BGR, uint8, shape
-        (size, size, 3), and the COCO annotations of all objects in it, of
-        their visible parts: boxes in pixels as x, y, width, height.
+        (size, size, 3), and the COCO annotations of the visible parts of all
+        objects: boxes in pixels as x, y, width, height.
     """
     rng = np.random.default_rng(seed)
     image = _background(rng, size)
@@ -256,7 +262,7 @@ def make_image(seed: Sequence[int],
         solid = coverage > 0.5
         after = np.where(solid, len(objects), owner)
         full = [pixels for _, pixels in objects] + [int(solid.sum())]
-        # Objects may hide a part of each other, but not most of it.
+        # Skip an object that would hide too much of another, or be too small.
         if any((after == i).sum() < max(_MIN_PIXELS, _MIN_VISIBLE * pixels)
                for i, pixels in enumerate(full)):
             continue

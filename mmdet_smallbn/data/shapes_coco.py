@@ -16,7 +16,7 @@ from .shapes import CLASSES, VERSION, make_image
 
 def _write_image(index: int, folder: Path, seed: Sequence[int],
                  size: int, conditions: float, frames: int) -> List[Dict]:
-    # Not an image's seed, also if numpy pads that with zeros.
+    # The 1 makes it differ from all seeds of images, which numpy pads with 0.
     scene = None if frames == 1 else (*seed, index // frames, 1)
     image, annotations = make_image((*seed, index), size, conditions, scene)
     cv2.imwrite(
@@ -88,32 +88,33 @@ def make_shapes_coco(root: Union[str, Path],
                      conditions: float = 0.,
                      workers: Optional[int] = None,
                      frames: int = 1) -> Path:
-    """Write a data set, or keep it where the same one already is.
+    """Write the data set ShapesCOCO, unless the folder already has it.
 
-    Another ShapesCOCO in the folder is replaced, anything else is not touched.
-
-    The layout is COCO's: ``train/``, ``val/`` and
+    A ShapesCOCO with other arguments is replaced. Other files are not changed.
+    The layout is that of COCO: ``train/``, ``val/`` and
     ``annotations/instances_{train,val}.json``.
 
     Args:
-        root (str | Path): Folder to write to. Made if missing.
+        root (str | Path): Folder to write to. It is created if missing.
         train (int): Number of training images.
-        val (int): Number of validation images, none of them in training.
+        val (int): Number of validation images. They differ from the training
+            images.
         size (int): Height and width of the images in pixels, at least 64.
-        seed (int): The data set is a function of these numbers alone.
-        conditions (float): How much images differ in light and weather, from
-            0 to 1; see :func:`mmdet_smallbn.data.shapes.make_image`.
-        workers (int, optional): Processes that draw. None: one a core.
-        frames (int): Images that follow each other under one condition, as
-            the frames of a scene do.
+        seed (int): Random seed. Equal arguments give an equal data set.
+        conditions (float): Strength of the differences in light and weather,
+            from 0 to 1; see :func:`mmdet_smallbn.data.shapes.make_image`.
+        workers (int, optional): Number of processes. None: one per core.
+        frames (int): Number of consecutive images with the same conditions,
+            like the frames of a scene.
 
     Returns:
         Path: The folder.
 
     Raises:
-        ValueError: If a count is not positive, the size is too small, or
-            conditions are out of range.
-        FileExistsError: If the folder holds something else.
+        ValueError: If a count is not positive, the size is too small,
+            ``conditions`` is out of range, or ``frames`` is above 1 without
+            conditions.
+        FileExistsError: If the folder contains something else.
     """
     if min(train, val, frames) < 1:
         raise ValueError('train, val and frames must be at least 1, but got '
@@ -124,8 +125,8 @@ def make_shapes_coco(root: Union[str, Path],
         raise ValueError('conditions must be a number from 0 to 1, but got '
                          f'{conditions}')
     if frames > 1 and not conditions:
-        raise ValueError(f'frames={frames} share a condition, and there is '
-                         'none: give conditions above 0')
+        raise ValueError(f'frames={frames} needs conditions above 0, but got '
+                         f'conditions={conditions}')
     root = Path(root)
     recipe = dict(
         version=VERSION,
@@ -143,10 +144,11 @@ def make_shapes_coco(root: Union[str, Path],
             shutil.rmtree(root / name, ignore_errors=True)
     elif root.exists() and any(root.iterdir()):
         raise FileExistsError(
-            f'{root} holds something other than ShapesCOCO, which is not '
-            'touched: choose another folder, or empty it')
+            f'{root} contains something other than ShapesCOCO, which is not '
+            'changed. Choose another folder, or empty this one')
     root.mkdir(parents=True, exist_ok=True)
-    # The marker claims the folder; it is complete when all else is.
+    # The marker identifies the folder as ShapesCOCO. It is marked complete
+    # after all other files are written.
     marker.write_text(json.dumps(dict(recipe, complete=False)))
     workers = workers or os.cpu_count()
     for index, (name, count) in enumerate((('train', train), ('val', val))):

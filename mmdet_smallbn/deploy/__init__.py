@@ -1,4 +1,4 @@
-"""Out of the lab: folding, converting and exporting trained models."""
+"""Deployment of trained models: folding, conversion and export."""
 from .fuse import fuse_norm
 
 __all__ = ['fuse_norm']

@@ -1,4 +1,4 @@
-"""How far a converted model is from what it stands for."""
+"""Difference between the outputs of a converted and an original model."""
 import math
 
 from torch import Tensor
@@ -8,16 +8,19 @@ def difference(found: Tensor,
                wanted: Tensor,
                at_least: float = 0.,
                by_channel: bool = False) -> float:
-    """Largest difference, as a part of the largest output.
+    """Return the largest difference, relative to the largest output.
 
     Args:
-        found, wanted (Tensor): Outputs of the two.
-        at_least (float): The largest output is taken to be no less.
-        by_channel (bool): Whether each channel has a largest output of its
-            own, which is no less than a thousandth of all channels'.
+        found, wanted (Tensor): Outputs of the converted and the original
+            model.
+        at_least (float): Lower bound of the largest output.
+        by_channel (bool): Compare each channel, of shape (N, C, H, W), with
+            its own largest output. This has a lower bound, too: a thousandth
+            of the largest output of all channels.
 
     Returns:
-        float: Infinite if shapes differ, or a difference is not finite.
+        float: The relative difference. It is infinite if the shapes differ,
+        or if a difference is NaN.
     """
     if found.shape != wanted.shape:
         return math.inf
@@ -31,6 +34,6 @@ def difference(found: Tensor,
     else:
         error, size = error.max(), size.max()
     ratio = error / size.clamp(min=at_least)
-    # What is right to the last digit may be 0.
+    # Without a difference the ratio may be 0 / 0.
     ratio = ratio.masked_fill(error == 0, 0).max().item()
     return math.inf if math.isnan(ratio) else ratio

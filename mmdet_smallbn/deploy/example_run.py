@@ -1,4 +1,4 @@
-"""One forward pass of a model whose inputs nobody named."""
+"""Forward pass of a model on example inputs."""
 from typing import Any, Callable, Optional, Sequence, Union
 
 import torch
@@ -15,20 +15,18 @@ Inputs = Union[Tensor, Sequence[Any]]
 
 def example_run(model: nn.Module,
                 inputs: Optional[Inputs] = None) -> Callable[[], Any]:
-    """A forward pass that can be repeated, on copies of the same inputs.
+    """Return a forward pass that can be repeated on copies of the inputs.
 
     Args:
         model (nn.Module): A detector, or a part of one.
-        inputs (Tensor | Sequence, optional): What it is called with. None:
-            random images of 128 x 128 pixels, or random maps for a module
-            that states a list as ``in_channels``, as necks do. A detector
-            runs all of its network: the heads of two stages, too.
+        inputs (Tensor | Sequence, optional): Inputs of the model. None: one
+            random image of 128 x 128 pixels, or random feature maps for a
+            module whose ``in_channels`` is a list, such as a neck. A detector
+            runs its whole network, also the second stage.
 
     Returns:
-        callable: Runs the model in evaluation, without gradients.
-
-    Raises:
-        SetupError: When run, if the model cannot take the inputs.
+        callable: Function that runs the model in evaluation mode, without
+        gradients. It raises SetupError if the model cannot run on the inputs.
     """
     call = _call(model, inputs)
 
@@ -37,14 +35,14 @@ def example_run(model: nn.Module,
         model.eval()
         try:
             return call()
-        except SetupError:  # of hooks that watch it
+        except SetupError:  # raised by module hooks of the caller
             raise
         except Exception as error:
             given = 'the inputs given' if inputs is not None else (
-                'random images, which are made where no inputs are given')
+                'a random image, the default input')
             raise SetupError(f'{type(model).__name__} cannot run on {given}: '
                              f'{describe(error)}. Give it inputs that it '
-                             'takes') from error
+                             'accepts') from error
 
     return run
 
@@ -71,7 +69,7 @@ def _call(model: nn.Module, inputs: Optional[Inputs]) -> Callable[[], Any]:
 
 
 def copies(values: Any) -> Any:
-    """The tensors in nested values cloned: a model may work in place."""
+    """Clone the tensors in nested values: a model may change them in place."""
     return tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v,
                     values)
 
@@ -84,7 +82,7 @@ def _random(model: nn.Module, channels: int, side: int) -> Tensor:
 
 
 def _sample() -> Any:
-    """What a detector is told of an image."""
+    """Return the data sample of a detector for an image."""
     from mmdet.structures import DetDataSample
     size = (_SIDE, _SIDE)
     return DetDataSample(

@@ -1,4 +1,4 @@
-"""Folding norms into the convolutions before them."""
+"""Folding of norms into the convolutions before them."""
 import warnings
 from collections import defaultdict
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set, Tuple
@@ -17,8 +17,8 @@ from .difference import difference
 from .example_run import Inputs, copies, example_run
 from .statistics import fixed_statistics
 
-# How far a folded convolution may be from what it stands for, relative to a
-# channel's largest output.
+# Largest allowed difference between a folded convolution and the original
+# pair, relative to the largest output of a channel.
 _TOLERANCE = {
     torch.float64: 1e-10,
     torch.float32: 1e-4,
@@ -30,45 +30,45 @@ _TOLERANCE = {
 def fuse_norm(model: nn.Module,
               inputs: Optional[Inputs] = None,
               strict: bool = True) -> nn.Module:
-    r"""Fold every norm of BatchNorm's form into its convolution, in place.
+    r"""Fold the batch norms of a model into its convolutions, in place.
 
-    In evaluation such a norm is an affine map of each channel, and a
-    convolution before it can do that, too:
+    In evaluation such a norm is an affine map of each channel. The
+    convolution before it can include this map:
 
     .. math::
         w'_c = \frac{\gamma_c}{\sqrt{\sigma_c^2 + \epsilon}}\, w_c, \qquad
         b'_c = (b_c - \mu_c)\,\frac{\gamma_c}{\sqrt{\sigma_c^2 + \epsilon}}
             + \beta_c.
 
-    CBN, MABN, BRN, stock BatchNorm and SyncBatchNorm are folded, and BGN and
-    GhostBN at an example weight of 0; CenConv2d's filters are centred for
-    good. What is left are plain convolutions with a bias, and
-    ``nn.Identity`` where the norms were. GroupNorm stays.
+    The function folds CBN, MABN, BRN, stock BatchNorm and SyncBatchNorm, and
+    BGN and GhostBN with an example weight of 0. It centres the filters of
+    CenConv2d permanently. The result has plain convolutions with a bias, and
+    ``nn.Identity`` in place of the norms. GroupNorm stays.
 
-    Which convolution is before which norm is seen in a forward pass, not
-    guessed from the order of attributes: a norm is folded only if all it was
-    given are outputs of one convolution that nothing else has used. Each
-    folded convolution is compared with what it stands for, and so is the
-    whole model unless it has a RoI head.
+    A forward pass shows which convolution is before which norm; the order of
+    attributes does not matter. A norm is folded only if all its inputs are
+    outputs of one convolution, and nothing else uses these outputs. The
+    function compares each folded convolution with the original pair. It also
+    compares the output of the whole model, unless the model has a RoI head.
 
     Args:
-        model (nn.Module): A detector or any part of one, with trained norms.
-            Is put into evaluation.
-        inputs (Tensor | Sequence, optional): What to call it with, so that
-            all its norms are reached. None: random images; see
-            :func:`example_run`.
-        strict (bool): Whether a norm that cannot be folded is an error.
-            False: it stays as it is, and a warning tells why.
+        model (nn.Module): A detector or a part of one, with trained norms. It
+            is set to evaluation mode.
+        inputs (Tensor | Sequence, optional): Inputs for a forward pass that
+            reaches all norms. None: a random image; see :func:`example_run`.
+        strict (bool): Raise an error if a norm cannot be folded. False: this
+            norm stays, and a warning gives the reason.
 
     Returns:
         nn.Module: The model.
 
     Raises:
-        SetupError: If the model cannot run on the inputs, or a norm cannot be
-            folded: it follows no convolution, shares it with another norm or
-            layer, follows one that computes its weight (weight
-            standardisation) or is deformable, was not reached, or normalises
-            each image in its own way. Nothing has changed then.
+        SetupError: If the model cannot run on the inputs, or if a norm cannot
+            be folded. The reasons are: it does not follow a convolution; it
+            shares the convolution with another norm or layer; the convolution
+            computes its weight (weight standardisation) or is deformable; the
+            forward pass does not reach the norm; the norm normalises each
+            image with its own statistics. The model does not change then.
 
     Example:
         >>> model = init_detector(config, checkpoint, device='cpu')
@@ -102,12 +102,12 @@ def _fuse(model: nn.Module, run: Callable[[], Any], strict: bool) -> None:
     if reasons:
         told = '; '.join(reasons)
         if strict:
-            raise SetupError(f'{told}. (fuse_norm(model, strict=False) folds '
-                             f'the other {len(new) // 2} norms)')
+            raise SetupError(f'{told}. fuse_norm(model, strict=False) folds '
+                             f'the other {len(new) // 2} norms')
         warnings.warn(f'not folded: {told}')
     _replace(model, new)
     if getattr(model, 'with_roi_head', False):
-        return  # regions that are equally good may change their places
+        return  # the order of regions with equal scores may change
     try:
         _compare_all(before, run())
     except Exception:
@@ -116,43 +116,47 @@ def _fuse(model: nn.Module, run: Callable[[], Any], strict: bool) -> None:
 
 
 def _compare_all(before: Any, after: Any) -> None:
-    """Compare what the whole model puts out.
+    """Compare the outputs of the whole model before and after folding.
 
-    It shows what a forward pass does out of sight: in scripted functions, or
-    with modules that it keeps in places of its own.
+    This finds operations that the watch cannot see, such as those of scripted
+    functions, or of modules that are not registered.
 
     Raises:
-        SetupError: If it is not the same.
+        SetupError: If the outputs differ.
     """
     for old, new in zip(*(tree_flatten(v)[0] for v in (before, after))):
         if not isinstance(old, Tensor) or not old.is_floating_point():
             continue
-        # Layers add up their errors.
+        # Rounding errors add up over the layers.
         if difference(new, old) > 10 * _TOLERANCE[old.dtype]:
             raise SetupError(
-                'the folded model does not put out the same, though each pair '
-                'does: its forward pass uses a convolution or norm in a way '
-                'that was not seen. Nothing has been changed')
+                'the folded model has another output, although each folded '
+                'convolution has the same. Its forward pass uses a '
+                'convolution or norm in a way that cannot be traced. The '
+                'model was not changed')
 
 
-# Functions of a tensor that do not use its values.
+# Functions that do not read the values of a tensor.
 _HARMLESS = ('__get__', 'size', 'dim', 'ndimension', 'numel', 'stride',
              'is_contiguous', 'is_floating_point', 'is_complex',
              'element_size', '__len__', 'get_device')
 
 
 class _Made(NamedTuple):
-    """A convolution's output, kept so that no other takes its place."""
+    """Output of a convolution.
+
+    It is kept alive so that no other tensor gets the same id.
+    """
     out: Tensor
     conv: str
-    x: Optional[Tensor]  # its input; None: it had others, too
+    x: Optional[Tensor]  # the input; None: there were further arguments
 
 
 class _Watch(TorchFunctionMode):
-    """Sees which convolutions' outputs go into which norms, and where else.
+    """Recorder of which operations use the outputs of convolutions.
 
     Args:
-        model (nn.Module): What is watched.
+        model (nn.Module): The model to record.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -166,13 +170,14 @@ class _Watch(TorchFunctionMode):
                 self.convs[name] = module
         self._watched = {**self.norms, **self.convs}
         self._made: Dict[int, _Made] = {}
-        # Whose a parameter or buffer is.
+        # Names of the modules, by id of their parameters and buffers.
         self._owners: Dict[int, str] = {
             id(tensor): name
             for name, module in self._watched.items()
             for tensor in (*module.parameters(), *module.buffers())
         }
-        # What a training loop has left is of no use any more.
+        # Modules whose own hooks or forward would be lost. remember_call, a
+        # remainder of the training loop, is not needed any more.
         self._hooked = {
             name
             for name, module in self._watched.items()
@@ -184,11 +189,11 @@ class _Watch(TorchFunctionMode):
         self._before: Dict[str, Set[Optional[str]]] = defaultdict(set)
         self._others: Dict[str, Set[str]] = defaultdict(set)
         self._calls: Dict[str, int] = defaultdict(int)
-        # Inputs of convolutions, and outputs of the norms behind them.
+        # By norm: input of the convolution before it, output of the norm.
         self._passes: Dict[str, Tuple[Tensor, Tensor]] = {}
 
     def look(self, run: Callable[[], Any]) -> Any:
-        """Watch one forward pass, and give a copy of what came out."""
+        """Record one forward pass, and return a copy of its output."""
         handles = []
         for name, module in self._watched.items():
             after = self._after_norm if name in self.norms else (
@@ -219,10 +224,10 @@ class _Watch(TorchFunctionMode):
             if inside not in self.norms and id(leaf) in self._made:
                 self._others[self._made[id(leaf)].conv].add(used)
             owner = self._owners.get(id(leaf))
-            # A module's own parts are used within its call.
+            # Within its own call a module may use its parameters.
             if owner is not None and owner != inside and not any(
                     name.startswith(f'{owner}.') for name in self._inside):
-                self._others[owner].add(f'{used} by its weights')
+                self._others[owner].add(f'{used} (its weight)')
         return result
 
     def _enter(self, name: str):
@@ -238,7 +243,7 @@ class _Watch(TorchFunctionMode):
             self._inside.pop()
             self._calls[name] += 1
             if isinstance(out, Tensor):
-                # What comes later may work on it in place.
+                # A later operation may change the input in place.
                 x = None if kwargs or len(inputs) != 1 else inputs[0].clone()
                 self._made[id(out)] = _Made(out, name, x)
 
@@ -256,14 +261,14 @@ class _Watch(TorchFunctionMode):
                 self._others[made.conv].add(name)
                 if made.x is None:
                     self._others[made.conv].add(
-                        'arguments beside its input')
+                        'a call with further arguments')
                 elif made.x.numel():
                     self._passes[name] = made.x, out.clone()
 
         return hook
 
     def conv_before(self, name: str) -> str:
-        """The convolution that a norm can be folded into.
+        """Return the name of the convolution that a norm can be folded into.
 
         Raises:
             SetupError: If there is none.
@@ -272,40 +277,40 @@ class _Watch(TorchFunctionMode):
         before = self._before.get(name)
         if before is None:
             raise SetupError(
-                f'{who} was not reached by the forward pass: give fuse_norm '
-                'inputs that it takes part in')
+                f'{who} was not reached by the forward pass. Give fuse_norm '
+                'inputs that reach it')
         if before == {None}:
             raise SetupError(f'{who} follows no convolution')
         if len(before) > 1:
             raise SetupError(
                 f'{who} follows more than one operation ('
-                f'{", ".join(sorted(map(str, before)))}), and cannot be '
-                'folded into all of them')
+                f'{", ".join(sorted(map(str, before)))}), so it cannot be '
+                'folded')
         conv, = before
         others = self._others[conv] | self._others[name]
         others -= {name}
         if others:
             raise SetupError(
-                f'{who} follows {conv!r}, whose output or weight is used by '
-                f'{", ".join(sorted(others))}, too')
+                f'{who} follows {conv!r}, whose output or weight is also used '
+                f'by {", ".join(sorted(others))}')
         if self._calls[conv]:
             raise SetupError(f'{who} and {conv!r} before it were not called '
                              'equally often')
         hooked = self._hooked & {name, conv}
         if hooked:
             raise SetupError(f'{who} follows {conv!r}, and {hooked.pop()!r} '
-                             'has a hook or a forward of its own, which would '
-                             'be lost')
+                             'has a hook or a forward of its own, which '
+                             'folding would remove')
         if name not in self._passes:
-            raise SetupError(f'{who} was given no values: give fuse_norm '
-                             'inputs that lead to some')
+            raise SetupError(f'{who} received only empty inputs. Give '
+                             'fuse_norm inputs with values for it')
         return conv
 
     def check(self, name: str, folded: nn.Module) -> None:
-        """Compare a folded convolution with what it stands for.
+        """Compare a folded convolution with the original pair.
 
         Raises:
-            SetupError: If they differ.
+            SetupError: If their outputs differ.
         """
         x, out = self._passes[name]
         with torch.no_grad():
@@ -313,12 +318,12 @@ class _Watch(TorchFunctionMode):
         if error <= _TOLERANCE[x.dtype]:
             return
         raise SetupError(
-            f'{type(self.norms[name]).__name__} {name!r} behind its '
-            'convolution does not put out what it was folded to')
+            f'{type(self.norms[name]).__name__} {name!r} after its '
+            'convolution and the folded convolution have different outputs')
 
 
 def _is_conv(module: nn.Module) -> bool:
-    """Whether a norm's input may be made by it, to be folded or refused."""
+    """Return True for a convolution, also for kinds that cannot be folded."""
     weight = getattr(module, 'weight', None)
     return isinstance(weight, Tensor) and weight.dim() == 4
 
@@ -329,9 +334,9 @@ def _fold(name: str, norm: nn.Module, conv: nn.Module,
     mean, var = fixed_statistics(name, norm)
     if not _is_plain(conv):
         raise SetupError(
-            f'{who} follows {conv_name!r}, a {type(conv).__name__}, which '
-            'does more than convolve with its weight: a scaled weight would '
-            'not give a scaled output')
+            f'{who} follows {conv_name!r}, a {type(conv).__name__}. It does '
+            'more than a convolution with its weight, so a scaled weight does '
+            'not scale its output')
     with torch.no_grad():
         scale = torch.rsqrt(var + norm.eps)
         if norm.weight is not None:
@@ -343,7 +348,8 @@ def _fold(name: str, norm: nn.Module, conv: nn.Module,
             bias = bias + norm.bias.double()
         shape = (-1, 1, 1, 1)
         if isinstance(conv, nn.ConvTranspose2d):
-            # (C_in, C / groups, kh, kw): the outputs of each group's inputs.
+            # The weight is (C_in, C / groups, kh, kw): each input channel
+            # needs the scales of its group's output channels.
             scale = scale.view(conv.groups, -1).repeat_interleave(
                 conv.in_channels // conv.groups, 0)
             shape = (*scale.shape, 1, 1)
@@ -358,13 +364,13 @@ def _is_plain(conv: nn.Module) -> bool:
         conv, nn.ConvTranspose2d) else nn.Conv2d
     if kind in (stock, CenConv2d):
         return True
-    # mmcv's own of the same names differ for empty inputs of old torch.
+    # mmcv's subclasses differ only for empty inputs in old versions of torch.
     return issubclass(kind, stock) and (
         kind.__module__ == 'mmcv.cnn.bricks.wrappers')
 
 
 def _plain(conv: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
-    """A stock convolution as ``conv``, with other values."""
+    """Return a stock convolution with the settings of ``conv``."""
     kind, settings = nn.Conv2d, {}
     if isinstance(conv, nn.ConvTranspose2d):
         kind = nn.ConvTranspose2d
@@ -389,7 +395,7 @@ def _plain(conv: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
 
 
 def _replace(model: nn.Module, new: Dict[nn.Module, nn.Module]) -> None:
-    """Put modules in the places of others, wherever those are."""
+    """Replace modules in all places where the model registers them."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in new:

@@ -1,35 +1,37 @@
-"""State dicts of the papers' released codes, in mmdet 3.x's layout.
+"""Conversion of checkpoints of the papers' released code to mmdet 3.x.
 
-What was read, of public repositories: the norm, backbone, heads and configs
-of Howal/Cross-iterationBatchNorm (a fork of mmdetection from before 1.0) and
-of megvii-model/MABN (``det/``, a patch over
+The rules were derived from the code of public repositories: the norm,
+backbone, heads and configs of Howal/Cross-iterationBatchNorm (a fork of
+mmdetection from before 1.0) and of megvii-model/MABN (``det/``, a patch over
 facebookresearch/maskrcnn-benchmark, and ``cls/``), and mmdetection's
-``tools/model_converters/upgrade_model_version.py``. The checkpoints
-themselves were not at hand: nothing here was tried on one. Of
-``R50-wc.pth``, MABN's ImageNet weights for detection, not even the keys could
-be found out; it is taken to be in the layout of ``cls/``.
+``tools/model_converters/upgrade_model_version.py``. The released checkpoints
+were not available, so the rules are not tested on them. Even the keys of
+``R50-wc.pth``, MABN's ImageNet weights for detection, are unknown; the module
+assumes the layout of ``cls/``.
 
-Classes. Both detectors have the background first, mmdet 3.x has it last
-among the scores and has no boxes or masks for it. So its row goes to the end
-of the scores, and its rows of boxes and masks go, weight and bias alike
-(mmdetection's own tool keeps the biases' first rows instead). Sigmoid heads
-(RPN, RetinaNet) have no background and stay; of an RPN with softmax each
-anchor's two rows are exchanged.
+Classes: both detectors have the background as the first class. In mmdet 3.x
+the background is last among the scores and has no boxes or masks. The
+conversion moves its row to the end of the scores, and removes its rows from
+boxes and masks, in weight and bias (mmdetection's own tool keeps the first
+rows of the bias instead). Sigmoid heads (RPN, RetinaNet) have no background
+and do not change. In an RPN with softmax the two rows of each anchor are
+exchanged.
 
-Norms. The released CBN registers no buffers but the running ones: its window
-is in no checkpoint, nor is ``num_batches_tracked``, by whose absence its
-layers are told from BatchNorm's. It divides by ``sqrt(var) + eps``, in
-training too, unless it was given ``out_p=True``; this package divides by
-``sqrt(var + eps)``. ``match_eps`` puts the quotient into the scales, after
-which evaluation is the released one. The released MABN has a mean square of
-shape (1, C, 1, 1) as ``running_var``, no ``running_mean`` and a count of
-iterations; its momentum of 0.98 is this package's 0.02, and in no state dict.
-FrozenBatchNorm2d of maskrcnn-benchmark has no eps; that is left alone.
+Norms: the released CBN has only the running buffers. Its checkpoints contain
+neither the window nor ``num_batches_tracked``; a norm without this key is
+CBN, a norm with it is BatchNorm. The released CBN divides by ``sqrt(var) +
+eps``, also in training, unless it has ``out_p=True``. This package divides by
+``sqrt(var + eps)``. ``match_eps`` multiplies the scales by the quotient, so
+that evaluation equals that of the released code. The released MABN stores the
+mean square as ``running_var`` with shape (1, C, 1, 1), has no
+``running_mean``, and counts iterations. Its momentum of 0.98 is not in the
+state dict, and is 0.02 in this package. FrozenBatchNorm2d of
+maskrcnn-benchmark has no eps; the conversion ignores this difference.
 
-What a state dict does not say, and the config must, is in
-:attr:`Conversion.notes`. The anchors of maskrcnn-benchmark are rounded before
-they are scaled to their size, and none of mmdet's generators does that: on
-the first levels their sides differ by up to about 6 % from mmdet's.
+:attr:`Conversion.notes` lists settings that the state dict does not contain
+and the config must have. maskrcnn-benchmark rounds anchors before it scales
+them to their size, unlike all generators of mmdet. On the first levels the
+sides of the anchors differ by up to about 6 % from those of mmdet.
 """
 import re
 from dataclasses import dataclass, field
@@ -47,39 +49,39 @@ BENCHMARK = 'maskrcnn-benchmark'
 IMAGENET = 'mabn-imagenet'
 LAYOUTS = (MMDET1, BENCHMARK, IMAGENET)
 
-_EPS = 1e-5  # of both codes' configs
+_EPS = 1e-5  # in the configs of both releases
 _AVERAGES = ('buffer_x2', 'buffer_gz', 'pre_x2', 'pre_gz', 'sta_matrix')
 _REFILLED = ("MABN's averages over the last iterations, which fill again in "
              'training')
 _OLD_BOXES = (
-    'boxes, anchors and regions of interest had other conventions: take '
-    "LegacyAnchorGenerator, LegacyDeltaXYWHBBoxCoder and RoIAlign's "
-    "aligned=False, as mmdet's configs/legacy_1.x do")
+    'the released code uses other conventions for boxes, anchors and regions '
+    'of interest. Use LegacyAnchorGenerator, LegacyDeltaXYWHBBoxCoder and '
+    "RoIAlign with aligned=False, as in mmdet's configs/legacy_1.x")
 _BGR = 'bgr_to_rgb=False, std=[1, 1, 1] and mean='
 _NOTES = {
     MMDET1: [_OLD_BOXES],
     BENCHMARK: [
-        _OLD_BOXES + ' (the anchors remain a little different)',
-        "backbone.style='caffe', unless STRIDE_IN_1X1 was False; "
-        f'data_preprocessor: {_BGR}[102.9801, 115.9465, 122.7717]'
+        _OLD_BOXES + ' (small differences of the anchors remain)',
+        "set backbone.style='caffe', unless STRIDE_IN_1X1 was False, and in "
+        f'data_preprocessor {_BGR}[102.9801, 115.9465, 122.7717]'
     ],
     IMAGENET: [
-        "backbone.style='pytorch'; images were in BGR from 0 to 255: "
-        f'data_preprocessor: {_BGR}[0, 0, 0]'
+        "set backbone.style='pytorch'. The released code uses BGR images from "
+        f'0 to 255, so set in data_preprocessor {_BGR}[0, 0, 0]'
     ],
 }
 
 
 @dataclass
 class Conversion:
-    """A state dict of mmdet 3.x, and what led to it.
+    """State dict of mmdet 3.x, with a record of the changes.
 
     Attributes:
-        state_dict: What a model loads.
-        became: Old key, new key and what else was done, if anything.
-        dropped: Keys that have no place in mmdet, by the reason.
+        state_dict: State dict for a model of mmdet 3.x.
+        became: Old key, new key, and the change of the value, if any.
+        dropped: Removed keys by reason; mmdet does not have them.
         added: Keys that the released code does not have.
-        notes: What the config has to say, and what differs.
+        notes: Settings that the config needs, and remaining differences.
     """
     state_dict: StateDict = field(default_factory=dict)
     became: List[Tuple[str, str, str]] = field(default_factory=list)
@@ -89,8 +91,8 @@ class Conversion:
 
     def put(self, old: str, new: str, value: Tensor, done: str = '') -> None:
         if new in self.state_dict:
-            raise SetupError(f'{old} becomes {new}, as another key does: the '
-                             'checkpoint is a mixture of layouts')
+            raise SetupError(f'{old} and another key both become {new}. The '
+                             'checkpoint mixes several layouts')
         self.state_dict[new] = value
         self.became.append((old, new, done))
 
@@ -99,19 +101,19 @@ class Conversion:
 
 
 def layout_of(state: StateDict, meta: Optional[dict] = None) -> Optional[str]:
-    """Recognise a layout by the keys.
+    """Find the layout of a state dict from its keys.
 
     Args:
-        state (dict): From :func:`find_state_dict`.
-        meta (dict, optional): Of the checkpoint. RetinaNet's keys are the
-            same in mmdet 1.x: there its version tells.
+        state (dict): State dict from :func:`find_state_dict`.
+        meta (dict, optional): ``meta`` of the checkpoint. Its version of
+            mmdet decides for RetinaNet, whose keys are the same in mmdet 1.x.
 
     Returns:
-        str, optional: One of ``LAYOUTS``. None: torchvision's or that of
-        mmdet 2.x and 3.x, which load as they are.
+        str, optional: One of ``LAYOUTS``. None: the layout of torchvision or
+        of mmdet 2.x and 3.x, which needs no conversion.
 
     Raises:
-        SetupError: If it is none of these.
+        SetupError: If the layout is unknown.
     """
 
     def has(*prefixes: str) -> bool:
@@ -129,27 +131,28 @@ def layout_of(state: StateDict, meta: Optional[dict] = None) -> Optional[str]:
     if has('backbone.', 'roi_head.') or has('conv1.') and has('layer1.0.'):
         return None
     raise SetupError(
-        f'its layout is not known: its keys are {some(list(state))}. If it is '
-        f'one of {", ".join(LAYOUTS)}, name it with --layout; if not, rename '
-        'its keys to those of mmdet')
+        f'its layout is not known. Its keys are {some(list(state))}. If it is '
+        f'one of {", ".join(LAYOUTS)}, set it with --layout. Otherwise rename '
+        'the keys to those of mmdet')
 
 
 def convert(state: StateDict,
             layout: str,
             match_eps: bool = False) -> Conversion:
-    """Bring a released state dict to mmdet 3.x's layout.
+    """Convert a released state dict to the layout of mmdet 3.x.
 
     Args:
-        state (dict): From :func:`find_state_dict`; it is not changed.
+        state (dict): State dict from :func:`find_state_dict`. It does not
+            change.
         layout (str): One of ``LAYOUTS``.
-        match_eps (bool): Put what the released CBN's place of eps changes
-            into the scales.
+        match_eps (bool): Change the scales of CBN so that evaluation equals
+            that of the released code, which adds eps outside the root.
 
     Returns:
-        Conversion: With dtypes as they were.
+        Conversion: The new state dict, with unchanged dtypes.
 
     Raises:
-        SetupError: If the keys or shapes are not those of the layout.
+        SetupError: If the keys or shapes do not fit the layout.
     """
     result = Conversion(notes=list(_NOTES[layout]))
     {
@@ -158,10 +161,10 @@ def convert(state: StateDict,
         IMAGENET: _convert_imagenet
     }[layout](result, state)
     if layout == MMDET1:
-        _judge_eps(result, match_eps)
+        _handle_eps(result, match_eps)
     elif match_eps:
-        raise SetupError('--match-eps is for the released CBN, and this is '
-                         f'{layout}')
+        raise SetupError('--match-eps is for the released CBN, but the layout '
+                         f'is {layout}. Remove the flag')
     _complete_norms(result, with_means=layout != MMDET1)
     return result
 
@@ -175,8 +178,8 @@ _ROI_HEADS = ('bbox_head', 'mask_head', 'semantic_head', 'grid_head',
 def _convert_mmdet1(result: Conversion, state: StateDict) -> None:
     newer = [key for key in state if key.startswith('roi_head.')]
     if newer:
-        raise SetupError(f'it has {some(newer, 1)}, which mmdet 1.x has not: '
-                         'it loads as it is')
+        raise SetupError(f'it has {some(newer, 1)}, a key of mmdet 2.x and '
+                         '3.x: it loads as it is')
     scores = [
         key for key in state if re.fullmatch(r'.*\bfc_cls\.weight', key)
     ]
@@ -184,13 +187,14 @@ def _convert_mmdet1(result: Conversion, state: StateDict) -> None:
         key.startswith('bbox_head.') for key in state)
     if one_stage and 'bbox_head.retina_cls.weight' not in state:
         raise SetupError(
-            'of one-stage detectors of mmdet 1.x only RetinaNet is known, but '
-            f'found {some([k for k in state if k.startswith("bbox_head.")])}')
+            'only RetinaNet is supported among the one-stage detectors of '
+            'mmdet 1.x, but found '
+            f'{some([k for k in state if k.startswith("bbox_head.")])}')
     rows = state[scores[0]].shape[0] if scores else 0
     for key, value in state.items():
         new, done = key, ''
         if one_stage:
-            # Up to 0.5.3 they were bare convolutions.
+            # Up to mmdet 0.5.3 they were convolutions without ConvModule.
             new = re.sub(r'^(bbox_head\.(?:cls|reg)_convs\.\d+)\.'
                          r'(?=(?:weight|bias)$)', r'\1.conv.', key)
         elif key.split('.')[0] in _ROI_HEADS:
@@ -219,7 +223,7 @@ def _background_last(key: str, value: Tensor,
 
 def _without_background(key: str, value: Tensor, rows: int,
                         width: int) -> Tuple[Tensor, str]:
-    """Less the background's rows, unless the classes share theirs."""
+    """Remove the background's rows, unless all classes share their rows."""
     if len(value) == width * rows:
         return value[width:].clone(), 'background removed'
     if len(value) == width:
@@ -229,12 +233,12 @@ def _without_background(key: str, value: Tensor, rows: int,
 
 def _wrong_rows(key: str, value: Tensor, wanted: str) -> SetupError:
     return SetupError(
-        f'{key} has {len(value)} rows, but {wanted} go with the class scores, '
-        'background included: was it converted before?')
+        f'{key} has {len(value)} rows, but {wanted} fit the class scores, '
+        'background included. Was it converted before?')
 
 
-def _judge_eps(result: Conversion, match: bool) -> None:
-    """Say how far the place of eps moves CBN's outputs, or undo it."""
+def _handle_eps(result: Conversion, match: bool) -> None:
+    """Match the released CBN's eps, or note how much it changes outputs."""
     state, largest, count = result.state_dict, 0., 0
     for key in [k for k in state if k.endswith('.running_var')]:
         name = key.rpartition('.')[0]
@@ -249,16 +253,17 @@ def _judge_eps(result: Conversion, match: bool) -> None:
             state[f'{name}.weight'] = (scale.double() * quotient).to(
                 scale.dtype)
     if match and not count:
-        raise SetupError('--match-eps: there is no CBN; every norm counts its '
-                         'batches, as BatchNorm does')
+        raise SetupError('--match-eps: there is no CBN. Every norm counts its '
+                         'batches, as BatchNorm does. Remove the flag')
     if match:
         result.notes.append(
-            f'the scales of {count} norms of CBN make up for the place of eps')
+            f'the scales of {count} CBN layers compensate for the position of '
+            'eps')
     elif count:
         result.notes.append(
-            'the released CBN divides by sqrt(var) + eps, this one by '
-            f'sqrt(var + eps): outputs of {count} norms differ by up to '
-            f'{largest:.2%}; --match-eps makes up for it')
+            'the released CBN divides by sqrt(var) + eps, this package by '
+            f'sqrt(var + eps). The outputs of {count} norms differ by up to '
+            f'{largest:.2%}. --match-eps removes the difference')
 
 
 # maskrcnn-benchmark with MABN's patch.
@@ -300,9 +305,9 @@ def _convert_benchmark(result: Conversion, state: StateDict) -> None:
     for key, value in state.items():
         module, _, leaf = key.rpartition('.')
         if key.startswith('rpn.anchor_generator.'):
-            result.drop(key, 'anchors, which the config describes')
+            result.drop(key, 'anchors, which the config defines')
             continue
-        if _of_mabn(result, key):
+        if _drop_averages(result, key):
             continue
         new = _benchmark_module(state, module, convs)
         if new is None:
@@ -312,7 +317,7 @@ def _convert_benchmark(result: Conversion, state: StateDict) -> None:
         if new == 'roi_head.bbox_head.fc_cls':
             value, done = _background_last(key, value, rows)
         elif new == 'roi_head.bbox_head.fc_reg':
-            # One box for all classes is there one for the background, too.
+            # If the classes share one box, the background has one, too.
             if len(value) == 8:
                 value, done = value[4:].clone(), 'background removed'
             else:
@@ -322,14 +327,14 @@ def _convert_benchmark(result: Conversion, state: StateDict) -> None:
         _put_of_norm(result, state, key, f'{new}.{leaf}', value, done)
     if unknown:
         raise SetupError(
-            f'no rule for {some(unknown)}: known are Faster and Mask R-CNN on '
-            'ResNet with FPN, heads of 4conv1fc or 2fc, as configs of the '
-            'released MABN have them')
+            f'no rule for {some(unknown)}. Supported are Faster and Mask '
+            'R-CNN with ResNet, FPN and 4conv1fc or 2fc heads, as in the '
+            "released MABN's configs")
     _fold_stem_bias(result)
 
 
 def _is_filter(state: StateDict, module: str) -> bool:
-    """A convolution's weight; norms have (C,) or (1, C, 1, 1)."""
+    """Return True for a convolution: a norm has shape (C,) or (1, C, 1, 1)."""
     weight = state.get(f'{module}.weight')
     return (weight is not None and weight.dim() == 4
             and f'{module}.running_var' not in state)
@@ -341,7 +346,7 @@ def _norm_name(state: StateDict, module: str) -> str:
 
 def _benchmark_module(state: StateDict, module: str,
                       convs: List[int]) -> Optional[str]:
-    """mmdet's name of a module; None if there is none."""
+    """Return mmdet's name of a module; None if there is none."""
     if module in _MODULES:
         return _MODULES[module]
     match = _BODY.fullmatch(module)
@@ -349,7 +354,7 @@ def _benchmark_module(state: StateDict, module: str,
         return f'backbone.{match[1]}'
     match = _XCONVS.fullmatch(module)
     if match and any(i <= int(match[1]) for i in convs):
-        # Convolution, norm if any, ReLU: over and over in one sequence.
+        # One sequence repeats convolution, norm (if any) and ReLU.
         place = sum(i <= int(match[1]) for i in convs) - 1
         part = 'conv' if int(match[1]) in convs else _norm_name(state, module)
         return f'roi_head.bbox_head.shared_convs.{place}.{part}'
@@ -361,8 +366,8 @@ def _benchmark_module(state: StateDict, module: str,
     return None
 
 
-def _of_mabn(result: Conversion, key: str) -> bool:
-    """Drop a key if it is of MABN's averages."""
+def _drop_averages(result: Conversion, key: str) -> bool:
+    """Drop a key of MABN's averages; return True if it was one."""
     if key.rpartition('.')[2] not in _AVERAGES:
         return False
     result.drop(key, _REFILLED)
@@ -371,7 +376,7 @@ def _of_mabn(result: Conversion, key: str) -> bool:
 
 def _put_of_norm(result: Conversion, state: StateDict, key: str, new: str,
                  value: Tensor, done: str) -> None:
-    """Put a key; those of a norm in BatchNorm's names and shapes."""
+    """Add a key; give those of norms BatchNorm's names and shapes."""
     module, _, leaf = key.rpartition('.')
     if f'{module}.running_var' in state:
         if leaf == 'iters':
@@ -383,7 +388,7 @@ def _put_of_norm(result: Conversion, state: StateDict, key: str, new: str,
 
 
 def _fold_stem_bias(result: Conversion) -> None:
-    """The SyncBN baseline's conv1 has a bias, mmdet's has none."""
+    """Fold the bias of the SyncBN baseline's conv1, which mmdet lacks."""
     state = result.state_dict
     mean = state.get('backbone.bn1.running_mean')
     if mean is None or 'backbone.conv1.bias' not in state:
@@ -405,14 +410,14 @@ def _convert_imagenet(result: Conversion, state: StateDict) -> None:
             result.drop(key, "ImageNet's classifier")
         elif not re.match(r'(conv1|bn1|layer\d\.\d+)\.', key):
             unknown.append(key)
-        elif not _of_mabn(result, key):
+        elif not _drop_averages(result, key):
             _put_of_norm(result, state, key, f'backbone.{key}', value, '')
     if unknown:
-        raise SetupError(f'no rule for {some(unknown)}: known are ResNets')
+        raise SetupError(f'no rule for {some(unknown)}. Supported are ResNets')
 
 
 def _complete_norms(result: Conversion, with_means: bool) -> None:
-    """Add the buffers that a norm of mmdet has beside its variance."""
+    """Add the buffers of mmdet's norms that the released norms lack."""
     state: StateDict = {}
     old = result.state_dict
     for key, value in old.items():

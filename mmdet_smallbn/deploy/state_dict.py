@@ -1,4 +1,4 @@
-"""State dicts in checkpoints of any kind."""
+"""Functions that find and load the state dict of a checkpoint."""
 from typing import Any, Dict
 
 from torch import Tensor, nn
@@ -10,14 +10,14 @@ StateDict = Dict[str, Tensor]
 
 
 def find_state_dict(checkpoint: Any, name: str) -> StateDict:
-    """The tensors of a checkpoint, without a wrapper's ``module.``.
+    """Return the state dict of a checkpoint, without the prefix ``module.``.
 
     Args:
-        checkpoint: What was loaded.
-        name (str): Of the file, for the message.
+        checkpoint: The loaded checkpoint.
+        name (str): Name of the file, for the error message.
 
     Raises:
-        SetupError: If it holds none.
+        SetupError: If the checkpoint has no state dict.
     """
     state = checkpoint
     for key in ('state_dict', 'model'):
@@ -27,8 +27,8 @@ def find_state_dict(checkpoint: Any, name: str) -> StateDict:
     if not isinstance(state, dict) or not state or not all(
             isinstance(value, Tensor) for value in state.values()):
         raise SetupError(
-            f'{name}: it holds no state dict: expected names and tensors, in '
-            "'state_dict', in 'model' or by themselves, but found "
+            f'{name} has no state dict. Expected names and tensors, under '
+            "'state_dict', under 'model' or at the top level, but found "
             f'{_kind_of(checkpoint)}')
     if all(key.startswith('module.') for key in state):
         state = {key[len('module.'):]: v for key, v in state.items()}
@@ -45,19 +45,20 @@ def load_strictly(model: nn.Module,
                   state: StateDict,
                   message: str,
                   allow_more: bool = False) -> None:
-    """Load a state dict that has all of a model's weights.
+    """Load a state dict that has all weights of a model.
 
-    Numbers of batches, which evaluation does not need, may be missing.
+    ``num_batches_tracked`` may be missing: evaluation does not need it.
 
     Args:
-        model (nn.Module): What takes it.
-        state (dict[str, Tensor]): What it takes.
-        message (str): What an error begins with.
-        allow_more (bool): Whether there may be keys that the model has not.
+        model (nn.Module): The model.
+        state (dict[str, Tensor]): The state dict.
+        message (str): Start of the error message.
+        allow_more (bool): Accept keys that the model does not have.
 
     Raises:
-        SetupError: If it does not fit; says what is missing, unexpected or of
-            another shape. Nothing is loaded then.
+        SetupError: If the state dict does not fit the model. The error lists
+            the keys that are missing, unexpected or of another shape. Nothing
+            is loaded then.
     """
     wanted = model.state_dict()
     found = {

@@ -1,4 +1,4 @@
-"""Trained models as stock ones: BatchNorm and plain convolutions."""
+"""Conversion of trained models to stock BatchNorm and convolutions."""
 import copy
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
@@ -17,26 +17,26 @@ from .state_dict import load_strictly
 from .statistics import fixed_statistics
 
 _PACKAGE = __name__.split('.')[0]
-# Of a norm_cfg, what BatchNorm knows, too.
+# Keys of a norm_cfg that BatchNorm supports, too.
 _KEPT = ('eps', 'momentum', 'affine', 'requires_grad', '_scope_')
 
 
 def stock_config(cfg: Config) -> Tuple[Config, List[str]]:
-    """A config as this one, of stock norms and convolutions.
+    """Return a config with stock norms and convolutions.
 
-    Norms of this package become ``dict(type='BN')`` with the ``eps`` and
-    ``momentum`` that are stated, centred convolutions plain ones; its hooks
-    and imports go.
+    Norms of this package become ``dict(type='BN')`` and keep the keys that
+    BatchNorm supports, such as ``eps``. Centred convolutions become plain
+    convolutions. Hooks and imports of this package are removed.
 
     Args:
-        cfg (Config): Is left as it is.
+        cfg (Config): Config of the trained model. It does not change.
 
     Returns:
-        tuple: The config, and a line for each change.
+        tuple: The stock config, and one line per change.
 
     Raises:
-        SetupError: If the config weighs examples in evaluation, or needs
-            something else of this package.
+        SetupError: If the config sets an example weight for evaluation, or
+            uses another class of this package.
     """
     cfg = copy.deepcopy(cfg)
     changes = []
@@ -54,8 +54,8 @@ def stock_config(cfg: Config) -> Tuple[Config, List[str]]:
             changes.append(f'{path}: {kind} -> Conv2d')
             part['type'] = 'Conv2d'
         elif _is_of_package(getattr(cls, '__module__', '')):
-            raise SetupError(f'{path}: {kind} is of {_PACKAGE}, and '
-                             'nothing stock stands for it')
+            raise SetupError(f'{path}: {kind} is a class of {_PACKAGE} '
+                             'without a stock replacement. Remove it')
     return cfg, changes
 
 
@@ -86,9 +86,10 @@ def _drop_hooks(cfg: Config, changes: List[str]) -> None:
             cls = HOOKS.get(kind) if isinstance(kind, str) else kind
             if _is(cls, ExampleWeightHook) and hook.get('weight'):
                 raise SetupError(
-                    f'{cls.__name__} gives examples the weight '
-                    f'{hook["weight"]} in evaluation, which no BatchNorm can '
-                    f'do. Remove it from {key}, and evaluate without it first')
+                    f'{cls.__name__} sets the example weight '
+                    f'{hook["weight"]} in evaluation, which BatchNorm does '
+                    f'not support. Remove it from {key}, and evaluate the '
+                    'model without it first')
             if _is(cls, (ExampleWeightHook, FreezeStatisticsHook,
                          SmallBatchNormHook, StatisticsHook)):
                 changes.append(f'{key}: without {cls.__name__}')
@@ -122,23 +123,24 @@ def _is(cls: Any, kinds: Any) -> bool:
 
 def _refill(part: dict, values: dict) -> None:
     part.clear()
-    for key, value in values.items():  # update() would merge
+    for key, value in values.items():  # update() would merge dicts
         part[key] = value
 
 
 @torch.no_grad()
 def stock_state(model: nn.Module) -> Dict[str, Tensor]:
-    """The state dict that a stock model needs to be the same in evaluation.
+    """Return the state dict for a stock model with the same evaluation.
 
-    Running statistics are those that evaluation normalises with: BGN's are
-    averaged over groups, MABN's are a mean of 0 and the mean square. Filters
-    of centred convolutions are centred.
+    Its running statistics are those of evaluation: BGN's are averaged over
+    groups, MABN's are a mean of 0 and the mean square. Filters of centred
+    convolutions are centred.
 
     Args:
-        model (nn.Module): With trained norms.
+        model (nn.Module): Model with trained norms.
 
     Raises:
-        SetupError: If a norm normalises each image in its own way; names it.
+        SetupError: If a norm normalises each image with its own statistics.
+            The error names the norm.
     """
     state = {k: v.detach().clone() for k, v in model.state_dict().items()}
     # A shared module has several names.
@@ -157,19 +159,19 @@ def stock_state(model: nn.Module) -> Dict[str, Tensor]:
 def check_same(model: nn.Module,
                stock: nn.Module,
                tolerance: float = 1e-4) -> int:
-    """Compare each layer of this package with what stands for it.
+    """Compare each layer of this package with its stock replacement.
 
-    On random maps of its own, in evaluation.
+    The comparison runs in evaluation mode on random feature maps.
 
     Args:
-        model, stock (nn.Module): Of the same structure.
-        tolerance (float): Relative to the largest output.
+        model, stock (nn.Module): Models with the same structure.
+        tolerance (float): Largest difference, relative to the largest output.
 
     Returns:
-        int: How many layers were compared.
+        int: Number of compared layers.
 
     Raises:
-        SetupError: If one differs; names it.
+        SetupError: If two layers differ. The error names them.
     """
     parts = dict(stock.eval().named_modules())
     generator = torch.Generator().manual_seed(0)
@@ -189,7 +191,7 @@ def check_same(model: nn.Module,
         error = difference(parts[name](x), module(x))
         if error > tolerance:
             raise SetupError(
-                f'{type(module).__name__} {name!r} and what stands for it '
+                f'{type(module).__name__} {name!r} and its stock replacement '
                 f'differ by {error:.1e} of the largest output')
         count += 1
     return count
@@ -198,26 +200,26 @@ def check_same(model: nn.Module,
 def to_stock(cfg: Config, state: Dict[str, Tensor],
              example_weight: Optional[float] = None
              ) -> Tuple[Config, Dict[str, Tensor], List[str]]:
-    """Config and state dict of a stock model that does the same.
+    """Convert config and state dict to those of an equal stock model.
 
     Args:
-        cfg (Config): Of the trained model.
-        state (dict[str, Tensor]): Its state dict.
-        example_weight (float, optional): Set on this package's norms before;
-            0 for a BGN that is to be evaluated as an affine map. None: as
-            built.
+        cfg (Config): Config of the trained model.
+        state (dict[str, Tensor]): State dict of the trained model.
+        example_weight (float, optional): Example weight to set on the norms
+            of this package before the conversion. 0 makes BGN an affine map.
+            None: the weights of the config.
 
     Returns:
-        tuple: Config, state dict, and a line for each change.
+        tuple: Stock config, stock state dict, and one line per change.
 
     Raises:
-        SetupError: If something cannot be converted, does not load, or is
-            not the same afterwards.
+        SetupError: If something cannot be converted, if a state dict does not
+            fit its model, or if a converted layer gives another output.
     """
     stock_cfg, changes = stock_config(cfg)
     if not changes:
-        raise SetupError('there is nothing to convert: the config has no norm '
-                         f'or convolution of {_PACKAGE}')
+        raise SetupError('there is nothing to convert: the config uses '
+                         f'nothing of {_PACKAGE}')
     model = MODELS.build(copy.deepcopy(cfg.model))
     load_strictly(model, state, "the checkpoint does not fit the config's "
                   'model')
@@ -227,15 +229,16 @@ def to_stock(cfg: Config, state: Dict[str, Tensor],
                 module.example_weight = example_weight
     converted = stock_state(model)
     stock = MODELS.build(copy.deepcopy(stock_cfg.model))
-    load_strictly(stock, converted, 'what was converted does not fit the '
-                  "stock config's model")
+    load_strictly(stock, converted, 'the converted state dict does not fit '
+                  "the stock config's model")
     left = [
         name for name, module in stock.named_modules()
         if _is_of_package(type(module).__module__)
     ]
     if left:
-        raise SetupError(f'{left[0]} of the stock model is still a '
-                         f'{_PACKAGE} layer: its model builds it by itself')
+        raise SetupError(f'{left[0]} of the stock model is still a layer of '
+                         f'{_PACKAGE}. The model builds it without an entry '
+                         'in the config, so it cannot be converted')
     count = check_same(model, stock)
-    changes.append(f'{count} layers compared on random maps: the same')
+    changes.append(f'{count} layers compared on random maps: equal')
     return stock_cfg, converted, changes

@@ -1,4 +1,4 @@
-"""The norm doctor: does the batch hurt BatchNorm, and what would help?"""
+"""Norm doctor: measures whether a batch is too small for BatchNorm."""
 from .advice import Advice, advise, summary_of, verdict_of
 from .diagnosis import Diagnosis
 from .examination import diagnose

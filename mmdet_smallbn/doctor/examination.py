@@ -1,4 +1,4 @@
-"""Measure what a small batch does to a model's batch norms."""
+"""Measurement of the effect of a small batch on a model's batch norms."""
 import copy
 import math
 import random
@@ -25,12 +25,12 @@ from .probe import Mode, Probe, batch_norms
 from .task import Task
 
 WINDOWS = (2, 4, 8, 16)
-_WARM_UP = 8  # iterations, before windows look back
-_STRETCHES = 3  # of training, that windows are averaged over
+_WARM_UP = 8  # iterations of training before the windows are measured
+_STRETCHES = 3  # windows are measured so many times, and averaged
 
 
 class Diverged(SetupError):
-    """A loss is not finite."""
+    """Error for a loss that is not finite."""
 
 
 Optimizer = Union[torch.optim.Optimizer, OptimWrapper]
@@ -46,34 +46,41 @@ def diagnose(model: nn.Module,
              trained: bool = False,
              tell: Callable[[int, int], None] = lambda done, total: None
              ) -> Diagnosis:
-    """Measure what a small batch does to a model's batch norms.
+    """Measure the effect of a small batch on a model's batch norms.
 
-    All is done to a copy of the model: parameters, buffers and random state
-    stay as they were. Every batch norm, CBN and its like too, is plain
-    BatchNorm there. The copy trains ``iters`` iterations, with warm-up and a
-    cosine schedule, so that its weights are no longer those of the
-    initialisation. Then the weights stand still, and ``blocks`` of
-    ``reference`` images are shown to it, in batches and joined. At last it
-    trains at the full learning rate, for the windows.
+    The function works on a copy of the model. Parameters, buffers and random
+    state of the model do not change. In the copy every batch norm, also CBN
+    and the other norms of this package, runs as plain BatchNorm.
+
+    First the copy trains for ``iters`` iterations, with warm-up and a cosine
+    schedule: weights right after the initialisation say little. Then its
+    weights are fixed, and it computes gradients of ``blocks`` times
+    ``reference`` images, in small batches and in one large batch. Finally it
+    trains at the full learning rate, to measure the windows.
 
     Args:
         model (nn.Module): The model, on its device.
-        batches (Iterable): Training batches of one size. It is begun again
-            where it ends; a batch of another size is left out.
-        optimizer (callable, optional): Makes the copy's optimizer, a torch
-            optimizer or mmengine's OptimWrapper. None: the weights
-            stand still, and windows are not measured.
-        task (Task, optional): How the model trains. None: as mmengine's do.
-        reference (int): Images of the large batch, which must fit on the
-            device. The next multiple of the batch is taken.
-        blocks (int): Large batches to measure with, at least 2.
+        batches (Iterable): Training batches of one size. The function
+            iterates over them again when they end, and skips a batch of
+            another size.
+        optimizer (callable, optional): Function that takes the copy and
+            returns its optimizer, a torch optimizer or mmengine's
+            OptimWrapper. None: the copy does not train, and windows are not
+            measured.
+        task (Task, optional): Training of the model. None: that of mmengine's
+            models.
+        reference (int): Images in the large batch, which must fit on the
+            device. It is rounded up to a multiple of the batch.
+        blocks (int): Number of large batches to measure with, at least 2.
         iters (int): Training iterations before the measurement, at least 2.
-        trained (bool): Whether the weights are those of a training: they are
-            measured as they are.
-        tell (callable): Called with the images seen and those in all.
+        trained (bool): True if the model is trained. It is then measured
+            without these iterations.
+        tell (callable): Progress callback. It takes the number of images
+            processed so far and their total number.
 
     Returns:
-        Diagnosis: The numbers. Without a batch norm they are empty.
+        Diagnosis: The measurements. They are empty if the model has no batch
+        norm.
 
     Raises:
         ValueError: If a number is out of range.
@@ -101,7 +108,7 @@ def _random_state_kept() -> Iterator[None]:
 
 
 class _Examination:
-    """One diagnosis: the copy, its batches, and what was measured."""
+    """One diagnosis: the copy of the model, the batches, the results."""
 
     def __init__(self, model, batches, optimizer, task, reference, blocks,
                  iters, trained, tell) -> None:
@@ -121,8 +128,8 @@ class _Examination:
         self.asleep = [name for name in norms if name not in awake]
         self.probe = Probe(self.model, awake or norms, wake=not awake)
         self.done, self.turns, self.alike = 0, 0, float('nan')
-        # Of each block: its batches, larger ones, all at once; then twice with
-        # fixed statistics.
+        # Passes over each block: one per number of images normalised together
+        # (the largest is all of them), then two with fixed statistics.
         sweeps = 3 + len(self._sizes()) if self._sizes() else 1
         self.total = self.images + self.reference * blocks * sweeps
         if optimizer is not None:
@@ -132,7 +139,8 @@ class _Examination:
         self.tell = tell
         if norms and not self._weights():
             raise SetupError('no convolution or linear layer of the model '
-                             'trains: there is no gradient to compare')
+                             'trains, so there is no gradient to compare. '
+                             'Unfreeze some layers')
         self._check_memory(first)
 
     def _endless(self, batches: Iterable[Any]) -> Iterator[Any]:
@@ -149,13 +157,16 @@ class _Examination:
                     yield batch
             if seen == before:
                 raise SetupError(
-                    'there are no training images to diagnose with: look at '
+                    'there are no training images to diagnose with. Check '
                     'train_dataloader' if not seen else
-                    f'the batches ended after {seen}, and cannot be begun '
-                    'again: give a list or a data loader')
+                    f'the batches ended after {seen} and cannot be iterated '
+                    'again. Give a list or a data loader')
 
     def _sizes(self) -> List[int]:
-        """Numbers of images to normalise together, but for all of them."""
+        """Return the numbers of images to normalise together.
+
+        The reference itself is not among them.
+        """
         sizes, size = [], self.images
         while size < self.reference:
             if self.reference % size == 0:
@@ -164,7 +175,7 @@ class _Examination:
         return sizes
 
     def run(self) -> Diagnosis:
-        """Train, compare at weights that stand still, move."""
+        """Train, compare gradients at fixed weights, measure the windows."""
         if not self.probe.norms:
             return self._result([], {}, [], {}, {}, 0.)
         if self.optimizer is not None and not self.trained:
@@ -189,7 +200,7 @@ class _Examination:
             try:
                 moved, windows = self._move(blocks)
             except Diverged:
-                pass  # the full rate is too high for windows of any size
+                pass  # the full learning rate is too high for any window
         return self._result(layers, agreement, floor, loss, windows, moved)
 
     def _result(self, layers, agreement, floor, loss, windows,
@@ -208,9 +219,13 @@ class _Examination:
             sorted(self.probe.single), others)
 
     def _check_memory(self, batch: Any) -> None:
-        """Refuse a large batch that would take more memory than there is.
+        """Check that the large batch fits into the free memory.
 
-        On a CPU the system would end the process without a word.
+        On a CPU the system would otherwise kill the process without a
+        message.
+
+        Raises:
+            SetupError: If it does not fit.
         """
         if self.reference == self.images or not self.probe.norms:
             return
@@ -223,13 +238,11 @@ class _Examination:
             raise SetupError(
                 f'a large batch of {self.reference} images takes '
                 f'{needed / 2**30:.1f} GiB for its backward pass, but only '
-                f'{memory / 2**30:.1f} GiB are free. Take a smaller '
-                '--reference, or smaller images')
-
-    # The steps.
+                f'{memory / 2**30:.1f} GiB are free. Use a smaller '
+                '--reference or smaller images')
 
     def _train(self, iters: int, rate: Callable[[int], float]) -> None:
-        """Train, with factors of the learning rates by iteration."""
+        """Train; ``rate`` gives each iteration's learning rate factor."""
         if self.wrapper is None:
             self.wrapper, self.rates = self._build_optimizer()
         self.wrapper.initialize_count_status(self.model, 0, iters)
@@ -251,16 +264,16 @@ class _Examination:
         if not isinstance(wrapper, OptimWrapper) or isinstance(
                 wrapper, OptimWrapperDict):
             raise SetupError(
-                'the norm doctor follows one optimizer, but the config has a '
-                f'{type(wrapper).__name__}')
+                'the norm doctor supports models with one optimizer, but the '
+                f'config has a {type(wrapper).__name__}')
         return wrapper, [g['lr'] for g in wrapper.optimizer.param_groups]
 
     def _move(self, blocks: List[List[Any]]
               ) -> Tuple[float, WindowErrors]:
-        """Train at the full rate, and see what windows make of the past.
+        """Train at the full learning rate, and measure the windows.
 
         Returns:
-            tuple: The change of the weights in the largest window, relative;
+            tuple: Relative change of the weights in the largest window;
             errors by window.
         """
         self._train(_WARM_UP, lambda turn: (turn + 1) / _WARM_UP)
@@ -287,7 +300,7 @@ class _Examination:
                 yield layer
 
     def _window_rows(self) -> Iterator[WindowErrors]:
-        """Errors of each layer, and of each of its calls."""
+        """Yield the window errors of each call of each layer."""
         for name, calls in self.probe.by_name():
             for call, batches in enumerate(calls):
                 past = self.probe.past.get((name, call))
@@ -297,11 +310,11 @@ class _Examination:
     def _compare(self, blocks: List[List[Any]]
                  ) -> Tuple[Dict[int, List[float]], Dict[str, float],
                             Dict[str, List[float]]]:
-        """Gradients of batches, of larger batches and of the largest.
+        """Compare gradients of small batches with those of the large batch.
 
         Returns:
-            tuple: Agreement by number of images, a value a block; that of the
-            batch by weight; losses by block.
+            tuple: Agreement of each block, by number of images; agreement of
+            the small batch, by weight; losses of each block.
         """
         agreement: Dict[int, List[float]] = {s: [] for s in self._sizes()}
         by_weight: Dict[str, List[float]] = {}
@@ -329,7 +342,7 @@ class _Examination:
 
     def _floor(self, blocks: List[List[Any]]
                ) -> Tuple[List[float], List[float]]:
-        """Agreement and loss with statistics that are the same for all."""
+        """Return each block's agreement and loss with fixed statistics."""
         self.probe.mode = Mode.FIXED
         found: Tuple[List[float], List[float]] = [], []
         for seed, block in enumerate(blocks):
@@ -347,14 +360,15 @@ class _Examination:
 
     def _gradient(self, parts: Sequence[Any],
                   seed: int) -> Tuple[Dict[str, Tensor], float]:
-        """Of the mean loss of some batches, and that loss."""
+        """Return the gradient of the mean loss of some batches, and the loss.
+        """
         try:
             value = self._losses(parts, seed)
         except torch.cuda.OutOfMemoryError as error:
             raise SetupError(
                 f'{self.task.size(parts[0])} images at once do not fit on the '
-                f'device. Take a smaller --reference than {self.reference}, '
-                'smaller images, or the CPU') from error
+                f'device. Use a --reference below {self.reference}, smaller '
+                'images, or the CPU') from error
         grads = {name: p.grad / len(parts)
                  for name, p in self._weights().items()
                  if p.grad is not None and p.grad.any()}
@@ -362,7 +376,7 @@ class _Examination:
         return grads, value
 
     def _losses(self, parts: Iterable[Any], seed: int) -> float:
-        """Mean loss; with a backward pass for each, where there is a graph."""
+        """Return the mean loss; run backward if gradients are enabled."""
         torch.manual_seed(seed)
         values = []
         for part in parts:
@@ -373,7 +387,7 @@ class _Examination:
         return statistics.mean(values)
 
     def _weights(self) -> Dict[str, nn.Parameter]:
-        """The weights of convolutions and linear layers that train."""
+        """Return the trainable weights of convolutions and linear layers."""
         return {name: p for name, p in self.model.named_parameters()
                 if p.requires_grad and p.dim() > 1}
 
@@ -382,8 +396,8 @@ class _Examination:
         loss = self.task.loss(self.model, batch)
         if not loss.isfinite():
             raise Diverged(
-                f'the loss is {loss.item()} after {self.turns} iterations of '
-                'training. Lower the learning rate in the config')
+                f'the loss is {loss.item()} after {self.turns} training '
+                'iterations. Lower the learning rate in the config')
         self.done += self.task.size(batch)
         self.tell(self.done, self.total)
         return loss

@@ -1,4 +1,4 @@
-"""What to paste into a config, to take an advice."""
+"""Config lines that apply an advice."""
 from inspect import signature
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
@@ -11,22 +11,22 @@ from ..norm_report import norm_cfgs
 from .advice import Advice
 from .diagnosis import Diagnosis
 
-# Hooks that an advice replaces.
+# Hooks that an advice removes or replaces.
 _OURS = ('BurnInHook', 'SmallBatchNormHook', 'FreezeStatisticsHook')
 
 
 def config_lines(advice: Advice, diagnosis: Diagnosis, cfg: Config) -> str:
-    """Lines for a config whose ``_base_`` is the one that was diagnosed.
+    """Return lines for a config whose ``_base_`` is the diagnosed config.
 
     Args:
-        advice (Advice): What to do.
-        diagnosis (Diagnosis): It says which parts have norms that train.
+        advice (Advice): The change.
+        diagnosis (Diagnosis): Names the norms that the change affects.
         cfg (Config): The diagnosed config.
 
     Returns:
-        str: Python; empty if nothing changes. Norms inside a list of heads,
-        which a config cannot reach, are flags for ``tools/train.py`` in a
-        comment.
+        str: Python code; empty if nothing changes. A config cannot change
+        norms inside a list of heads. Their changes are a comment with flags
+        for ``tools/train.py``.
     """
     if advice.norm_cfg is None and advice.hook is None:
         return ''
@@ -57,7 +57,7 @@ def config_lines(advice: Advice, diagnosis: Diagnosis, cfg: Config) -> str:
 
 def _norms(advice: Advice, diagnosis: Diagnosis,
            cfg: Config) -> Tuple[Dict[str, Any], List[str]]:
-    """The model's entries, and flags for what is in lists."""
+    """Return the changes of the model, and flags for norms inside lists."""
     nested: Dict[str, Any] = {}
     flags = []
     for parts in _places(diagnosis, cfg):
@@ -76,7 +76,7 @@ def _norms(advice: Advice, diagnosis: Diagnosis,
         for key in ('norm_cfg', 'conv_cfg'):
             new = getattr(advice, key)
             if new and _takes(_class_of(old, cfg), key):
-                # Beside settings of the old kind it would be refused.
+                # Without _delete_, settings of the old norm would remain.
                 more = dict(_delete_=True) if old.get(key) else {}
                 node[key] = dict(**more, **new)
         if old.get('norm_eval'):
@@ -85,7 +85,7 @@ def _norms(advice: Advice, diagnosis: Diagnosis,
 
 
 def _places(diagnosis: Diagnosis, cfg: Config) -> Iterator[Tuple[str, ...]]:
-    """Parts of the model's config with a norm_cfg of watched norms."""
+    """Yield the parts of the model's config that have measured norms."""
     left = [layer.name for layer in diagnosis.layers]
     for path, norm_cfg in norm_cfgs(cfg.model, 'model'):
         parts = tuple(path.split('.')[1:-1])
@@ -95,7 +95,7 @@ def _places(diagnosis: Diagnosis, cfg: Config) -> Iterator[Tuple[str, ...]]:
             left = [name for name in left
                     if not is_under(name, '.'.join(parts))]
             yield parts
-    # What a part builds without being asked.
+    # Some parts build norms without a norm_cfg in the config.
     found = {}
     for name in left:
         node, parts = cfg.model, []
@@ -111,7 +111,7 @@ def _places(diagnosis: Diagnosis, cfg: Config) -> Iterator[Tuple[str, ...]]:
 
 
 def _class_of(part: dict, cfg: Config) -> Optional[type]:
-    """The class that a part of a config names; None if it is unknown."""
+    """Return the class that a part of a config names; None if unknown."""
     kind = part.get('type')
     if isinstance(kind, str):
         scope = cfg.get('default_scope') or 'mmdet'
@@ -121,15 +121,15 @@ def _class_of(part: dict, cfg: Config) -> Optional[type]:
 
 
 def _takes(kind: Optional[type], key: str) -> bool:
-    """Whether a class has an argument, or passes it on."""
+    """Return True if a class accepts an argument, also through **kwargs."""
     if kind is None:
-        return True  # building it will tell
+        return True  # building the model reports an unknown class
     parameters = signature(kind.__init__).parameters.values()
     return any(p.name == key or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _hook(name: str, cfg: Config) -> Dict[str, Any]:
-    """A burn-in of a tenth of the training; frozen for its last quarter."""
+    """Return a hook: burn-in for 10%, or frozen for the last 25%."""
     loop = cfg.get('train_cfg') or {}
     unit = 'epochs' if loop.get('max_epochs') else 'iters'
     length = loop.get(f'max_{unit}') or 0

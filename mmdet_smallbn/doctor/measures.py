@@ -1,4 +1,4 @@
-"""Numbers about the statistics of a norm."""
+"""Measures of the noise in a norm's statistics."""
 import statistics
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -9,30 +9,32 @@ from .probe import Past, Seen, pooled
 
 
 class Layer(NamedTuple):
-    """A norm, in numbers. All are means over its channels.
+    """Measurements of a norm, as means over its channels.
 
     Attributes:
-        name (str): The norm's name in the model.
-        channels (int): C.
-        calls (int): Calls in one forward pass.
-        values (int): Values a channel in a batch, N * H * W.
-        units (float): Examples in a batch, N: images, or regions in a RoI
-            head.
-        mean_noise (float): RMS distance of a batch's mean from that of all
-            batches, in deviations.
-        var_noise (float): RMS relative distance of a batch's variance.
-        g_noise, psi_noise (float): The noise's part in the RMS value of a
+        name (str): Name of the norm in the model.
+        channels (int): Number of channels, C.
+        calls (int): Number of calls in one forward pass.
+        values (int): Number of values per channel in a batch, N * H * W.
+        units (float): Number of examples in a batch, N: images, or regions in
+            a RoI head.
+        mean_noise (float): RMS distance between a batch's mean and the mean
+            of all batches, in standard deviations.
+        var_noise (float): RMS relative distance between a batch's variance
+            and the variance of all batches.
+        g_noise, psi_noise (float): Fraction of noise in the RMS value of a
             batch's g and Psi, 0 to 1. NaN without a backward pass.
-        between (float): Part of the variance that is between examples, 0 to
-            1; the rest is within them.
-        effective (float): How many independent values the batch is worth,
-            ``values / (1 + (values / units - 1) * between)``: values of one
-            example are alike (Kish's design effect).
-        disagreement (float): RMS change of the layer's output, in its
-            deviations, when the statistics of all batches take the place of
-            the batch's.
+        between (float): Fraction of the variance that is between examples, 0
+            to 1. The rest is within the examples.
+        effective (float): Number of independent values that contain as much
+            information as the batch, ``values / (1 + (values / units - 1) *
+            between)``. It is smaller than ``values`` because the values of
+            one example are correlated (Kish's design effect).
+        disagreement (float): RMS change of the normalised output, in standard
+            deviations, when the statistics of all batches replace those of
+            the batch.
         agreement (float): Cosine of the gradients of the weight before the
-            norm; see :class:`Diagnosis`. NaN if there is none.
+            norm; see :class:`Diagnosis`. NaN if there is no such weight.
     """
     name: str
     channels: int
@@ -51,18 +53,18 @@ class Layer(NamedTuple):
 
 def output_change(mean: Tensor, var: Tensor, truth: Tuple[Tensor, Tensor],
                   eps: float = 1e-5) -> Tensor:
-    r"""Mean square change of a normalised output when statistics change.
+    r"""Return the mean square change of an output when statistics change.
 
-    For x of the given moments, normalised by its own statistics and by those
-    of ``truth``, the expectation of the squared difference is
+    Let x have the given moments. It is normalised once by its own statistics
+    and once by those of ``truth``. The expected squared difference is
 
     .. math::
         (1 - \sigma / \sigma')^2 + ((\mu - \mu') / \sigma')^2.
 
     Args:
-        mean, var (Tensor): Shape (..., C).
+        mean, var (Tensor): :math:`\mu, \sigma^2` of x, shape (..., C).
         truth (tuple[Tensor, Tensor]): :math:`\mu', \sigma'^2`, shape (C,).
-        eps (float): Added to the variances.
+        eps (float): Constant added to the variances.
 
     Returns:
         Tensor: Shape (..., C).
@@ -73,17 +75,17 @@ def output_change(mean: Tensor, var: Tensor, truth: Tuple[Tensor, Tensor],
 
 
 def _noise_part(values: Tensor) -> float:
-    """Part of the noise in the RMS of values of shape (K, C)."""
+    """Return the fraction of noise in the RMS of values, shape (K, C)."""
     square = values.square().mean(0).sum()
     if len(values) < 2 or square == 0:
         return float('nan')
     return (values.var(0).sum() / square).clamp(max=1).sqrt().item()
 
 
-def _of_call(batches: List[Seen]) -> Optional[Dict[str, float]]:
-    """The numbers that each call of a layer has by itself."""
+def _measure_call(batches: List[Seen]) -> Optional[Dict[str, float]]:
+    """Measure one call of a layer; None if that is not possible."""
     mean, var = pooled([seen.moments for seen in batches])
-    alive = var > 1e-12  # channels that are more than a constant
+    alive = var > 1e-12  # channels that are not constant
     if len(batches) < 2 or not alive.any():
         return None
     means = torch.stack([seen.moments.mean for seen in batches])[:, alive]
@@ -93,7 +95,8 @@ def _of_call(batches: List[Seen]) -> Optional[Dict[str, float]]:
     values = sum(seen.moments.count for seen in batches) / len(batches)
     units = len(examples) / len(batches)
     each = values / units
-    # The means of independent values differ, too, by 1 / each of them.
+    # Means of independent values vary, too: by the fraction 1 / each of the
+    # variance, which is subtracted.
     between = (examples.var(0) / var).mean().item()
     between = min(max((each * between - 1) / max(each - 1, 1), 0.), 1.)
     found = dict(
@@ -109,13 +112,17 @@ def _of_call(batches: List[Seen]) -> Optional[Dict[str, float]]:
 
 
 def measure_layer(name: str, calls: List[List[Seen]]) -> Optional[Layer]:
-    """A norm's numbers; None of one batch, or constants.
+    """Measure a norm.
 
     Args:
-        name (str): Of the norm.
-        calls (list[list[Seen]]): The batches that each of its calls saw.
+        name (str): Name of the norm.
+        calls (list[list[Seen]]): Batches of each of its calls.
+
+    Returns:
+        Layer, optional: The measurements. None if the norm saw only one
+        batch, or only constant channels.
     """
-    rows = [row for row in map(_of_call, calls) if row is not None]
+    rows = [row for row in map(_measure_call, calls) if row is not None]
     if not rows:
         return None
     batches = [seen for call in calls for seen in call]
@@ -140,11 +147,15 @@ def measure_layer(name: str, calls: List[List[Seen]]) -> Optional[Layer]:
 
 
 def alikeness(batches: List[Seen], images: int) -> float:
-    """Correlation of the examples of a batch, over all channels.
+    """Return the correlation of the examples of a batch, over all channels.
 
     Args:
-        batches (list[Seen]): At one place.
-        images (int): Of a batch. NaN if that is not the number of examples.
+        batches (list[Seen]): Batches in one call of a norm.
+        images (int): Number of images in a batch.
+
+    Returns:
+        float: 0 to 1. NaN if the examples are not the images, if a batch has
+        one image, or if there is only one batch.
     """
     if images < 2 or len(batches) < 2 or len(batches[0].examples) != images:
         return float('nan')
@@ -155,23 +166,25 @@ def alikeness(batches: List[Seen], images: int) -> float:
     return min(max((images * ratio - 1) / (images - 1), 0.), 1.)
 
 
-# By window: with the moments as they were, and brought to today's weights
-# (None if no convolution is known).
+# Errors by window: with the past moments as they were, and with the past
+# moments recomputed with the current weights (None if the convolution before
+# the norm is unknown).
 WindowErrors = Dict[int, Tuple[float, Optional[float]]]
 
 
 def window_errors(past: Past, windows: Sequence[int],
                   batches: List[Seen]) -> WindowErrors:
-    """How wrong the statistics of a window are, at one layer.
+    """Return the errors of a layer's statistics, by window.
 
     Args:
-        past (Past): The last iterations.
-        windows (Sequence[int]): Iterations.
-        batches (list[Seen]): What the layer sees at today's weights. All of
-            them are the truth, one of them is BatchNorm, window 1.
+        past (Past): Moments of the last iterations.
+        windows (Sequence[int]): Windows to measure, in iterations.
+        batches (list[Seen]): Batches with the current weights. The truth is
+            the statistics of all of them. Statistics of a single batch are
+            those of BatchNorm, window 1.
 
     Returns:
-        dict: RMS changes of the normalised output by window.
+        dict: RMS errors of the normalised output by window.
     """
     truth = pooled([seen.moments for seen in batches])
 
@@ -190,7 +203,11 @@ def window_errors(past: Past, windows: Sequence[int],
 
 
 def mean_errors(rows: Sequence[WindowErrors]) -> WindowErrors:
-    """Means over layers; over those that are followed, if some are."""
+    """Return mean errors over the layers.
+
+    If moments can be recomputed in some layers, the mean is over these layers
+    alone.
+    """
     rows = [row for row in rows if row[1][1] is not None] or list(rows)
 
     def mean(values: List[Optional[float]]) -> Optional[float]:

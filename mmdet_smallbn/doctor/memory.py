@@ -1,4 +1,4 @@
-"""The memory that a backward pass takes."""
+"""Memory that a backward pass needs, and memory that is free."""
 import math
 import os
 from typing import Any, Callable, Dict
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 
 def bytes_kept(forward: Callable[[], Any], model: nn.Module) -> int:
-    """Bytes that a forward pass keeps for its backward pass.
+    """Return the bytes that a forward pass keeps for its backward pass.
 
-    The model's parameters do not count: they are there anyway.
+    Parameters of the model do not count: they take no extra memory.
     """
     held: Dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -26,7 +26,10 @@ def bytes_kept(forward: Callable[[], Any], model: nn.Module) -> int:
 
 
 def memory_of(device: torch.device) -> float:
-    """Bytes of a GPU that are free, or of the machine; infinite if unknown."""
+    """Return the free bytes of a GPU, or all bytes of the CPU's memory.
+
+    Infinite if the size of the CPU's memory is unknown.
+    """
     if device.type == 'cuda':
         return (torch.cuda.mem_get_info(device)[0] +
                 torch.cuda.memory_reserved(device) -

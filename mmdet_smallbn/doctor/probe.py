@@ -1,4 +1,5 @@
-"""BatchNorm in the places of a model's batch norms, and what it sees."""
+"""Probe that runs a model's batch norms as BatchNorm and records their input.
+"""
 import enum
 from collections import defaultdict
 from typing import Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
@@ -15,29 +16,30 @@ from ..layers.forward_pass import ForwardPass, current_pass
 from ..layers.moment_window import MomentWindow
 from ..layers.statistics import Batch
 
-Place = Tuple[str, int]  # a norm's name, and which of its calls in a pass
+Place = Tuple[str, int]  # name of a norm, index of its call in the pass
 
 
 class Mode(enum.Enum):
-    """What the norms normalise with.
+    """Statistics that the norms use.
 
     Attributes:
-        BATCH: Statistics of the batch, with their gradient: BatchNorm.
-        FIXED: The pooled statistics, as constants: evaluation.
+        BATCH: Statistics of the batch, with their gradient, as BatchNorm in
+            training.
+        FIXED: Pooled statistics as constants, as BatchNorm in evaluation.
     """
     BATCH = 'batch'
     FIXED = 'fixed'
 
 
 class Seen(NamedTuple):
-    """One batch at one place.
+    """Statistics of one batch in one call of a norm.
 
     Attributes:
         examples (Tensor): Mean of each example, shape (N, C).
-        moments (Moments): Of the batch, shape (C,).
-        gradients (list[Tensor]): One entry after the backward pass: the means
-            of g and of g * x_hat (MABN, arXiv:2001.06838, Eq. 8, 9), shape
-            (2, C).
+        moments (Moments): Moments of the batch, shape (C,).
+        gradients (list[Tensor]): Empty before the backward pass. After it,
+            one tensor of shape (2, C): the means of g and of g * x_hat (MABN,
+            arXiv:2001.06838, Eq. 8, 9).
     """
     examples: Tensor
     moments: Moments
@@ -45,7 +47,7 @@ class Seen(NamedTuple):
 
 
 def pooled(batches: List[Moments]) -> Tuple[Tensor, Tensor]:
-    """Mean and variance, shape (C,), of all values of some batches."""
+    """Return mean and variance of several batches together, shape (C,)."""
     counts = batches[0].mean.new_tensor([b.count for b in batches])
     return pool_moments(
         torch.stack([b.mean for b in batches]),
@@ -53,10 +55,10 @@ def pooled(batches: List[Moments]) -> Tuple[Tensor, Tensor]:
 
 
 class Past:
-    """The last iterations of a training, at one place.
+    """Moments of the last iterations in one call of a norm.
 
     Args:
-        size (int): Iterations.
+        size (int): Number of iterations to remember.
     """
 
     def __init__(self, size: int) -> None:
@@ -67,7 +69,7 @@ class Past:
 
     @torch.no_grad()
     def see(self, x: Tensor, moments: Moments, step: ForwardPass) -> None:
-        """Take in an iteration."""
+        """Add an iteration."""
         self._plain = [moments, *self._plain][:self._size]
         with torch.enable_grad():
             producer = find_producer(x, step)
@@ -77,13 +79,14 @@ class Past:
                              whole=False, alone=True)
 
     def plain(self, window: int) -> Tuple[Tensor, Tensor]:
-        """Pooled moments of the last iterations, as they were."""
+        """Return the pooled moments of the last iterations, as they were."""
         return pooled(self._plain[:window])
 
     def followed(self) -> Optional[List[Moments]]:
-        """Moments of each iteration at today's weights, the newest first.
+        """Return each iteration's moments, recomputed with current weights.
 
-        None if no convolution with a weight that trains made the input.
+        The newest iteration comes first. None if the norm's input is not the
+        output of a convolution with a trainable weight.
         """
         if not self._follows:
             return None
@@ -93,7 +96,7 @@ class Past:
 
 
 def batch_norms(model: nn.Module) -> Dict[str, nn.Module]:
-    """The two-dimensional batch norms of a model, ours among them."""
+    """Return a model's 2d batch norms, also those of this package."""
     return {
         name: module for name, module in model.named_modules()
         if isinstance(module, _BatchNorm)
@@ -102,23 +105,24 @@ def batch_norms(model: nn.Module) -> Dict[str, nn.Module]:
 
 
 class Probe:
-    """Makes plain BatchNorm of a model's batch norms, and watches it.
+    """Recorder that runs a model's batch norms as plain BatchNorm.
 
-    The forward methods of the norms are replaced, in a copy of the model.
+    It replaces the forward methods of the norms, so the model must be a copy.
 
     Args:
-        model (nn.Module): The copy.
-        norms (dict[str, nn.Module]): Those to watch, by name.
-        wake (bool): Whether those in evaluation mode take part.
+        model (nn.Module): Copy of the user's model.
+        norms (dict[str, nn.Module]): Norms to measure, by name.
+        wake (bool): Measure norms in evaluation mode as if they trained.
 
     Attributes:
-        mode (Mode): What the norms normalise with.
-        watches (bool): Whether batches enter :attr:`seen`.
+        mode (Mode): Statistics that the norms use.
+        watches (bool): True if :attr:`seen` records batches.
         seen (dict): Lists of :class:`Seen` by place.
-        filters (dict[str, str]): From a norm to the weight before it.
-        single (set[str]): Norms that saw one value a channel.
-        past (dict): By place; filled while ``remember`` is above 0.
-        remember (int): Iterations that :attr:`past` goes back.
+        filters (dict[str, str]): Name of the weight before each norm.
+        single (set[str]): Norms that saw one value per channel.
+        past (dict): :class:`Past` by place; recorded while ``remember`` is
+            above 0.
+        remember (int): Number of iterations that :attr:`past` holds.
     """
 
     def __init__(self, model: nn.Module,
@@ -140,11 +144,11 @@ class Probe:
             norm.forward = self._forward_of(name, norm)
 
     def begin(self) -> None:
-        """Before a forward pass of the model."""
+        """Prepare for a forward pass of the model."""
         self._calls.clear()
 
     def by_name(self) -> Iterator[Tuple[str, List[List[Seen]]]]:
-        """A norm, and what each of its calls saw."""
+        """Yield each norm's name and the batches of each of its calls."""
         found = defaultdict(list)
         for (name, _), batches in sorted(self.seen.items(),
                                          key=lambda item: item[0][1]):
@@ -154,7 +158,7 @@ class Probe:
                 yield name, found[name]
 
     def fix(self) -> None:
-        """Let the pooled statistics of what was seen be those of FIXED."""
+        """Pool the recorded statistics, for mode ``FIXED``."""
         for name, calls in self.by_name():
             self._fixed[name] = pooled(
                 [seen.moments for batches in calls for seen in batches])
@@ -174,7 +178,7 @@ class Probe:
         single = x.numel() == x.size(1)
         if single:
             self.single.add(name)
-        if not norm.training and not self.wake:  # a teacher evaluates
+        if not norm.training and not self.wake:  # for example in a teacher
             return F.batch_norm(x, norm.running_mean, norm.running_var,
                                 norm.weight, norm.bias, eps=norm.eps)
         if single or self.mode is Mode.FIXED:
@@ -205,7 +209,7 @@ class Probe:
                          norm.eps, gradient=keep)
 
     def _first_pass(self, name: str, moments: Moments) -> Seen:
-        """The pass that activation checkpointing repeats."""
+        """Find the record of the pass that checkpointing recomputes."""
         for place, batches in self.seen.items():
             if place[0] == name and batches and torch.equal(
                     batches[-1].moments.mean, moments.mean):

@@ -1,4 +1,4 @@
-"""A diagnosis as a table and as JSON."""
+"""Report of a diagnosis as a table, text, JSON and scalars."""
 import math
 import statistics
 from itertools import groupby
@@ -21,23 +21,26 @@ _COLUMNS = {
     'agreement': 'agree'
 }
 LEGEND = (
-    'values: a channel, in a batch. mean, var: noise of its statistics, in '
-    'deviations and relative. g, Psi: part of its gradient statistics that is '
-    'noise. between: part of the variance that is between examples. worth: '
-    'independent values that the batch is worth. change: of the output, in '
-    'deviations, with the statistics of all batches. agree: of the gradient, '
-    '1 is the best.')
+    'values: number of values per channel in a batch. mean: noise of the '
+    'mean, in standard deviations. var: relative noise of the variance. g, '
+    'Psi: fraction of noise in the gradient statistics. between: fraction of '
+    'the variance that is between examples. worth: number of independent '
+    'values that contain as much information as the batch. change: change of '
+    'the output with the statistics of all batches, in standard deviations. '
+    'agree: agreement of the gradient with that of the large batch, 1 is the '
+    'best.')
 
 
 def layer_table(diagnosis: Diagnosis, each: bool = False) -> List[List[str]]:
-    """Rows of the watched norms, means over those of a part.
+    """Return the table of the measured norms.
 
     Args:
-        diagnosis (Diagnosis): What was measured.
-        each (bool): A row for each norm.
+        diagnosis (Diagnosis): The measurements.
+        each (bool): Make one row per norm. False: one row per part of the
+            model, with the means of its norms.
 
     Returns:
-        list[list[str]]: The first row is the head.
+        list[list[str]]: Rows; the first row is the header.
     """
     rows = [['norms', '', *_COLUMNS.values()]]
     groups: Sequence[Any] = [(la.name, [la]) for la in diagnosis.layers]
@@ -60,7 +63,7 @@ def _mean(layers: List[Layer], key: str) -> str:
 
 
 def as_json(diagnosis: Diagnosis) -> Dict[str, Any]:
-    """A diagnosis in JSON's types; NaN becomes null."""
+    """Return a diagnosis in JSON's types; NaN becomes null."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, float):
@@ -77,7 +80,7 @@ def as_json(diagnosis: Diagnosis) -> Dict[str, Any]:
 
 
 def scalars(diagnosis: Diagnosis) -> Dict[str, float]:
-    """What mmengine's visualisation backends get."""
+    """Return the numbers for mmengine's visualisation backends."""
     found = {f'doctor/agreement_{size}': mean
              for size, (mean, _) in agreements(diagnosis).items()}
     found.update({f'doctor/{layer.name}/agreement': layer.agreement
@@ -90,27 +93,28 @@ def scalars(diagnosis: Diagnosis) -> Dict[str, float]:
 
 def as_text(diagnosis: Diagnosis, advice: Sequence[Advice],
             lines: Sequence[str]) -> str:
-    """The verdict and the advice in words.
+    """Return the verdict and the advice in words.
 
     Args:
-        diagnosis (Diagnosis): What was measured.
-        advice (Sequence[Advice]): What to do, the most promising first.
-        lines (Sequence[str]): Config lines of each.
+        diagnosis (Diagnosis): The measurements.
+        advice (Sequence[Advice]): Changes, the most promising first.
+        lines (Sequence[str]): Config lines of each change.
     """
     said = ['\n'.join(summary_of(diagnosis))]
     for number, (one, code) in enumerate(zip(advice, lines), 1):
-        folds = 'folds' if one.folds else 'does not fold'
+        folds = 'fold' if one.folds else 'do not fold'
         said.append('\n   '.join(
             [f'{number}. {one.title}.', *one.reasons,
-             f'The model {folds} into plain convolutions.',
-             *(['Add to a config whose _base_ is yours:'] if code else []),
+             f'For inference, the norms {folds} into the convolutions.',
+             *(['Add to a config whose _base_ is your config:'] if code
+               else []),
              *(f'    {line}' for line in code.splitlines())]))
     return '\n\n'.join(said)
 
 
 def summary_json(diagnosis: Diagnosis, advice: Sequence[Advice],
                  lines: Sequence[str]) -> Dict[str, Any]:
-    """All of it, for a file."""
+    """Return diagnosis, verdict and advice in JSON's types."""
     return dict(
         verdict=verdict_of(diagnosis),
         summary=summary_of(diagnosis),

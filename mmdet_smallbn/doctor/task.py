@@ -1,4 +1,4 @@
-"""How a model trains, for the norm doctor."""
+"""Interface between the norm doctor and a model's training loop."""
 import copy
 from itertools import chain
 from typing import Any, Sequence
@@ -10,26 +10,26 @@ from ..errors import SetupError
 
 
 class Task:
-    """How mmengine's models train. Subclass it for models of other loops."""
+    """Training of mmengine's models; subclass it for other training loops."""
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """The loss of a batch, a scalar."""
-        # Preprocessing writes to the samples.
+        """Return the loss of a batch, a scalar."""
+        # The copy is needed: preprocessing changes the samples in place.
         data = model.data_preprocessor(copy.deepcopy(batch), True)
         return model.parse_losses(model(**data, mode='loss'))[0]
 
     def size(self, batch: Any) -> int:
-        """Images of a batch."""
+        """Return the number of images in a batch."""
         if isinstance(batch, dict):
             batch = next(iter(batch.values()))
         if isinstance(batch, dict):
-            raise SetupError('the norm doctor follows one stream of images, '
-                             f'but the batch has {", ".join(batch)}: diagnose '
-                             'the detector by itself')
+            raise SetupError('the norm doctor supports one stream of images, '
+                             f'but the batch has {", ".join(batch)}. Diagnose '
+                             'the detector alone')
         return len(batch)
 
     def join(self, batches: Sequence[Any]) -> Any:
-        """Several batches as one."""
+        """Join several batches into one."""
         first = batches[0]
         if isinstance(first, dict):
             return {key: self.join([batch[key] for batch in batches])

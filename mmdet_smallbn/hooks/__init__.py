@@ -1,4 +1,4 @@
-"""Hooks: what the training loop tells the layers."""
+"""Hooks that connect the training loop with the layers."""
 from .burn_in_hook import BurnInHook
 from .example_weight_hook import ExampleWeightHook
 from .freeze_statistics_hook import FreezeStatisticsHook

@@ -1,4 +1,4 @@
-"""Burn-in: from the runner's iteration to the layers' phase."""
+"""Hook that sets the burn-in phase of the layers."""
 from typing import Dict, Optional, Sequence, Union
 
 from mmengine.dist import get_world_size
@@ -15,21 +15,25 @@ from .norm_hook import SmallBatchNormHook
 
 @HOOKS.register_module()
 class BurnInHook(SmallBatchNormHook):
-    """Keep norms to the present batch while the weights still change fast.
+    """Hook for burn-in: norms use the current batch alone at first.
 
-    - CBN: window 1 (arXiv:2002.05712, Sec. 3.3: for 3 of 12 epochs on COCO);
-      then the window opens and fills.
-    - MABN: the batch's statistics in both passes, no renormalisation
-      (arXiv:2001.06838, App. B.3: for 10,000 iterations, in the heads). The
-      averages fill meanwhile.
-    - BRN: r = 1 and d = 0, which is batch normalisation.
+    Past statistics are of little use while the weights change fast. During
+    burn-in:
 
-    A model may mix them, and norms without a burn-in. The hook does all that
-    :class:`SmallBatchNormHook` does, for all of them.
+    - CBN has window 1 (arXiv:2002.05712, Sec. 3.3: 3 of 12 epochs on COCO).
+      After burn-in the window fills.
+    - MABN uses the statistics of the batch in both passes, without
+      renormalisation (arXiv:2001.06838, App. B.3: 10,000 iterations, in the
+      heads). Its averages fill during burn-in.
+    - BRN has r = 1 and d = 0, which is batch normalisation.
 
-    The phase is a function of the runner's epoch or iteration: a resumed run
-    is where it was, and ``load_from`` starts burn-in afresh. Without this
-    hook the layers do not burn in.
+    A model may contain several of these norms, and norms without a burn-in.
+    The hook also does everything that :class:`SmallBatchNormHook` does, for
+    all norms.
+
+    The phase depends only on the runner's epoch or iteration. A resumed run
+    therefore continues in the same phase, and a run with ``load_from`` starts
+    with burn-in. Without this hook the layers do not burn in.
 
     Example:
         >>> custom_hooks = [dict(type='BurnInHook', epochs=3)]
@@ -38,19 +42,20 @@ class BurnInHook(SmallBatchNormHook):
 
     Args:
         epochs (int, optional): Length in epochs, for epoch-based training.
-        iters (int, optional): Length in the runner's iterations (with
-            gradient accumulation: of micro-batches). Exactly one of the two.
+        iters (int, optional): Length in iterations of the runner (micro-
+            batches, with gradient accumulation). Give either ``epochs`` or
+            ``iters``.
         prefix (str | Sequence[str], optional): Modules of the model whose
             norms burn in, such as ``'neck'``. None: the whole model. Several
             hooks with different prefixes may be used.
-        save_states (bool): As of :class:`SmallBatchNormHook`.
+        save_states (bool): See :class:`SmallBatchNormHook`.
 
     Raises:
-        ValueError: If not exactly one of ``epochs`` and ``iters`` is given,
-            or it is negative.
-        SetupError: At the start of training, if no layer burns in, all of
-            them stay in evaluation mode, or burn-in is as long as the
-            training.
+        ValueError: If both or neither of ``epochs`` and ``iters`` are given,
+            or if the length is negative.
+        SetupError: At the start of training, if no layer burns in, if all
+            layers that burn in stay in evaluation mode, or if burn-in is as
+            long as the training.
     """
 
     def __init__(self,
@@ -65,10 +70,11 @@ class BurnInHook(SmallBatchNormHook):
         self._burning: Optional[bool] = None
 
     def find_layers(self, model: nn.Module) -> None:
-        """Find the norms, and those of them that burn in.
+        """Find the norms of the model, and the norms that burn in.
 
         Raises:
-            SetupError: If there is none in the model, or under a prefix.
+            SetupError: If no norm of the model, or under one of the prefixes,
+                burns in.
         """
         super().find_layers(model)
         self._layers = {
@@ -84,7 +90,7 @@ class BurnInHook(SmallBatchNormHook):
                 self._raise_no_layer(prefix, model)
 
     def before_train(self, runner) -> None:
-        """Find the layers, and check that the burn-in makes sense."""
+        """Find the layers, and check the length of the burn-in."""
         super().before_train(runner)
         self.check_length(
             isinstance(runner.train_loop, EpochBasedTrainLoop),
@@ -92,7 +98,7 @@ class BurnInHook(SmallBatchNormHook):
         self._burning = None
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        """Tell the layers the phase."""
+        """Set the phase of the layers."""
         burning = self.is_burning_in(runner)
         if self._burning is None:
             self._check_modes(runner)
@@ -105,18 +111,18 @@ class BurnInHook(SmallBatchNormHook):
         super().before_train_iter(runner, batch_idx, data_batch)
 
     def after_train(self, runner) -> None:
-        """Let the layers go."""
+        """End the burn-in of the layers."""
         super().after_train(runner)
         for layer in self._layers.values():
             layer.burning_in = False
 
     def is_burning_in(self, runner) -> bool:
-        """Whether the runner's present iteration lies in the burn-in."""
+        """Return True if the runner's current iteration is in burn-in."""
         now = runner.epoch if self.unit == 'epochs' else runner.iter
         return now < self.length
 
     def covers(self, name: str) -> bool:
-        """Whether a module of this name is in the hook's part of the model."""
+        """Return True if the hook's prefixes include a module's name."""
         return any(
             self._under(name, prefix) for prefix in self.prefixes or (None, ))
 
@@ -128,44 +134,46 @@ class BurnInHook(SmallBatchNormHook):
                         model: nn.Module) -> None:
         burning = [n for n, layer in self._norms.items() if layer.burns_in]
         if burning:
-            said = matches_none('prefix', prefix, 'layer that burns in', burning)
-            raise SetupError(f'BurnInHook: {said}')
-        message = 'BurnInHook: the model holds no layer that burns in'
-        # torch's, and mmcv's, which is no BatchNorm by its class.
+            text = matches_none('prefix', prefix, 'layer that burns in',
+                                burning)
+            raise SetupError(f'BurnInHook: {text}')
+        message = 'BurnInHook: the model has no layer that burns in'
+        # By name, because mmcv's SyncBatchNorm is not a subclass of torch's.
         if any(type(m).__name__ == 'SyncBatchNorm' for m in model.modules()):
             message += (
-                ', but SyncBatchNorm. If sync_bn (or use_syncbn) stands in '
-                'the config, remove it: it converts every kind of BatchNorm')
+                ', but SyncBatchNorm. If the config has sync_bn (or '
+                'use_syncbn), remove it: it converts every kind of BatchNorm')
         else:
-            message += (". Give it one, such as norm_cfg=dict(type='CBN'), or "
+            message += (". Add one, such as norm_cfg=dict(type='CBN'), or "
                         'remove the hook')
         raise SetupError(message)
 
     def check_length(self, by_epoch: bool, max_epochs: int,
                      max_iters: int) -> None:
-        """Compare the burn-in with the training.
+        """Check that the burn-in fits the training.
 
         Args:
-            by_epoch (bool): Whether the training loop counts epochs.
-            max_epochs (int): Its length, if so.
-            max_iters (int): Its length, if not, or if known.
+            by_epoch (bool): True if the training loop counts epochs.
+            max_epochs (int): Length of the training in epochs.
+            max_iters (int): Length of the training in iterations; 0 if it is
+                unknown.
 
         Raises:
-            SetupError: If the units differ, or burn-in is as long as the
+            SetupError: If the units differ, or if burn-in is as long as the
                 training.
         """
         check_unit('BurnInHook', self.unit, self.length, by_epoch)
         total = max_epochs if self.unit == 'epochs' else max_iters
         if self.length and total and self.length >= total:
             raise SetupError(
-                f'BurnInHook: {self.unit}={self.length} is no shorter than '
-                f'the training ({total} {self.unit}), and the norms would '
-                "never be used. For a trial run set the hook's "
-                f'{self.unit}=0, as by --cfg-options custom_hooks.0.'
-                f'{self.unit}=0')
+                f'BurnInHook: {self.unit}={self.length} is not shorter than '
+                f'the training ({total} {self.unit}), so the norms would '
+                "never use past iterations. For a trial run set the hook's "
+                f'{self.unit}=0, for example with --cfg-options '
+                f'custom_hooks.0.{self.unit}=0')
 
     def _check_modes(self, runner) -> None:
-        """Norms that should train but are kept in evaluation mode."""
+        """Report norms that should train but stay in evaluation mode."""
         asleep = kept_asleep(self._layers)
         if not asleep:
             return
@@ -189,20 +197,20 @@ class BurnInHook(SmallBatchNormHook):
         for (kind, iterations, batch), count in kinds.items():
             message = (
                 f'{count} {kind.__name__} layers: {iterations} iterations x '
-                f'{batch} images = {iterations * batch} examples behind the '
+                f'{batch} images = {iterations * batch} examples in the '
                 'statistics')
             suggested = suggested_window_size(batch)
             if issubclass(kind, CBN) and iterations != suggested:
-                message += (f'; the CBN paper suggests window_size={suggested}'
-                            f' (min(ceil(16 / {batch}), 8))')
+                message += ('. The CBN paper suggests window_size='
+                            f'{suggested} (min(ceil(16 / {batch}), 8))')
             runner.logger.info(message)
 
     def _log_phase(self, runner, burning: bool) -> None:
         where = f'iteration {runner.iter}, epoch {runner.epoch}'
         if burning:
-            phase = (f'burn-in of {self.length} {self.unit}, the present '
-                     'batch alone')
+            phase = (f'burn-in of {self.length} {self.unit} with the '
+                     'statistics of the current batch')
         else:
-            phase = 'burn-in is over, past iterations count'
+            phase = 'burn-in is over, statistics use past iterations'
         runner.logger.info(
             f'{len(self._layers)} norms at {where}: {phase}')

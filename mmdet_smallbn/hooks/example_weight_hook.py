@@ -1,4 +1,4 @@
-"""Inference example weighting as an entry of a config."""
+"""Hook for inference example weighting."""
 from typing import Sequence, Union
 
 from mmengine.hooks import Hook
@@ -12,11 +12,12 @@ from .model import bare_model, calibrate
 
 @HOOKS.register_module()
 class ExampleWeightHook(Hook):
-    """Weigh examples in their own normalisation, in validation and testing.
+    """Hook that gives each example a weight in its own normalisation.
 
-    :func:`mmdet_smallbn.set_example_weight` before either, and undone after
-    it. Training is not touched. For GroupNorm, moving averages are gathered
-    before each of them.
+    It calls :func:`mmdet_smallbn.set_example_weight` before validation and
+    testing, and undoes it afterwards. Training does not change. GroupNorm has
+    no moving averages: the hook computes them before each validation and
+    test.
 
     Example:
         >>> custom_hooks = [
@@ -24,17 +25,17 @@ class ExampleWeightHook(Hook):
         ...          exclude='backbone')]
 
     Args:
-        weight (float): From 0 to 1; ``tools/sweep_example_weight.py`` finds
-            it.
-        exclude (str | Sequence[str]): Prefixes of modules to leave as
-            trained.
-        calibration_images (int): Training images that GroupNorm's averages
-            are gathered from.
+        weight (float): Weight from 0 to 1. ``tools/sweep_example_weight.py``
+            finds the best one.
+        exclude (str | Sequence[str]): Prefixes of modules that keep the
+            weight they were trained with.
+        calibration_images (int): Number of training images for the averages
+            of GroupNorm.
 
     Raises:
         ValueError: If an argument is out of range.
-        SetupError: Before validation or testing, if the model has no norm to
-            weigh examples in.
+        SetupError: Before validation or testing, if no norm of the model
+            supports the weight.
     """
 
     def __init__(self,
@@ -49,7 +50,7 @@ class ExampleWeightHook(Hook):
         self.calibration_images = calibration_images
 
     def before_val(self, runner) -> None:
-        """Set the weight."""
+        """Set the weight before validation and testing."""
         model = bare_model(runner)
         try:
             if lacks_averages(model, self.weight, self.excluded):
@@ -58,10 +59,10 @@ class ExampleWeightHook(Hook):
         except ValueError as error:
             raise SetupError(f'ExampleWeightHook: {error}') from error
         runner.logger.info(
-            f'{len(names)} norms give each example the weight {self.weight}')
+            f'{len(names)} norms use the example weight {self.weight}')
 
     def after_val(self, runner) -> None:
-        """Undo it."""
+        """Restore the weights that the norms were trained with."""
         set_example_weight(bare_model(runner), None)
 
     before_test = before_val

@@ -1,4 +1,4 @@
-"""Running statistics in the last part of a training."""
+"""Hook that freezes running statistics in the last part of a training."""
 from typing import List, Optional, Sequence, Union
 
 from mmengine.dist import all_reduce_params
@@ -15,30 +15,33 @@ from .model import bare_model, check_unit, one_unit
 
 @HOOKS.register_module()
 class FreezeStatisticsHook(Hook):
-    """Train with running statistics from some point of the training on.
+    """Hook that freezes the running statistics late in the training.
 
-    What ``norm_eval=True`` does to a backbone's norms, but late, and in any
-    part of the model. The norms go into evaluation mode: they normalise as at
-    inference, and change their running statistics no more. Scale, shift and
-    all other weights train on, and get used to these statistics.
-    ``docs/study.md`` shows where it helps. Several processes take the mean of
-    theirs first.
+    From the given point on it sets the norms to evaluation mode. They then
+    normalise with their running statistics, as at inference, and the running
+    statistics do not change. Scale, shift and all other weights continue to
+    train and adapt to these statistics. ``norm_eval=True`` does the same, but
+    for the backbone alone and from the start. ``docs/study.md`` shows where
+    the hook helps. In distributed training the processes average their
+    running statistics first.
 
     Example:
         >>> custom_hooks = [dict(type='FreezeStatisticsHook', epochs=9)]
 
     Args:
-        epochs (int, optional): From this epoch on, counted from 0.
-        iters (int, optional): From this iteration on. Exactly one of the two.
+        epochs (int, optional): First epoch with frozen statistics, counted
+            from 0.
+        iters (int, optional): First iteration with frozen statistics, counted
+            from 0. Give either ``epochs`` or ``iters``.
         prefix (str | Sequence[str], optional): Modules of the model whose
-            norms are meant, such as ``'roi_head'``. None: the whole model.
+            norms are frozen, such as ``'roi_head'``. None: the whole model.
 
     Raises:
-        ValueError: If not exactly one of ``epochs`` and ``iters`` is given,
-            or it is negative.
-        SetupError: At the start of training, if there is no norm with running
-            statistics in the model, or under a prefix, or if the training
-            ends before.
+        ValueError: If both or neither of ``epochs`` and ``iters`` are given,
+            or if the number is negative.
+        SetupError: At the start of training, if no norm of the model, or
+            under one of the prefixes, has running statistics, or if the
+            training ends before this point.
     """
 
     def __init__(self,
@@ -75,14 +78,14 @@ class FreezeStatisticsHook(Hook):
         }
         for prefix in self.prefixes or ():
             if not any(is_under(name, prefix) for name in norms):
-                said = matches_none('prefix', prefix, 'norm with running '
-                                 'statistics', norms)
-                raise SetupError(f'FreezeStatisticsHook: {said}')
+                text = matches_none('prefix', prefix, 'norm with running '
+                                    'statistics', norms)
+                raise SetupError(f'FreezeStatisticsHook: {text}')
         self._norms = [
             module for name, module in norms.items() if self.covers(name)
         ]
         if not self._norms:
-            raise SetupError('FreezeStatisticsHook: the model holds no norm '
+            raise SetupError('FreezeStatisticsHook: the model has no norm '
                              'with running statistics. Remove the hook')
 
     def check_length(self, by_epoch: bool, max_epochs: Optional[int],
@@ -102,24 +105,27 @@ class FreezeStatisticsHook(Hook):
         if total and self.begin >= total:
             raise SetupError(
                 f'FreezeStatisticsHook: {self.unit}={self.begin}, but the '
-                f'training is over after {total}. Take fewer, or remove the '
-                'hook')
+                f'training ends after {total} {self.unit}. Use a smaller '
+                'number, or remove the hook')
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        """Into evaluation mode, each time anew: the loop puts them out of it.
+        """Set the norms to evaluation mode.
+
+        This happens in each iteration, because the training loop sets the
+        whole model to training mode again.
         """
         now = runner.epoch if self.unit == 'epochs' else runner.iter
         if now < self.begin:
             return
         if not self._frozen:
             self._frozen = True
-            # Not those that norm_eval or a teacher keeps in evaluation mode.
+            # norm_eval or a teacher keeps the others in evaluation mode.
             self._norms = [norm for norm in self._norms if norm.training]
             all_reduce_params(
                 [buffer for norm in self._norms for buffer in norm.buffers()
                  if buffer.is_floating_point()], op='mean')
             runner.logger.info(
-                f'{len(self._norms)} norms keep their running statistics at '
-                f'iteration {runner.iter}, epoch {runner.epoch}')
+                f'running statistics of {len(self._norms)} norms are frozen '
+                f'from iteration {runner.iter}, epoch {runner.epoch}')
         for norm in self._norms:
             norm.eval()

@@ -1,4 +1,4 @@
-"""What hooks and tools ask a runner for."""
+"""Functions of hooks and tools that read the runner and its model."""
 from typing import (Callable, Dict, List, Optional, Sequence, Tuple,
                     Union)
 
@@ -15,7 +15,7 @@ from ..words import counted
 
 
 def bare_model(runner: Runner) -> nn.Module:
-    """The runner's model, out of what distributes or augments it."""
+    """Return the runner's model without wrappers for DDP or augmentation."""
     model = runner.model
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
@@ -24,13 +24,14 @@ def bare_model(runner: Runner) -> nn.Module:
 
 def one_unit(hook: str, epochs: Optional[int],
              iters: Optional[int]) -> Tuple[str, int]:
-    """The unit and the number, of a hook that takes one of the two.
+    """Return unit and number of a hook that takes ``epochs`` or ``iters``.
 
     Raises:
-        ValueError: If not exactly one is given, or it is no count.
+        ValueError: If both or neither are given, or if the number is not an
+            integer of at least 0.
     """
     if (epochs is None) == (iters is None):
-        raise ValueError(f'{hook} takes exactly one of epochs and iters, but '
+        raise ValueError(f'{hook} needs exactly one of epochs and iters, but '
                          f'got epochs={epochs}, iters={iters}')
     unit, number = ('iters', iters) if epochs is None else ('epochs', epochs)
     if not isinstance(number, int) or number < 0:
@@ -40,10 +41,10 @@ def one_unit(hook: str, epochs: Optional[int],
 
 
 def check_unit(hook: str, unit: str, number: int, by_epoch: bool) -> None:
-    """Refuse epochs where the training loop counts iterations.
+    """Check that a hook with epochs runs in an epoch-based training loop.
 
     Raises:
-        SetupError: If it does.
+        SetupError: If the training loop counts iterations.
     """
     if unit == 'epochs' and not by_epoch:
         raise SetupError(f'{hook}: epochs={number}, but the training loop '
@@ -51,13 +52,13 @@ def check_unit(hook: str, unit: str, number: int, by_epoch: bool) -> None:
 
 
 def norms_of_teachers(model: nn.Module) -> Dict[str, nn.Module]:
-    """Norms in a frozen detector within the model, as of a mean teacher.
+    """Find the norms of frozen detectors inside the model, such as a teacher.
 
     Args:
         model (nn.Module): The whole model.
 
     Returns:
-        dict[str, SmallBatchNorm]: By their names in the model.
+        dict[str, SmallBatchNorm]: Norms by their names in the model.
     """
     teachers = [
         name for name, part in model.named_modules() if part is not model
@@ -76,7 +77,8 @@ def _is_frozen(module: nn.Module) -> bool:
 
 
 def kept_asleep(norms: Dict[str, nn.Module]) -> List[str]:
-    """Names of norms in evaluation mode whose parameters would train."""
+    """Return the names of norms in evaluation mode with trainable parameters.
+    """
     return [
         name for name, norm in norms.items() if not norm.training
         and any(p.requires_grad for p in norm.parameters())
@@ -84,21 +86,23 @@ def kept_asleep(norms: Dict[str, nn.Module]) -> List[str]:
 
 
 def asleep_note(names: Sequence[str]) -> str:
-    """What to say of them."""
-    return (f'{counted(len(names), "norm")}, {names[0]} the first of them, '
-            'would train but stay in evaluation mode: set norm_eval=False in '
-            'the backbone')
+    """Return the message about norms from :func:`kept_asleep`."""
+    return (f'{counted(len(names), "norm")} (first: {names[0]}) should train, '
+            'but the model keeps them in evaluation mode. Set '
+            'norm_eval=False in the backbone')
 
 
 def gradient_scale(runner: Runner) -> Union[float, Tensor]:
-    """What the present iteration's loss is multiplied with for its backward.
+    """Return the factor of the loss in the current iteration's backward pass.
 
-    One part in gradient accumulation, times the loss scale in mixed
-    precision. To be asked before the iteration: its step may change both.
+    The factor is 1 / (number of accumulated batches), times the loss scale in
+    mixed precision. Call this before the iteration, because the optimizer
+    step may change both.
 
     Returns:
-        float | Tensor: The factor; on the device, without waiting for it,
-        where there is a loss scale. 1 where several optimizers share a model.
+        float | Tensor: The factor. With a loss scale it is a tensor on the
+        device, so that the host does not wait. 1 if the model has several
+        optimizers.
     """
     wrapper = runner.optim_wrapper
     if not isinstance(wrapper, OptimWrapper):
@@ -107,7 +111,8 @@ def gradient_scale(runner: Runner) -> Union[float, Tensor]:
     scaler = getattr(wrapper, 'loss_scaler', None)
     if scaler is None:
         return scale
-    # get_scale() would wait for the device, but not before the first step.
+    # get_scale() waits for the device, except before the first step, when
+    # there is no tensor yet.
     on_device = getattr(scaler, '_scale', None)
     if on_device is None:
         return scale * scaler.get_scale()
@@ -115,10 +120,10 @@ def gradient_scale(runner: Runner) -> Union[float, Tensor]:
 
 
 def is_after_step(runner: Runner) -> Optional[bool]:
-    """Whether the optimizer took a step since the last iteration.
+    """Return True if the optimizer took a step since the last iteration.
 
-    To be asked before the iteration. True before the first one, too. None
-    where several optimizers share a model.
+    Call this before the iteration. It is also True before the first
+    iteration, and None if the model has several optimizers.
     """
     wrapper = runner.optim_wrapper
     return wrapper.should_update() if isinstance(wrapper,
@@ -127,23 +132,24 @@ def is_after_step(runner: Runner) -> Optional[bool]:
 
 def calibrate(runner: Runner, images: int,
               tell: Callable[[int], None] = lambda seen: None) -> None:
-    """Moving averages for the model's GroupNorms, from training images.
+    """Compute moving averages for the model's GroupNorms from training images.
 
-    The forward pass is that of the losses, with RoIs as in training. The same
-    images and RoIs are taken each time.
+    The forward pass computes the losses, so RoIs are those of training. Every
+    call uses the same images and RoIs.
 
     Args:
-        runner (Runner): With weights loaded.
-        images (int): How many, over all processes.
-        tell (callable): Called with the number of images so far.
+        runner (Runner): Runner whose model has its weights loaded.
+        images (int): Number of images, over all processes.
+        tell (callable): Progress callback. It takes the number of images
+            processed so far.
 
     Raises:
         SetupError: If the config has no training images.
     """
     if runner.cfg.get('train_dataloader') is None:
-        raise SetupError('GroupNorm has no moving averages, and without '
-                         'train_dataloader in the config there are no images '
-                         'to gather them from')
+        raise SetupError('GroupNorm has no moving averages, and the config '
+                         'has no train_dataloader to compute them from. Add '
+                         'one')
     loader = runner.build_dataloader(runner.cfg.train_dataloader, seed=0)
     model, seen = bare_model(runner), 0
     training = model.training

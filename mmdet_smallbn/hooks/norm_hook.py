@@ -1,4 +1,4 @@
-"""What the training loop tells the norms, and what it keeps for them."""
+"""Hook that connects the norms with the training loop and checkpoints."""
 from typing import Dict, Optional
 
 from mmengine.dist import get_world_size, is_main_process
@@ -12,44 +12,47 @@ from .model import (bare_model, gradient_scale, is_after_step,
                     norms_of_teachers)
 from .plain_checkpoint_hook import make_plain, restore_history
 
-# The key of a checkpoint that holds what norms remember.
+# Checkpoint key of the norms' states.
 _STATES = 'smallbn_states'
 
 
 @HOOKS.register_module()
 class SmallBatchNormHook(Hook):
-    """Tell the norms of this package what the training loop knows.
+    """Hook that gives the norms of this package the state of the training.
 
-    - Which iteration it is, so that a layer that is called twice in one does
-      not take it for two.
-    - What the loss is multiplied with (loss scale, accumulation), so that
-      MABN's averages are of the loss itself.
-    - Whether the optimizer took a step since the last iteration, for CmBN.
-    - What the past says at today's weights, for all layers at once.
+    Before each iteration it provides
 
-    It also takes out of the running statistics what is not finite, and tells
-    the layers inside activation checkpointing and torch.compile which
-    convolution comes before them.
+    - the number of the iteration, so that two calls of a layer in one
+      iteration do not count as two iterations,
+    - the factor of the loss (loss scale, gradient accumulation), so that
+      MABN averages the gradients of the unscaled loss,
+    - for CmBN, whether the optimizer took a step since the last iteration,
+    - the past moments, recomputed with the current weights for all layers at
+      once.
 
-    Checkpoints hold what CBN and MABN remember of past iterations, under a
-    key of its own, and a resume takes it up, so that it goes on as if it had
-    never stopped. It is that of the main process: the norms of others, and
-    all with ``sync=True`` in several processes, fill anew, within
-    ``window_size`` or ``buffer_size`` iterations. CBN's takes 32 patches of
-    its input for each iteration and layer. Checkpoints load safely, as with
+    After each iteration it removes values that are not finite from the
+    running statistics. It also finds the convolution before each layer inside
+    activation checkpointing and torch.compile.
+
+    Checkpoints store the past statistics of CBN and MABN, and a resumed
+    training continues with them. Only the main process stores and restores
+    its statistics. The norms of the other processes, and norms with
+    ``sync=True`` in distributed training, fill again within ``window_size``
+    or ``buffer_size`` iterations. CBN stores 32 patches of its input per
+    layer and iteration. Checkpoints load safely, as with
     :class:`PlainCheckpointHook`.
 
-    A frozen detector within the model, the teacher of semi-supervised
-    learning or distillation, is a model at work: its norms are put into
-    evaluation, which mmdet leaves in training mode.
+    The model may contain a frozen detector, such as the teacher in
+    semi-supervised learning or distillation. mmdet leaves it in training
+    mode. The hook sets its norms to evaluation mode.
 
     Args:
-        save_states (bool): Whether checkpoints hold what the norms remember.
-            False: it fills anew after a resume.
+        save_states (bool): Store the past statistics of the norms in
+            checkpoints. False: they fill again after a resume.
 
     Raises:
-        SetupError: At the start of training, if a teacher never gets the
-            statistics that it evaluates with.
+        SetupError: At the start of training, if a teacher evaluates with
+            running statistics that it never receives.
 
     Example:
         >>> custom_hooks = [dict(type='SmallBatchNormHook')]
@@ -66,28 +69,28 @@ class SmallBatchNormHook(Hook):
         self._leads = False
 
     def find_layers(self, model: nn.Module) -> None:
-        """Find the norms, and those of frozen detectors in the model."""
+        """Find the norms, and the norms of frozen detectors in the model."""
         self._norms = norms_of(model)
         self._teaching = norms_of_teachers(model)
 
     def before_train(self, runner) -> None:
-        """Take over the layers."""
+        """Find and reset the layers, and restore their states."""
         model = bare_model(runner)
         self.find_layers(model)
-        # Of several such hooks, the first one leads.
+        # If there are several such hooks, only the first one acts.
         self._leads = next(hook for hook in runner.hooks if isinstance(
             hook, SmallBatchNormHook)) is self
         if not self._leads:
             return
         if not self._norms:
             runner.logger.warning(
-                f'{type(self).__name__}: the model holds no norm of this '
-                'package. If sync_bn (or use_syncbn) stands in the config, '
-                'remove it: it converts every kind of BatchNorm')
+                f'{type(self).__name__}: the model has no norm of this '
+                'package. If the config has sync_bn (or use_syncbn), remove '
+                'it: it converts every kind of BatchNorm')
         for layer in self._norms.values():
-            # Of an earlier training of the same model object.
+            # The same model object may have trained before.
             layer.reset_state()
-        if self._loop is not None:  # of one that ended in an error
+        if self._loop is not None:  # an earlier training ended in an error
             self._loop.release()
         self._loop = TrainingLoop(model)
         self._check_teachers(runner)
@@ -95,34 +98,37 @@ class SmallBatchNormHook(Hook):
         self._restore(runner)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        """Tell the layers the iteration, and prepare their past."""
+        """Give the layers the iteration, and recompute the past moments."""
         if not self._leads:
             return
-        # The training loop puts the whole model into training mode.
+        # The training loop sets the whole model to training mode.
         for layer in self._teaching.values():
             layer.eval()
         self._loop.begin(runner.iter, gradient_scale(runner),
                          is_after_step(runner))
 
     def after_train_iter(self, runner, *args, **kwargs) -> None:
-        """Mend the running statistics, before anybody reads them."""
+        """Remove values that are not finite from the running statistics."""
         if self._leads:
             self._loop.end()
 
     def after_train(self, runner) -> None:
-        """Let the layers go: who calls them next has iterations of his own."""
+        """Disconnect the layers: another training loop may use them next."""
         if self._leads:
             self._loop.release()
 
     def before_val_epoch(self, runner) -> None:
-        """Keep the past: mmdet's SyncNormHook loads a state dict now."""
+        """Keep the layers' states, which mmdet's SyncNormHook would reset.
+
+        That hook loads a state dict, which normally brings new weights.
+        """
         self._kept = {
             layer: layer.states
             for layer in self._norms.values() if layer.keeps_states
         }
 
     def after_val_epoch(self, runner, metrics=None) -> None:
-        """The weights are those of before."""
+        """Restore the layers' states: the weights have not changed."""
         for layer, states in self._kept.items():
             layer.states = states
         self._kept = {}
@@ -131,7 +137,7 @@ class SmallBatchNormHook(Hook):
         """Put the norms' states into a checkpoint."""
         make_plain(checkpoint)
         if not self.save_states or _STATES in checkpoint:
-            return  # or another of these hooks has put them there
+            return  # another hook of this kind has stored them
         alone = get_world_size() == 1
         names = {p: n for n, p in bare_model(runner).named_parameters()}
         checkpoint[_STATES] = {
@@ -149,12 +155,13 @@ class SmallBatchNormHook(Hook):
         if 'ema_state_dict' in checkpoint and not any(
                 isinstance(hook, EMAHook) for hook in runner.hooks):
             runner.logger.warning(
-                'the checkpoint holds the averaged weights of an EMAHook, and '
-                'without one training goes on from these. What the norms '
-                'remember of past iterations was gathered with other weights: '
-                'they fill anew. To go on as before, keep the EMAHook')
+                'the checkpoint has the averaged weights of an EMAHook, but '
+                'the config has no EMAHook, so training continues from the '
+                'averaged weights. The past statistics of the norms belong to '
+                'other weights and are discarded. They fill again. To '
+                'continue as before, keep the EMAHook')
             return
-        # The weights are loaded after this, and empty the norms.
+        # Not restored now: loading the weights, which follows, resets norms.
         self._loaded = states
 
     def _restore(self, runner) -> None:
@@ -171,12 +178,12 @@ class SmallBatchNormHook(Hook):
                 refused.append(str(error))
         if refused:
             runner.logger.warning(
-                f'{len(refused)} norms do not take up what the checkpoint '
-                f'remembers of past iterations, and fill anew: {refused[0]}')
+                f'{len(refused)} norms cannot restore their past statistics '
+                f'from the checkpoint and fill again. First: {refused[0]}')
         self._loaded = {}
 
     def _check_teachers(self, runner) -> None:
-        # mmdet's, whose teacher is of that name.
+        # mmdet's MeanTeacherHook updates the submodule named "teacher".
         skips = any(
             type(hook).__name__ == 'MeanTeacherHook' and hook.skip_buffers
             for hook in runner.hooks)
@@ -187,22 +194,21 @@ class SmallBatchNormHook(Hook):
         ]
         if skips and needing:
             raise SetupError(
-                f'{len(needing)} norms of the teacher, '
-                f'{needing[0]!r} the first of them, evaluate with running '
-                'statistics, which MeanTeacherHook(skip_buffer=True) never '
-                'gives them. Set skip_buffer=False')
+                f'{len(needing)} norms of the teacher (first: {needing[0]!r}) '
+                'evaluate with running statistics, but MeanTeacherHook('
+                'skip_buffer=True) does not update these. Set '
+                'skip_buffer=False')
         if self._teaching:
             runner.logger.info(
                 f'{len(self._teaching)} norms are in a frozen detector '
-                'within the model, and kept in evaluation mode')
+                'inside the model and stay in evaluation mode')
 
     def _check_wrapper(self, runner) -> None:
         if get_world_size() > 1 and (
                 getattr(runner.model, 'broadcast_buffers', False)
                 and not all(layer.sync for layer in self._norms.values())):
             runner.logger.warning(
-                'with broadcast_buffers=True the running '
-                "statistics are the main process's alone. Set "
-                'broadcast_buffers=False in model_wrapper_cfg, and '
-                "dict(type='SyncBuffersHook') in custom_hooks to average "
-                'them at the end of an epoch')
+                'with broadcast_buffers=True all processes use the running '
+                'statistics of the main process. Set broadcast_buffers=False '
+                "in model_wrapper_cfg, and add dict(type='SyncBuffersHook') "
+                'to custom_hooks, which averages them at the end of an epoch')

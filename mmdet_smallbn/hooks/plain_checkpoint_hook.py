@@ -1,4 +1,4 @@
-"""Checkpoints that torch's safe loader takes."""
+"""Hook that writes checkpoints for torch's safe loader."""
 from typing import Any
 
 import numpy as np
@@ -7,20 +7,21 @@ from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import HOOKS
 
-# The key of a checkpoint that holds the history of the log.
+# Checkpoint key of the log's history.
 _HISTORY = 'smallbn_log_history'
 
 
 @HOOKS.register_module()
 class PlainCheckpointHook(Hook):
-    """Write checkpoints that ``torch.load(..., weights_only=True)`` takes.
+    """Hook that makes checkpoints load with ``weights_only=True``.
 
-    That is torch's default from version 2.6 on, and mmengine 0.10 does not
-    meet it: the history of the log is kept as objects of its own, and other
-    entries may hold numbers of numpy. The hook puts the history into plain
-    tensors, under a key of its own, and makes numbers of numpy plain. Stock
-    mmdet then tests, serves and resumes the checkpoint on any torch. Resumed
-    without this hook, the log averages from there on.
+    From version 2.6 on this is the default of ``torch.load``. Checkpoints of
+    mmengine 0.10 do not load with it: the history of the log consists of
+    mmengine's own objects, and other entries may be numpy numbers. The hook
+    stores the history as tensors under a separate key, and converts numpy
+    numbers to Python numbers. Stock mmdet can then test, serve and resume the
+    checkpoint with any version of torch. If the hook is missing in a resumed
+    training, the log's averages start again at that point.
 
     The tools of this package add the hook, and
     :class:`mmdet_smallbn.SmallBatchNormHook` does the same.
@@ -31,16 +32,16 @@ class PlainCheckpointHook(Hook):
     priority = 'LOWEST'
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Make what is no tensor plain, after all hooks."""
+        """Convert the checkpoint, after all other hooks."""
         make_plain(checkpoint)
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Take the history of the log up again."""
+        """Restore the history of the log."""
         restore_history(checkpoint)
 
 
 def make_plain(checkpoint: dict) -> None:
-    """Let a checkpoint hold tensors, numbers, strings and what groups them."""
+    """Convert a checkpoint to tensors, numbers, strings and containers."""
     hub = checkpoint.get('message_hub') or {}
     history = {
         name: dict(
@@ -58,7 +59,7 @@ def make_plain(checkpoint: dict) -> None:
 
 
 def restore_history(checkpoint: dict) -> None:
-    """Undo what :func:`make_plain` did to the history of the log."""
+    """Restore the history of the log that :func:`make_plain` converted."""
     if 'message_hub' not in checkpoint:
         return
     for name, buffer in checkpoint.get(_HISTORY, {}).items():
@@ -74,7 +75,7 @@ def _plain(value: Any) -> Any:
         return torch.from_numpy(value)
     if type(value) in (list, tuple):
         return type(value)(_plain(v) for v in value)
-    # A module's state dict knows versions besides.
+    # A module's state dict has an attribute with versions: keep the object.
     if isinstance(value, dict) and not hasattr(value, '_metadata'):
         return {key: _plain(v) for key, v in value.items()}
     return value

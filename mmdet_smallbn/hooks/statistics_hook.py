@@ -1,4 +1,4 @@
-"""Record the statistics that norms see in training."""
+"""Hook that records the statistics of norms in training."""
 import json
 import math
 from collections import defaultdict
@@ -20,17 +20,17 @@ from .model import bare_model, gradient_scale
 
 
 class _Seen(NamedTuple):
-    """One batch, or several pooled. Tensors of shape (C,).
+    """Statistics of one batch, or of several pooled, with shape (C,).
 
-    ``gradient`` and ``psi`` are the means of g and of g * y; None if there
-    was no backward to the layer's scale.
+    ``gradient`` and ``psi`` are the means of g and of g * y. They are None if
+    no gradient reached the layer's shift or scale.
     """
     moments: Moments
     gradient: Optional[Tensor]
     psi: Optional[Tensor]
 
     def norms(self) -> Dict[str, float]:
-        """L2 norm over the channels of each statistic."""
+        """Return the L2 norm of each statistic over the channels."""
         named = dict(
             mean=self.moments.mean,
             var=self.moments.var,
@@ -42,13 +42,13 @@ class _Seen(NamedTuple):
         return {k: v for k, v in norms.items() if math.isfinite(v)}
 
     def is_finite(self) -> bool:
-        """Whether all values are."""
+        """Return True if all values are finite."""
         values = (*self.moments[:2], self.gradient, self.psi)
         return all(v is None or bool(v.isfinite().all()) for v in values)
 
 
 def _pool(batches: Sequence[_Seen]) -> _Seen:
-    """Statistics of the batches as one, as if at the same weights."""
+    """Pool the statistics of batches as if they had the same weights."""
     counts = torch.tensor([[b.moments.count] for b in batches])
     first = batches[0].moments.mean
     weights = counts.to(first) / counts.sum()
@@ -67,49 +67,53 @@ def _pool(batches: Sequence[_Seen]) -> _Seen:
 
 @HOOKS.register_module()
 class StatisticsHook(Hook):
-    r"""Record the statistics of chosen norms, small batch beside large.
+    r"""Hook that records the statistics of chosen norms.
 
-    What the MABN paper (arXiv:2001.06838) plots in Fig. 2-4, of any norm with
-    a scale: the L2 norms over the channels of
+    It records what the MABN paper (arXiv:2001.06838) plots in Fig. 2-4, for
+    any norm with a scale: the L2 norms over the channels of
 
     - ``mean`` :math:`\mu`, ``var`` :math:`\sigma^2` and ``mean_square``
       :math:`\chi^2` of the input,
     - ``gradient`` :math:`g = \text{mean}(\partial L/\partial y)` and ``psi``
       :math:`\Psi = \text{mean}(y\,\partial L/\partial y)` for the normalised
-      features y before the affine parameters. They come from the gradients of
-      scale and shift, :math:`\Psi = \gamma\,\partial L/\partial\gamma / m`,
-      and cost no activation,
+      features y before scale and shift. They are computed from the gradients
+      of scale and shift, :math:`\Psi = \gamma\,\partial L/\partial\gamma /
+      m`, and need no activation memory.
 
-    for the batch, for every ``regular`` batches pooled, and for the layer's
-    moving averages (``ema_mean`` and ``ema_var``; MABN's ``ema_mean_square``,
-    ``sma_mean_square`` and ``sma_psi``). With
-    ``optim_wrapper.accumulative_counts=regular`` the batches behind a large
-    one are of the same weights, as in the paper; otherwise the weights move a
-    little meanwhile. A large batch's g and :math:`\Psi` are averages of its
-    batches', each normalised as it was trained. Gradients are those of the
-    loss itself, neither scaled nor divided for accumulation. A batch that is
-    not finite is in no large one.
+    It records them for each batch, for ``regular`` batches pooled into a
+    large batch, and for the layer's moving averages (``ema_mean`` and
+    ``ema_var``; MABN's ``ema_mean_square``, ``sma_mean_square`` and
+    ``sma_psi``).
 
-    Each rank sees its own batches; the main process records. Values go to
-    mmengine's visualisation backends as ``statistics/LAYER/NAME`` and to
-    ``statistics.jsonl`` in the log folder, a line for a layer and iteration,
-    which ``tools/plot_statistics.py`` draws.
+    With ``optim_wrapper.accumulative_counts=regular`` all batches of a large
+    batch have the same weights, as in the paper. Otherwise the weights change
+    a little in between. g and :math:`\Psi` of a large batch are the averages
+    over its batches, and each batch is normalised as in training. Gradients
+    are those of the unscaled loss, without the division for gradient
+    accumulation. A batch with values that are not finite is left out of the
+    large batch.
+
+    Each process sees its own batches, and the main process records. The
+    values go to mmengine's visualisation backends as
+    ``statistics/LAYER/NAME`` and to ``statistics.jsonl`` in the log folder,
+    one line per layer and iteration. ``tools/plot_statistics.py`` draws them.
 
     Example:
         >>> custom_hooks = [
         ...     dict(type='StatisticsHook', layers=['neck.fpn_convs.*.bn'])]
 
     Args:
-        layers (str | Sequence[str]): Names of norms in the model, with
-            wildcards as in ``'neck.*.bn'``.
-        interval (int): Iterations from one record to the next. Each is a
-            pass over the layer's input, and the host waits for it.
-        regular (int): Recorded batches in a large batch.
+        layers (str | Sequence[str]): Names of norms in the model. Wildcards
+            are allowed, as in ``'neck.*.bn'``.
+        interval (int): Number of iterations between records. Each record
+            reads the layer's input once more, and the host waits for the
+            device.
+        regular (int): Number of recorded batches in a large batch.
 
     Raises:
         ValueError: If an argument is out of range.
-        SetupError: At the start of training, if a name fits no norm, and
-            after the first iteration, if none of the norms trains.
+        SetupError: At the start of training, if a name matches no norm, and
+            after the first recorded iteration, if none of the norms trains.
     """
 
     def __init__(self,
@@ -131,7 +135,7 @@ class StatisticsHook(Hook):
         self._scale: Union[float, Tensor] = 1.
 
     def before_train(self, runner) -> None:
-        """Find the layers and listen to them."""
+        """Find the layers and register hooks on them."""
         norms = {
             name: module
             for name, module in bare_model(runner).named_modules()
@@ -141,15 +145,15 @@ class StatisticsHook(Hook):
             found = {n: m for n, m in norms.items() if fnmatch(n, pattern)}
             if not found:
                 raise SetupError(
-                    f'StatisticsHook: layers={pattern!r} fits no norm of the '
-                    f'model. {did_you_mean(pattern, list(norms))}')
+                    f'StatisticsHook: layers={pattern!r} matches no norm of '
+                    f'the model. {did_you_mean(pattern, list(norms))}')
             self._layers.update(found)
         for name, layer in self._layers.items():
             self._listen(name, layer)
         self._path = Path(runner.log_dir) / 'statistics.jsonl'
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        """Forget the last iteration."""
+        """Discard the values of the last iteration."""
         self._moments.clear()
         self._gradients.clear()
         self._active = runner.iter % self.interval == 0
@@ -157,7 +161,7 @@ class StatisticsHook(Hook):
             self._scale = gradient_scale(runner)
 
     def after_train_iter(self, runner, *args, **kwargs) -> None:
-        """Write down what was seen in this one."""
+        """Record the statistics of this iteration."""
         if not self._active:
             return
         self._active = False
@@ -168,7 +172,7 @@ class StatisticsHook(Hook):
                 self._record(runner, name, layer, self._seen(name))
 
     def after_train(self, runner) -> None:
-        """Leave the layers alone."""
+        """Remove the hooks from the layers."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -176,16 +180,16 @@ class StatisticsHook(Hook):
         self._blocks.clear()
 
     def _check_modes(self, runner) -> None:
-        """Say which layers there is nothing to record of."""
+        """Report the layers that had no forward pass in training mode."""
         self._checked = True
         silent = [name for name in self._layers if not self._moments[name]]
         if not silent:
             return
         message = (
-            f'StatisticsHook: {len(silent)} of {len(self._layers)} norms, '
-            f'{silent[0]!r} the first of them, had no training forward: they '
-            'are frozen or kept in evaluation mode (norm_eval), not used, or '
-            'run inside activation checkpointing')
+            f'StatisticsHook: {len(silent)} of {len(self._layers)} norms '
+            f'(first: {silent[0]!r}) had no forward pass in training mode. '
+            'They are frozen, kept in evaluation mode (norm_eval), not used, '
+            'or inside activation checkpointing')
         if len(silent) == len(self._layers):
             raise SetupError(message)
         runner.logger.warning(message)
@@ -206,7 +210,7 @@ class StatisticsHook(Hook):
 
             def keep_gradient(grad, key=key):
                 if self._active:
-                    # By the normalised values, at today's scale.
+                    # Times the scale: the gradient by the normalised values.
                     grad = grad.detach().float() * layer.weight.detach()
                     held = self._gradients[name].get(key, 0)
                     self._gradients[name][key] = held + grad

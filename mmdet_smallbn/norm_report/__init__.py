@@ -1,4 +1,4 @@
-"""What norm each part of a model really carries, for people to read."""
+"""Report of the norms in a built model: table, summary and notes."""
 from .describe import Norm, describe_norms
 from .notes import norm_cfgs, notes
 from .table import norm_summary, norm_table

@@ -1,4 +1,4 @@
-"""What a norm does in a training step and at inference, in words."""
+"""Descriptions of the norms in a model, in training and at inference."""
 from typing import Any, List, NamedTuple, Optional, Sequence
 
 from mmengine.registry import MODELS
@@ -15,25 +15,27 @@ RUNNING = 'running averages'
 OWN = "each example's own"
 UNKNOWN = '?'
 _UNITS = dict(epochs='epoch', iters='iteration')
-# What mmengine makes of SyncBatchNorm in a single process.
+# mmengine replaces SyncBatchNorm by this class in a single process.
 _REVERTED = '_BatchNormXd'
-# Parts of a RoI head that see whole feature maps.
+# Parts of a RoI head whose input is whole feature maps, not regions.
 _WHOLE_IMAGES = ('semantic_head', 'fused_semantic_head', 'glbctx_head')
 
 
 class Norm(NamedTuple):
-    """A norm, and what it does, in words.
+    """Description of a norm in words.
 
     Attributes:
-        name (str): The module's name in the model.
-        kind (str): Its class, by the name that configs give it.
-        after (str): The convolution registered before it in the same module,
-            likewise; ``'?'`` if there is none.
-        mode (str): ``'train'`` or ``'eval'``, in a training step.
-        affine (str): ``'trained'``, ``'frozen'`` or ``'none'``.
-        statistics (str): What it normalises with in a training step.
-        burn_in (str): Length of its burn-in.
-        inference (str): What it normalises with in evaluation.
+        name (str): Name of the module in the model.
+        kind (str): Class of the norm, by its name in configs.
+        after (str): Class of the convolution that is registered before the
+            norm in the same module, by its name in configs; ``'?'`` if there
+            is none.
+        mode (str): ``'train'`` or ``'eval'``: the mode in a training step.
+        affine (str): ``'trained'``, ``'frozen'`` or ``'none'``: the state of
+            scale and shift.
+        statistics (str): Statistics used in a training step.
+        burn_in (str): Length of the burn-in.
+        inference (str): Statistics used at inference.
     """
     name: str
     kind: str
@@ -49,17 +51,18 @@ def describe_norms(model: nn.Module,
                    images: Optional[int] = None,
                    processes: Optional[int] = None,
                    hooks: Sequence[Any] = ()) -> List[Norm]:
-    """Describe every norm of a model in training.
+    """Describe every norm of a model.
 
     Args:
-        model (nn.Module): Is set to training mode, as a training loop does.
-        images (int, optional): Images a GPU. None: unknown.
-        processes (int, optional): GPUs. None: unknown.
-        hooks (Sequence[Hook]): The training's hooks.
+        model (nn.Module): The model. It is set to training mode, as a
+            training loop does.
+        images (int, optional): Images per GPU. None: unknown.
+        processes (int, optional): Number of GPUs. None: unknown.
+        hooks (Sequence[Hook]): Hooks of the training.
 
     Returns:
-        list[Norm]: In the order of the model. One that is used in several
-        places stands at the first.
+        list[Norm]: Norms in the order of the model. A norm that is
+        registered in several places is listed once, at the first place.
     """
     model.train()
     before = _convolutions_before(model)
@@ -75,7 +78,7 @@ def describe_norms(model: nn.Module,
 
 
 def _convolutions_before(model: nn.Module) -> dict:
-    """From a norm to the kind of convolution that stands before it."""
+    """Map each norm to the kind of the convolution registered before it."""
     found = {}
     for parent in model.modules():
         last = None
@@ -91,7 +94,7 @@ def _convolutions_before(model: nn.Module) -> dict:
 
 
 def registered_name(module: nn.Module) -> str:
-    """The name that a config gives a module's class."""
+    """Return the name of a module's class in configs."""
     names = [
         key for key, cls in MODELS.module_dict.items() if cls is type(module)
     ]
@@ -115,7 +118,7 @@ def _keeps_averages(norm: nn.Module) -> bool:
 def _statistics(name: str, norm: nn.Module, images: Optional[int],
                 processes: Optional[int]) -> str:
     if not norm.training and _keeps_averages(norm):
-        # Whatever a hook sets for validation is undone after it.
+        # Hooks that act in validation are ignored: they undo their changes.
         own = _inference(name, norm)
         return f'{own}, fixed' if own == RUNNING else own
     parts = name.split('.')
@@ -126,14 +129,14 @@ def _statistics(name: str, norm: nn.Module, images: Optional[int],
     if isinstance(norm, SmallBatchNorm):
         return _small_batch(norm, examples, images, regions, processes)
     if isinstance(norm, nn.SyncBatchNorm):
-        return _of_processes(examples, processes)
+        return _over_processes(examples, processes)
     if isinstance(norm, _BatchNorm):
         return examples
     return _of_one_example(norm)
 
 
 def _later(name: str, norm: nn.Module, hooks: Sequence[Any]) -> str:
-    """What follows once a hook puts the norm into evaluation mode."""
+    """Describe the statistics after a hook freezes the norm, if one does."""
     if not norm.training or not _keeps_averages(norm):
         return ''
     return ''.join(
@@ -142,7 +145,7 @@ def _later(name: str, norm: nn.Module, hooks: Sequence[Any]) -> str:
         if isinstance(hook, FreezeStatisticsHook) and hook.covers(name))
 
 
-def _of_processes(examples: str, processes: Optional[int]) -> str:
+def _over_processes(examples: str, processes: Optional[int]) -> str:
     if processes is None:
         return f'{examples} x all GPUs'
     return f'{examples} x {counted(processes, "GPU")}'
@@ -154,9 +157,9 @@ def _small_batch(norm: SmallBatchNorm, text: str, images: Optional[int],
     if group is not None:
         text = f'groups of {counted(group, "region" if regions else "image")}'
         if norm.sync:
-            text += ', of all GPUs'
+            text += ' over all GPUs'
     elif norm.sync:
-        text = _of_processes(text, processes)
+        text = _over_processes(text, processes)
     groups = norm.num_groups
     if groups is not None and groups != norm.num_features:
         text += f', {counted(groups, "group")} of channels'
@@ -169,9 +172,9 @@ def _small_batch(norm: SmallBatchNorm, text: str, images: Optional[int],
         if images and not (regions or norm.sync or isinstance(norm, MABN)):
             text += f' = {iterations * images}'
     if isinstance(norm, CmBN):
-        text += ', and those before them in the optimizer step'
+        text += ' and the earlier batches of the optimizer step'
     if isinstance(norm, BRN):
-        text += f', moved to the {RUNNING}'
+        text += f', renormalised to the {RUNNING}'
     return text
 
 

@@ -1,4 +1,4 @@
-"""The table of a model's norms."""
+"""Table and summary of a model's norms, as text."""
 import io
 from itertools import groupby
 from typing import Any, Iterator, List, Optional, Sequence, Tuple
@@ -14,12 +14,12 @@ from .notes import notes
 
 _COLUMNS = ('part', 'norms', 'kind', 'after', 'mode', 'scale, shift',
             'statistics in training', 'burn-in', 'at inference')
-# Modules that hold a whole detector.
+# Names of submodules that are whole detectors.
 _WRAPPERS = ('student', 'teacher', 'detector', 'module')
 
 
 def part_of(name: str) -> str:
-    """The part of a detector that a module belongs to."""
+    """Return the part of a detector that a module belongs to."""
     names = name.split('.')
     depth = 1
     while depth < len(names) and names[depth - 1] in _WRAPPERS:
@@ -30,7 +30,7 @@ def part_of(name: str) -> str:
 
 
 def _rows(norms: Sequence[Norm]) -> Iterator[Tuple[str, int, Norm]]:
-    """Label, number and first of the norms of a part that are alike."""
+    """Group the equal norms of a part; yield label, count and first norm."""
     for part, group in groupby(norms, lambda norm: part_of(norm.name)):
         alike: dict = {}
         for norm in group:
@@ -51,14 +51,14 @@ def _label(part: str, norms: Sequence[Norm]) -> str:
 
 
 def norm_table(norms: Sequence[Norm], each: bool = False) -> str:
-    """A table of norms, those of a part that are alike in one row.
+    """Return a table of norms, with one row for the equal norms of a part.
 
     Args:
-        norms (Sequence[Norm]): What :func:`describe_norms` found.
-        each (bool): A row for each norm.
+        norms (Sequence[Norm]): Norms from :func:`describe_norms`.
+        each (bool): Print one row for each norm.
 
     Returns:
-        str: Lines of text.
+        str: The table, as lines of text.
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in _COLUMNS:
@@ -82,9 +82,9 @@ def norm_summary(model: nn.Module,
                  hooks: Sequence[Any] = (),
                  cfg: Optional[dict] = None,
                  each: bool = False) -> str:
-    """The table, the parts without a norm, and what looks unintended.
+    """Return the table, the parts without a norm, and the notes.
 
-    Arguments are those of :func:`describe_norms`, :func:`notes` and
+    The arguments are those of :func:`describe_norms`, :func:`notes` and
     :func:`norm_table`.
     """
     norms = describe_norms(model, images, processes, hooks)

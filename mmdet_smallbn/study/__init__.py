@@ -1,1 +1,1 @@
-"""The small-batch study: where BatchNorm suffers, and what helps there."""
+"""Study of small batches: where BatchNorm loses accuracy, and what helps."""

@@ -1,4 +1,4 @@
-"""mmdet's FCOS, small, in a plain training loop."""
+"""Small FCOS detector of mmdet for the study's plain training loop."""
 import io
 from contextlib import redirect_stdout
 from typing import List
@@ -19,7 +19,7 @@ from .examples import Examples
 
 
 def build_detector(norm: dict) -> nn.Module:
-    """A thin ResNet-18's first three stages, and FCOS's head on one level."""
+    """Build FCOS on three stages of a thin ResNet-18, with one level."""
     with DefaultScope.overwrite_default_scope('mmdet'):
         model = MODELS.build(ConfigDict(
             type='FCOS',
@@ -56,7 +56,7 @@ def _samples(examples: Examples) -> List[DetDataSample]:
 
 
 def detection_loss(model: nn.Module, examples: Examples) -> Tensor:
-    """Sum of FCOS's three losses."""
+    """Return the sum of FCOS's three losses."""
     return sum(model.loss(examples.pixels, _samples(examples)).values())
 
 
@@ -79,7 +79,7 @@ def _coco(examples: Examples) -> COCO:
 
 @torch.no_grad()
 def average_precision(model: nn.Module, examples: Examples) -> float:
-    """COCO's AP."""
+    """Return COCO's box AP, from 0 to 1."""
     model.eval()
     rows = []
     for start in range(0, len(examples.labels), 50):

@@ -1,4 +1,4 @@
-"""The examples of the study's regimes."""
+"""Synthetic data of the study's regimes."""
 from functools import lru_cache
 from typing import NamedTuple, Tuple
 
@@ -11,15 +11,15 @@ from ..data.shapes import shape_mask
 
 
 class Examples(NamedTuple):
-    """Images, and what is to be found in them.
+    """Images with their labels and groups.
 
     Attributes:
-        pixels (Tensor): Shape (N, C, H, W).
-        labels (Tensor): Classes, shape (N,); classes of pixels, (N, H, W); or
-            boxes as x1, y1, x2, y2, class, (N, 4, 5), class -1 where there
-            are fewer.
-        groups (Tensor): Shape (N,). Images of a group are alike: of one
-            class, or of one scene.
+        pixels (Tensor): Images or features, shape (N, C, H, W).
+        labels (Tensor): Classes of images, shape (N,), or classes of pixels,
+            shape (N, H, W), or boxes as x1, y1, x2, y2, class, shape
+            (N, 4, 5). Class -1 fills the rows of missing boxes.
+        groups (Tensor): Group of each image, shape (N,). The images of a
+            group are similar: they have the same class or the same scene.
     """
     pixels: Tensor
     labels: Tensor
@@ -34,17 +34,18 @@ Splits = Tuple[Examples, Examples]
 
 def under_conditions(pixels: Tensor, groups: Tensor, strength: float,
                      seed: int) -> Tensor:
-    """Give each group a gain, a tint and a haze of its own.
+    """Apply one gain, tint and haze to all images of a group.
 
-    They are fixed by the group's number, as day, night and fog are for a
-    camera: an image has the same ones whenever it is seen.
+    Like day, night and fog for a camera, they depend only on the group. An
+    image looks the same each time it is used.
 
     Args:
-        pixels (Tensor): Shape (N, 3, H, W), about zero.
-        groups (Tensor): Shape (N,).
-        strength (float): 1: a gain from 0.5 to 2, a tint of each channel from
-            0.7 to 1.4, and an offset from -0.5 to 0.5.
-        seed (int): Of the conditions.
+        pixels (Tensor): Images with values around zero, shape (N, 3, H, W).
+        groups (Tensor): Group of each image, shape (N,).
+        strength (float): Strength of the conditions. With 1 the gain is from
+            0.5 to 2, the tint of each channel from 0.7 to 1.4, and the offset
+            (haze) from -0.5 to 0.5. With 0 the images do not change.
+        seed (int): Random seed of the conditions.
     """
     rng = np.random.default_rng(seed)
     shape = (int(groups.max()) + 1, 1, 1, 1)
@@ -65,14 +66,14 @@ def _classified(count: int, seed: int, strength: float) -> Examples:
 
 @lru_cache(maxsize=None)
 def classified(strength: float, seed: int = 0) -> Splits:
-    """Images of one shape, under conditions of their own."""
+    """Return images of one shape; each image has its own conditions."""
     return (_classified(3000, seed, strength),
             _classified(1000, seed + 1, strength))
 
 
 @lru_cache(maxsize=None)
 def classified_by_class(strength: float) -> Splits:
-    """The same, where the images of a class are a group."""
+    """Return the same images; the images of a class are a group."""
     train, val = classified(strength)
     return train._replace(groups=train.labels), val
 
@@ -86,15 +87,15 @@ def _filmed(scenes: int, seed: int, strength: float) -> Examples:
 
 @lru_cache(maxsize=None)
 def filmed(strength: float) -> Splits:
-    """Images of one shape; four of each scene, under one condition."""
+    """Return images of one shape; four per scene share the conditions."""
     return _filmed(750, 0, strength), _filmed(250, 1, strength)
 
 
 def _tiled(count: int, seed: int,
            strength: float) -> Tuple[Examples, Tensor]:
-    """Images of up to four shapes: with classes of pixels, and with boxes.
+    """Return images of up to four shapes, with classes of pixels and boxes.
 
-    Four of a scene follow each other, under one condition.
+    The four images of a scene follow each other and share the conditions.
     """
     rng = np.random.default_rng(seed)
     size = 2 * SIZE
@@ -125,7 +126,7 @@ def _tiled(count: int, seed: int,
 
 @lru_cache(maxsize=None)
 def segmented(strength: float) -> Splits:
-    """Images of up to four shapes, to be segmented at half their size."""
+    """Return images of up to four shapes, with segmentation at half size."""
     return tuple(
         _tiled(count, seed, strength)[0]
         for count, seed in ((2000, 0), (400, 1)))
@@ -133,7 +134,7 @@ def segmented(strength: float) -> Splits:
 
 @lru_cache(maxsize=None)
 def with_boxes(strength: float) -> Splits:
-    """The same, to be detected."""
+    """Return the same images, with boxes."""
     found = []
     for count, seed in ((2000, 0), (400, 1)):
         examples, boxes = _tiled(count, seed, strength)

@@ -1,4 +1,4 @@
-"""The study's models beside the classifier and the detector."""
+"""Segmenter and head of the study."""
 import torch
 from mmcv.cnn import ConvModule
 from torch import nn
@@ -15,7 +15,7 @@ def _initialised(model: nn.Sequential) -> nn.Sequential:
 
 
 def build_segmenter(norm: dict) -> nn.Sequential:
-    """A small residual network that classifies pixels at half the size."""
+    """Build a small residual network for segmentation at half size."""
     model = nn.Sequential(
         ConvModule(3, 16, 3, 2, 1, bias=False, **norm), Block(16, 16, 1, norm),
         Block(16, 32, 2, norm), Block(32, 32, 1, norm),
@@ -25,7 +25,7 @@ def build_segmenter(norm: dict) -> nn.Sequential:
 
 
 def build_head(norm: dict) -> nn.Sequential:
-    """Four convolutions and a linear layer over a backbone's features."""
+    """Build a head of four convolutions and a linear layer."""
     model = nn.Sequential(
         *(ConvModule(64, 64, 3, 1, 1, bias=False, **norm) for _ in range(4)),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, len(KINDS)))
@@ -34,7 +34,7 @@ def build_head(norm: dict) -> nn.Sequential:
 
 @torch.no_grad()
 def mean_iou(model: nn.Module, examples: Examples) -> float:
-    """Mean over classes of intersection over union."""
+    """Return the intersection over union, mean over the classes."""
     model.eval()
     classes = len(KINDS) + 1
     pairs = torch.zeros(classes * classes)

@@ -1,4 +1,4 @@
-"""The regimes of the study, and one training of them."""
+"""Regimes of the study, and the function that runs one training."""
 import time
 from functools import lru_cache
 from typing import Dict
@@ -18,7 +18,10 @@ from .training import STEP, Regime, make_precise, train, trained
 
 @lru_cache(maxsize=None)
 def _backbone() -> nn.Sequential:
-    """A classifier's convolutions, trained with 16 plain images a batch."""
+    """Return the convolutions of a classifier trained on regime 'plain'.
+
+    The training has 16 images per batch.
+    """
     rules = REGIMES['plain']
     torch.manual_seed(0)
     setting = SETTINGS['BN']
@@ -29,7 +32,7 @@ def _backbone() -> nn.Sequential:
 
 @lru_cache(maxsize=None)
 def features(strength: float) -> Splits:
-    """What a frozen backbone makes of scenes, each under its condition."""
+    """Return a frozen backbone's features of scenes under conditions."""
     backbone = _backbone()
     with torch.no_grad():
         return tuple(
@@ -40,33 +43,34 @@ def features(strength: float) -> Splits:
 
 EXAMPLE_WEIGHTS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.)
 
-# BatchNorm at 1 image falls from that at 16 in all but the plain detector.
+# Except in the plain detector, BatchNorm with 1 image is worse than with 16.
 REGIMES: Dict[str, Regime] = {
-    # Images that are alike: what a few say is what all say.
+    # Similar images: the statistics of a few are close to those of all.
     'plain': Regime(classified, 0., build_classifier, 160, 0.05),
-    # Every image has a condition of its own.
+    # Each image has its own conditions.
     'conditions': Regime(
         classified, 1., build_classifier, 240, 0.05),
-    # Four images of each of the four classes follow each other.
+    # In each step, four images of each of the four classes in a row.
     'one class a batch': Regime(
         classified_by_class, 0., build_classifier, 160, 0.05,
         together=4),
-    # Four frames of each of four scenes follow each other.
+    # In each step, four images of each of four scenes in a row.
     'video': Regime(
         segmented, 1., build_segmenter, 200, 1e-2, adam=True,
         together=4, score=mean_iou),
-    # The same, with norms in the head alone.
+    # As 'video', but a classifier whose norms are in the head alone.
     'head': Regime(
         features, 1.5, build_head, 400, 0.02, together=4),
-    # A detector with norms everywhere, on images that are alike.
+    # A detector with norms everywhere, on similar images.
     'plain detector': Regime(
         with_boxes, 0., build_detector, 200, 3e-3, adam=True,
         together=4, loss=detection_loss, score=average_precision),
-    # The same, on scenes under conditions.
+    # The same detector, on scenes under conditions.
     'hasty detector': Regime(
         with_boxes, 1.5, build_detector, 200, 3e-3, adam=True,
         together=4, loss=detection_loss, score=average_precision),
-    # And with more and smaller steps: the weights move less in a window.
+    # The same with more and smaller steps: the weights change less in a
+    # window.
     'detector': Regime(
         with_boxes, 1.5, build_detector, 600, 1e-3, adam=True,
         together=4, loss=detection_loss, score=average_precision),
@@ -74,13 +78,14 @@ REGIMES: Dict[str, Regime] = {
 
 
 def asked(regime: str, setting: str, images: int, seed: int) -> dict:
-    """What a training is asked to be.
+    """Return the full description of a training.
 
     Args:
         regime (str): One of ``REGIMES``.
         setting (str): One of ``SETTINGS``.
-        images (int): Of a batch that is normalised; divides 16.
-        seed (int): Of the weights and the order of the images.
+        images (int): Number of images that are normalised together; it
+            divides 16.
+        seed (int): Random seed of the weights and the order of the images.
     """
     rules = REGIMES[regime]
     return dict(
@@ -95,12 +100,12 @@ def asked(regime: str, setting: str, images: int, seed: int) -> dict:
 
 
 def run(regime: str, setting: str, images: int, seed: int) -> dict:
-    """Train what :func:`asked` says.
+    """Run the training that :func:`asked` describes.
 
     Returns:
-        dict: What was asked; the score in percent; the seconds of the
-        training; and of BatchNorm the scores with precise running
-        statistics, and with example weights.
+        dict: The description, the score in percent, and the time of the
+        training in seconds. For BatchNorm also the scores with precise
+        running statistics, and with example weights.
     """
     rules = REGIMES[regime]
     examples, val = rules.splits()

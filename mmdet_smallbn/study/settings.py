@@ -1,4 +1,4 @@
-"""The norms of the study."""
+"""Norms and training settings of the study."""
 import copy
 from typing import Any, Dict, NamedTuple, Optional, Tuple
 
@@ -6,16 +6,15 @@ from ..layers import suggested_window_size
 
 
 class Setting(NamedTuple):
-    """A norm, and what else it does to a training.
+    """Norm with its training settings.
 
     Attributes:
-        norm (dict): ``norm_cfg``, and ``conv_cfg`` if it has one.
-        burn_in (float): Part of the training in which the norms are in their
-            burn-in.
-        frozen_from (float): Part of the training after which the norms stay
-            in evaluation mode; 1: they never do.
-        rehearsals (int): How often the batches of a step go through the model
-            before the step, without a backward pass.
+        norm (dict): ``norm_cfg``, and ``conv_cfg`` if it needs one.
+        burn_in (float): Length of the burn-in, as a fraction of the training.
+        frozen_from (float): Fraction of the training after which the norms
+            stay in evaluation mode. 1: never.
+        rehearsals (int): Number of extra forward passes of a step's batches
+            before the pass with gradients.
     """
     norm: dict
     burn_in: float = 0.1
@@ -33,7 +32,7 @@ def _setting(type: str, conv: Optional[str] = None, **kwargs: Any) -> Setting:
 
 
 def _mabn(forward: str, backward: str, conv: Optional[str]) -> Setting:
-    # Momenta as under Table 4 of the MABN paper.
+    # Momenta from the caption of the MABN paper's Table 4.
     return _setting(
         'MABN', conv, forward_statistics=forward, backward_statistics=backward,
         momentum=0.02 if 'sma' in (forward, backward) else 0.1)
@@ -52,11 +51,11 @@ SETTINGS: Dict[str, Setting] = {
     'CBN': _setting('CBN'),
     'CBN, released gradient': _setting('CBN', gradient='released'),
     'CBN, CenConv': _setting('CBN', 'CenConv'),
-    # The window holds the step's batches at today's weights: what CBN then
-    # lacks is gradient. The last of many layers are nearly there.
+    # The window holds the step's batches with the current weights. Only their
+    # gradient is then missing.
     'CBN, fresh window': _setting('CBN', rehearsals=3),
     'MABN': _setting('MABN', 'CenConv'),
-    # What the papers took apart: a burn-in of other lengths, other averages.
+    # The papers' ablations: other lengths of burn-in, other averages.
     'CBN, burn-in 0%': _setting('CBN', burn_in=0.),
     'CBN, burn-in 30%': _setting('CBN', burn_in=0.3),
     'CBN, burn-in 60%': _setting('CBN', burn_in=0.6),
@@ -69,7 +68,7 @@ SETTINGS: Dict[str, Setting] = {
     'MABN, batch, batch, plain weights': _mabn('batch', 'batch', None),
 }
 
-# Tables of a paper: the setting and images of each row, and its text.
+# Ablation tables of the papers: text of each row, by setting and images.
 ABLATIONS: Dict[str, Dict[Tuple[str, int], str]] = {
     'MABN paper, Table 4: forward, backward, centred weights': {
         ('MABN', 2): '1: EMA, SMA, yes (MABN)',
@@ -95,7 +94,7 @@ ABLATIONS: Dict[str, Dict[Tuple[str, int], str]] = {
 
 
 def setting_of(name: str, images: int) -> Setting:
-    """A setting for batches of so many images."""
+    """Return a setting for batches of the given number of images."""
     setting = copy.deepcopy(SETTINGS[name])
     if setting.norm['norm_cfg']['type'] in ('CBN', 'NaiveCBN'):
         setting.norm['norm_cfg'].setdefault('window_size',

@@ -1,4 +1,4 @@
-"""How a model of the study is trained."""
+"""Training loop of the study."""
 from collections import defaultdict
 from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
 
@@ -12,25 +12,26 @@ from ..layers import TrainingLoop, norms_of
 from .examples import Examples, Splits
 from .settings import Setting
 
-STEP = 16  # images of an optimizer step
+STEP = 16  # images in an optimizer step
 
 
 class Regime(NamedTuple):
-    """What is trained, on what, and how.
+    """Data, model and schedule of a training.
 
     Attributes:
-        examples (callable): Takes the strength of the conditions, and gives
-            examples for training and validation.
-        strength (float): Of the conditions that images are under.
-        build (callable): Takes ``norm_cfg`` and ``conv_cfg`` as a dict, and
-            gives the model.
-        steps (int): Of the optimizer, 16 images each.
+        examples (callable): Function that takes the strength of the
+            conditions and returns training and validation data.
+        strength (float): Strength of the conditions.
+        build (callable): Function that takes a dict with ``norm_cfg`` and
+            ``conv_cfg`` and returns the model.
+        steps (int): Number of optimizer steps of 16 images.
         lr (float): Highest learning rate.
-        adam (bool): AdamW in place of SGD with momentum.
-        together (int): Images of a group that follow each other.
-        loss (callable): Takes the model and a batch of examples.
-        score (callable): Takes the model and the validation's examples, and
-            gives a part of 1.
+        adam (bool): Use AdamW instead of SGD with momentum.
+        together (int): Number of images of a group that follow each other.
+        loss (callable): Function that takes the model and a batch and returns
+            the loss.
+        score (callable): Function that takes the model and the validation
+            data and returns a score from 0 to 1.
     """
     examples: Callable[[float], Splits]
     strength: float
@@ -43,16 +44,16 @@ class Regime(NamedTuple):
     score: Callable[[nn.Module, Examples], float] = accuracy
 
     def splits(self) -> Splits:
-        """Examples for training and validation."""
+        """Return training and validation data."""
         return self.examples(self.strength)
 
 
 def order(groups: Tensor, together: int, seed: int) -> Iterator[Tensor]:
-    """Indices of the images of each step, without end.
+    """Yield the indices of the images of each step, without end.
 
-    A step takes ``16 / together`` groups by chance, and as many of their
-    images as follow each other. In this order it is cut into the batches that
-    are normalised, so every cut sees the same images.
+    A step has ``16 / together`` random groups, and ``together`` random images
+    of each group in a row. The caller splits a step into batches in this
+    order, so the images of a step do not depend on the batch size.
     """
     rng = np.random.default_rng(seed)
     members = [np.flatnonzero(groups == group) for group in groups.unique()]
@@ -111,7 +112,7 @@ def train(model: nn.Module, regime: Regime, setting: Setting,
 
 def trained(regime: Regime, setting: Setting, images: int,
             seed: int) -> nn.Module:
-    """A model of the regime, trained on its examples."""
+    """Build a model of the regime, train it, and return it."""
     examples = regime.splits()[0]
     torch.manual_seed(seed)
     model = regime.build(setting.norm)
@@ -122,9 +123,9 @@ def trained(regime: Regime, setting: Setting, images: int,
 @torch.no_grad()
 def make_precise(model: nn.Module, regime: Regime, examples: Examples,
                  images: int, batches: int = 100) -> None:
-    """Take running statistics anew, over batches (PreciseBN).
+    """Recompute the running statistics from several batches (PreciseBN).
 
-    The variance is that of all their values, in a batch and between batches
+    The variance is that of all values, within and between batches
     (arXiv:2105.07576, Sec. 3).
     """
     moments: Dict[nn.Module, List[Tensor]] = defaultdict(list)

@@ -138,7 +138,7 @@ def test_bad_requests_are_named(tmp_path):
     with pytest.raises(ValueError, match='from 0 to 1, but got 1.5'):
         make_shapes_coco(tmp_path / 'data', conditions=1.5)
     (tmp_path / 'notes.txt').write_text('mine')
-    with pytest.raises(FileExistsError, match='not touched'):
+    with pytest.raises(FileExistsError, match='not changed'):
         make_shapes_coco(tmp_path)
     assert (tmp_path / 'notes.txt').exists()
 

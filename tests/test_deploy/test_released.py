@@ -669,18 +669,18 @@ def test_wrong_layouts_are_told(cbn, mabn):
     with pytest.raises(SetupError, match=r'no rule for rpn\.head\.cls_tower'):
         convert({**old, 'rpn.head.cls_tower.0.weight': torch.ones(1)},
                 BENCHMARK)
-    with pytest.raises(SetupError, match='no rule for.*known are ResNets'):
+    with pytest.raises(SetupError, match='no rule for.*Supported are ResNets'):
         convert(old, IMAGENET)
     with pytest.raises(SetupError, match='roi_head.*loads as it is'):
         convert(cbn[1], MMDET1)
     with pytest.raises(SetupError, match='for the released CBN'):
         convert(old, BENCHMARK, match_eps=True)
-    with pytest.raises(SetupError, match='only RetinaNet'):
+    with pytest.raises(SetupError, match='only RetinaNet is supported'):
         convert({'bbox_head.fcos_cls.weight': torch.ones(1)}, MMDET1)
     with pytest.raises(SetupError, match='12 rows, but 16 or 4'):
         convert({**cbn[2], 'bbox_head.fc_reg.bias': torch.ones(12)}, MMDET1)
     norm = 'backbone.body.layer1.0.bn1'
-    with pytest.raises(SetupError, match='as another key does'):
+    with pytest.raises(SetupError, match='another key both become'):
         convert({**old, f'{norm}.num_batches_tracked': torch.tensor(1)},
                 BENCHMARK)
 

@@ -207,13 +207,13 @@ def test_a_model_is_the_same_in_numbers(name):
                     1 + wanted.abs().max())
     kind = NORMS[name]['norm_cfg']['type']
     assert f'model.backbone.norm_cfg: {kind} -> BN' in changes
-    assert any(line.endswith('layers compared on random maps: the same')
+    assert any(line.endswith('layers compared on random maps: equal')
                and int(line.split()[0]) > 20 for line in changes)
     # A wrong number does not pass.
     key = next(k for k in state if k.endswith('layer1.0.bn1.running_var'))
     state[key] *= 2
     stock.load_state_dict(state)
-    with pytest.raises(SetupError, match="'backbone.layer1.0.bn1' and what"):
+    with pytest.raises(SetupError, match="'backbone.layer1.0.bn1' and its"):
         check_same(model, stock)
 
 
@@ -274,7 +274,7 @@ def test_layers_that_no_image_reaches_are_compared_too():
     stock.unused = nn.BatchNorm2d(4)
     assert check_same(model, stock) == 1
     stock.unused.running_mean += 1
-    with pytest.raises(SetupError, match="CBN 'unused' and what stands"):
+    with pytest.raises(SetupError, match="CBN 'unused' and its stock"):
         check_same(model, stock)
 
 
@@ -291,7 +291,7 @@ def test_what_weighs_examples_is_refused():
         dict(
             model=retinanet(NORMS['BN']),
             custom_hooks=[dict(type='ExampleWeightHook', weight=0.1)]))
-    with pytest.raises(SetupError, match='gives examples the weight 0.1'):
+    with pytest.raises(SetupError, match='sets the example weight 0.1'):
         to_stock(cfg, {})
     cfg.custom_hooks = []
     with pytest.raises(SetupError, match='there is nothing to convert'):
@@ -309,7 +309,7 @@ def test_a_checkpoint_that_does_not_fit_is_told(tmp_path, capsys):
     out = tmp_path / 'out.pth'
     with pytest.raises(SystemExit):
         convert_to_stock.main([str(config), str(checkpoint), '-o', str(out)])
-    assert 'some.pth: it holds no state dict' in capsys.readouterr().err
+    assert 'some.pth has no state dict' in capsys.readouterr().err
     with pytest.raises(SystemExit):
         convert_to_stock.main([str(config), str(checkpoint), '-o', 'out'])
     assert '--out must end in .pth' in capsys.readouterr().err

@@ -70,8 +70,8 @@ def test_frozen_norms():
     partly = diagnosis(asleep=['backbone.bn1'],
                        layers=[layer(), layer('neck.1.bn')])
     assert titles(partly)[0] != 'Keep BatchNorm frozen'
-    assert 'untouched by the batch: backbone.bn1.' in '\n'.join(
-        summary_of(partly))
+    assert ('does not affect norms in evaluation mode (norm_eval or '
+            'frozen_stages): backbone.bn1.') in '\n'.join(summary_of(partly))
 
 
 def test_a_window_that_does_not_help_is_not_advised():
@@ -101,9 +101,9 @@ def test_groups_fit_the_channels():
 def test_remarks():
     said = '\n'.join(summary_of(diagnosis(
         alike=0.8, single=['head.bn'], layers=[layer(calls=5)])))
-    assert 'Shuffle them' in said
-    assert 'for 5 feature maps: neck.0.bn.' in said
-    assert 'With one value a channel: head.bn.' in said
+    assert 'Shuffle the training images' in said
+    assert 'between 5 feature maps: neck.0.bn.' in said
+    assert 'one value per channel: head.bn.' in said
 
 
 def test_models_without_a_batch():

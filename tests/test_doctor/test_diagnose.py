@@ -294,12 +294,12 @@ def test_what_cannot_be_diagnosed():
         name, = wrong
         with pytest.raises(ValueError, match=name):
             examine(network(), images(32, 2), **wrong)
-    with pytest.raises(SetupError, match='follows one optimizer'):
+    with pytest.raises(SetupError, match='models with one optimizer'):
         examine(network(), images(32, 2), lambda m: OptimWrapperDict(
             a=OptimWrapper(sgd(m))))
     with pytest.raises(SetupError, match='one stream .* has sup, unsup'):
         Task().size(dict(inputs=dict(sup=[], unsup=[])))
-    with pytest.raises(SetupError, match='ended after 3, and cannot be begun'):
+    with pytest.raises(SetupError, match='ended after 3 and cannot be iter'):
         examine(network(), iter(images(6, 2)))
     with pytest.raises(SetupError, match='the loss is nan'):
         examine(network(), [torch.full((2, 3, 8, 8), float('nan'))])

@@ -38,7 +38,7 @@ def test_by_epoch(tmp_path):
     assert [s[1] for s in phases.seen] == [True] * 4 + [False] * 2
     assert [s[3] for s in phases.seen] == list(range(6))
     text = read_log(tmp_path)
-    assert 'burn-in of 2 epochs, the present batch alone' in text
+    assert 'burn-in of 2 epochs with the statistics of the current' in text
     assert '2 norms at iteration 4, epoch 2: burn-in is over' in text
     assert text.count('burn-in is over') == 1
     # Whoever uses the model next is not in the last iteration any more.
@@ -158,9 +158,9 @@ def test_what_does_not_fit_fills_anew(tmp_path):
         load_from=str(tmp_path / 'epoch_3.pth'))
     runner.train()
     assert re.search(
-        '2 norms do not take up what the checkpoint remembers of past '
-        "iterations, and fill anew: CBN 'backbone.1': it was gathered with "
-        'window_size=4, and the layer has 3', read_log(tmp_path))
+        '2 norms cannot restore their past statistics from the checkpoint and '
+        "fill again. First: CBN 'backbone.1': .*window_size=4.* 3",
+        read_log(tmp_path))
     assert runner.model.head[1].held_iterations == [2]
 
 
@@ -210,8 +210,8 @@ def test_states_in_the_format_of_an_older_version_are_refused(tmp_path):
         load_from=str(path),
         train_cfg=dict(by_epoch=True, max_epochs=4))
     runner.train()
-    assert re.search(r'2 norms do not take up.*in the format 1, and this '
-                     'version of mmdet_smallbn reads 3', read_log(tmp_path))
+    assert re.search(r'2 norms cannot restore.*format 1.* reads 3',
+                     read_log(tmp_path))
     assert runner.model.head[1].held_iterations == [2]
 
 
@@ -352,9 +352,9 @@ def test_bad_arguments(settings, message):
      "prefix='neck' matches no layer that burns in.*: backbone, head"),
     (dict(epochs=1, prefix=['head', 'neck']), None, {},
      "prefix='neck' matches no layer that burns in.*: backbone, head"),
-    (dict(epochs=3), None, {}, 'epochs=3 is no shorter.*3 epochs'),
+    (dict(epochs=3), None, {}, 'epochs=3 is not shorter.*3 epochs'),
     (dict(epochs=1), None, dict(by_epoch=False), 'epochs=1.*Use iters'),
-    (dict(iters=6), None, dict(by_epoch=False), 'iters=6 is no shorter'),
+    (dict(iters=6), None, dict(by_epoch=False), 'iters=6 is not shorter'),
 ])
 def test_what_does_not_fit_is_refused(tmp_path, hook, model, extra, message):
     runner, phases = _runner(tmp_path, [dict(type='BurnInHook', **hook)],
@@ -410,11 +410,12 @@ class Asleep(Toy):
 def test_norms_kept_in_evaluation_are_told(tmp_path):
     hook = dict(type='BurnInHook', epochs=1)
     _runner(tmp_path, [hook], Asleep('backbone'))[0].train()
-    assert re.search('1 norm, backbone.1 the first of them, would train but '
-                     'stay in evaluation.*norm_eval=False', read_log(tmp_path))
+    assert re.search(r'1 norm \(first: backbone.1\) should train, but the '
+                     'model keeps them in evaluation.*norm_eval=False',
+                     read_log(tmp_path))
     runner, _ = _runner(tmp_path, [hook], Asleep('backbone', 'head'))
-    with pytest.raises(SetupError, match='2 norms, backbone.1 the first of them, '
-                       'would train but stay in evaluation'):
+    with pytest.raises(SetupError,
+                       match=r'2 norms \(first: backbone.1\) should train'):
         runner.train()
 
 
@@ -423,5 +424,5 @@ def test_frozen_norms_are_not_asleep(tmp_path):
     model.backbone.requires_grad_(False)
     _runner(tmp_path, [dict(type='BurnInHook', epochs=1)], model)[0].train()
     text = read_log(tmp_path)
-    assert 'stay in evaluation' not in text
+    assert 'keeps them in evaluation' not in text
     assert '1 CBN layers: 4 iterations' in text

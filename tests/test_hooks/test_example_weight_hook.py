@@ -65,7 +65,7 @@ def test_in_validation_and_testing_alone(tmp_path, norm, trained):
     assert seen == dict(
         train={(trained, trained)}, val={(0.2, 0.2)}, test={(0.2, 0.2)})
     assert type(runner.model.head[1]) is norm
-    assert '2 norms give each example the weight 0.2' in read_log(tmp_path)
+    assert '2 norms use the example weight 0.2' in read_log(tmp_path)
 
 
 def test_a_part_can_be_left_out(tmp_path):

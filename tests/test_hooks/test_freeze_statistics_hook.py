@@ -40,15 +40,15 @@ def test_statistics_stay_and_scales_train_on(tmp_path, norm):
     assert torch.equal(before, last)
     assert not torch.equal(seen.means[2], before)
     assert not torch.equal(seen.scales[3], seen.scales[5])
-    assert ('2 norms keep their running statistics at iteration 4, epoch 0'
-            in read_log(tmp_path))
+    assert ('running statistics of 2 norms are frozen from iteration 4, epoch '
+            '0' in read_log(tmp_path))
 
 
 def test_an_epoch_does_not_wake_them(tmp_path):
     """The training loop puts the whole model into training mode."""
     seen = _train(tmp_path, dict(epochs=1, prefix='head'), by_epoch=True)
     assert seen.training == 2 * [[True, True]] + 4 * [[True, False]]
-    assert read_log(tmp_path).count('keep their running statistics') == 1
+    assert read_log(tmp_path).count('norms are frozen') == 1
 
 
 def test_a_resumed_training_is_the_uninterrupted_one(tmp_path):
@@ -82,9 +82,9 @@ def test_averages_of_mabn_stay_too(tmp_path):
     (nn.BatchNorm2d, dict(iters=1, prefix='neck'),
      "FreezeStatisticsHook: prefix='neck' matches no norm with running "
      'statistics of the model.*backbone, head'),
-    (nn.Identity, dict(iters=1), 'the model holds no norm with running'),
+    (nn.Identity, dict(iters=1), 'the model has no norm with running'),
     (nn.BatchNorm2d, dict(epochs=1), 'counts iterations. Use iters'),
-    (nn.BatchNorm2d, dict(iters=6), 'the training is over after 6'),
+    (nn.BatchNorm2d, dict(iters=6), 'the training ends after 6 iters'),
 ])
 def test_where_there_is_none_it_says_so(tmp_path, norm, hook, said):
     model = Toy(lambda channels: norm(channels))

@@ -155,7 +155,7 @@ class Asleep(Toy):
 def test_layers_without_a_training_forward_are_told(tmp_path):
     _, rows = _run(tmp_path, Asleep(nn.BatchNorm2d), layers='*.1')
     assert {row['layer'] for row in rows} == {'head.1'}
-    assert "1 of 2 norms, 'backbone.1' the first" in read_log(tmp_path)
+    assert "1 of 2 norms (first: 'backbone.1')" in read_log(tmp_path)
     with pytest.raises(SetupError, match='1 of 1 norms.*norm_eval'):
         _run(tmp_path, Asleep(nn.BatchNorm2d), layers='backbone.1')
 

@@ -116,7 +116,7 @@ def test_soft_teacher_trains_with_a_teacher_that_evaluates(tmp_path, kind):
         train_cfg=dict(by_epoch=False, max_iters=4))
     runner.train()
     assert watch.iterations == 4
-    assert 'kept in evaluation mode' in read_log(tmp_path)
+    assert 'stay in evaluation mode' in read_log(tmp_path)
     student, teacher = (_norms(m) for m in (model.student, model.teacher))
     for theirs in teacher:
         assert not theirs.held_iterations

@@ -26,7 +26,7 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(SystemExit):
         check_gpu.main([])
-    assert 'this torch sees no GPU' in capsys.readouterr().err
+    assert 'torch finds no GPU' in capsys.readouterr().err
 
 
 def test_a_device_that_is_not_there_is_refused():

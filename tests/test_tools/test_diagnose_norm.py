@@ -81,9 +81,10 @@ def test_retinanet_with_a_shared_head(capsys, tmp_path, shapes, coco):
         shapes, '--auto-scale-lr', options=SMALL + SIZE + [
             'model.bbox_head.norm_cfg.type=BN'])
     assert {layer['calls'] for layer in held['layers']} == {5}
-    assert ('With one set of running statistics for 5 feature maps: '
+    assert ('one set of running statistics between 5 feature maps: '
             'bbox_head.cls_convs.0.bn and 7 more' in out)
-    assert 'untouched by the batch: backbone.bn1 and 19 more' in out
+    assert ('norms in evaluation mode (norm_eval or frozen_stages): '
+            'backbone.bn1 and 19 more' in out)
 
 
 @pytest.mark.slow

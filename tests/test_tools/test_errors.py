@@ -35,7 +35,7 @@ def _run(tool, *arguments):
     (['train_dataloader.dataset.ann_file=/nowhere/coco.json'],
      'No such file.*/nowhere/coco.json'),
     (['train_dataloader.dataset.type=CocoDatset'], 'CocoDatset'),
-    (['custom_hooks.0.iters=5000'], 'iters=5000 is no shorter'),
+    (['custom_hooks.0.iters=5000'], 'iters=5000 is not shorter'),
     (['load_from=nothing.pth'], 'no checkpoint at nothing.pth'),
 ], ids=[
     'norm', 'window', 'keyword', 'burn-in', 'annotations', 'data set',
