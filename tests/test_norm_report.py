@@ -297,7 +297,7 @@ def test_what_would_stop_the_training_is_said(capsys):
 
 @pytest.mark.parametrize('settings, said', [
     ('epochs=9', None),
-    ('epochs=12', 'epochs=12, but the training is over after 12'),
+    ('epochs=12', 'epochs=12, but the training ends after 12'),
     ('iters=90000', None),
     ("epochs=9, prefix='nek'", "prefix='nek' matches no norm with running"),
 ])
