@@ -235,11 +235,13 @@ def table(results: Results, regime: str) -> List[List[str]]:
 
 _SHORT = ('BN', 'BN, the best example weight', 'BN, frozen late',
           'BN, CenConv', 'CBN', 'MABN', 'GN, weight standardisation')
+# Networks from scratch have nothing to freeze: a frozen BatchNorm is no norm.
+_NO_NORM = 'BN, frozen'
 # What README shows of it.
 README = dict(
-    regimes=('detector', 'plain detector', 'video', 'head'),
+    regimes=('detector', 'plain detector', 'head'),
     batches=('2', ),
-    names=('BN', 'CBN', 'MABN', 'GN, weight standardisation'))
+    names=(_NO_NORM, 'BN', 'CBN', 'MABN', 'GN, weight standardisation'))
 
 
 def in_short(results: Results,
@@ -248,9 +250,11 @@ def in_short(results: Results,
              names: Sequence[str] = _SHORT) -> List[List[str]]:
     """What most readers look for, a row for each regime and small batch.
 
-    GroupNorm is the same at any number of images, and trained at 16.
+    GroupNorm and no norm are the same at any number of images, and were
+    trained at 16.
     """
-    rows = [['regime, images', 'BN at 16 images', *names]]
+    rows = [['regime, images', 'BN at 16 images',
+             *('no norm' if name == _NO_NORM else name for name in names)]]
     for regime in regimes:
         head, *others = table(results, regime)
         if not others:
@@ -259,8 +263,8 @@ def in_short(results: Results,
                  for images, text in zip(head[1:], texts)}
         rows.extend(
             [f'{regime}, {images}', found.get(('BN', '16'), ''),
-             *(found.get((name, '16' if name.startswith('GN') else images), '')
-               for name in names)]
+             *(found.get((name, '16' if name in (_STEADY, _NO_NORM)
+                          else images), '') for name in names)]
             for images in batches)
     return rows
 
