@@ -20,7 +20,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--val', type=int, default=150,
                         help='number of validation images')
     parser.add_argument(
-        '--size', type=int, default=192, help='image height and width in pixels')
+        '--size', type=int, default=192,
+        help='image height and width in pixels')
     parser.add_argument('--seed', type=int, default=0, help='random seed')
     parser.add_argument(
         '--conditions',
