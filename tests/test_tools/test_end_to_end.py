@@ -157,7 +157,7 @@ def test_the_weight_of_examples_is_swept(trained, options, tmp_path):
     assert json.loads(path.read_text())['weights'][2] == rows[1]
     assert cv2.imread(str(path.with_suffix('.png'))).std() > 5
     other = _run(*command, '--exclude', 'backbone', fails=True)
-    assert 'another sweep; not the same: exclude' in other
+    assert 'another sweep. It differs in exclude' in other
     path.unlink()
     _run(*command, '--exclude', 'backbone', '--weights', '0.2')
     apart = json.loads(path.read_text())['weights']
