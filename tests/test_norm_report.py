@@ -328,7 +328,7 @@ def test_sync_bn_and_syncbn(capsys):
     assert 'BN (was SyncBN)  Conv2d' in lines[3] and ' 4 images ' in lines[3]
     gn = syncbn.replace('syncbn-', 'gn-')
     lines = _table(capsys, gn, '--cfg-options', 'sync_bn=torch')
-    assert "sync_bn='torch' makes SyncBatchNorm of every" in lines[-1]
+    assert "sync_bn='torch' turns every BatchNorm into " in lines[-1]
     lines = _table(capsys, gn, '--gpus', '1', '--cfg-options', 'sync_bn=torch')
     assert 'sync_bn' not in lines[-1]
     with pytest.raises(SystemExit):

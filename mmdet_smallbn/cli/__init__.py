@@ -1,4 +1,4 @@
-"""The command lines behind ``tools/``."""
+"""Command line programs that the scripts in ``tools/`` run."""
 from ..version import check_versions
 
 check_versions(whole=True)

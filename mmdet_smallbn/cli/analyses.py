@@ -1,4 +1,4 @@
-"""Two of the papers' analyses, on the study's regimes."""
+"""Two analyses from the papers, repeated on a regime of the study."""
 import argparse
 import json
 from pathlib import Path
@@ -21,35 +21,39 @@ from ..study.settings import setting_of
 from ..study.training import STEP, Regime, order, trained
 from ..tables import as_sections, show, spread
 
-# Its convolutions follow each other, without a shortcut.
+# The head's convolutions form a chain without shortcuts.
 _REGIME = 'head'
-# Parts of the training at which gradients are looked at, in percent; CBN's
-# burn-in is over at the first.
+# Points of the training, in percent, at which gradients are measured. CBN's
+# burn-in has ended before the first.
 _PLACES = (10, 25, 50, 75, 99)
 _BATCHES = (16, 4, 2, 1)
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Flags of the tool."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description="Repeat the papers' analyses on the study's head: how "
-        "much of a statistic's gradient is that of earlier layers (CBN, "
-        'Fig. 6), and how far the outputs of BatchNorm reach in training and in '
+        description="Repeat two analyses from the papers on the study's "
+        "head. 'gradients' compares a statistic's gradient with respect to "
+        "earlier layers' weights with that of its own layer (CBN, Fig. 6). "
+        "'ranges' measures the output range of BatchNorm in training and in "
         'evaluation (Four Things, Fig. 6)')
     parser.add_argument('--parts', nargs='+', choices=list(PARTS),
-                        default=list(PARTS))
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+                        default=list(PARTS),
+                        help='analyses to run (default: all)')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2],
+                        help='random seeds (default: 0 1 2)')
     parser.add_argument('--out', default='docs/results/analyses.json',
-                        help='JSON file; the pictures are beside it')
+                        help='JSON file to write; the pictures are saved in '
+                        'the same folder (default: %(default)s)')
     return parser.parse_args(argv)
 
 
 class _Calls:
-    """The calls of some modules in a forward pass, in order.
+    """Recorder of the calls of one type of module, in call order.
 
     Args:
-        model (nn.Module): Where they are.
-        kind (type): Of the modules.
+        model (nn.Module): Model that holds the modules.
+        kind (type): Type of the modules to record.
     """
 
     def __init__(self, model: nn.Module, kind: type) -> None:
@@ -75,7 +79,7 @@ class _Calls:
 
 
 def _square(statistic: Tensor, weights: Sequence[Tensor]) -> List[float]:
-    """Squared Frobenius norms of the Jacobians by each weight."""
+    """Return the squared Frobenius norm of the Jacobian by each weight."""
     squares = [0.] * len(weights)
     for value in statistic:
         gradients = torch.autograd.grad(value, weights, retain_graph=True)
@@ -86,17 +90,17 @@ def _square(statistic: Tensor, weights: Sequence[Tensor]) -> List[float]:
 
 def gradient_ratios(xs: Sequence[Tensor],
                     weights: Sequence[Tensor]) -> Dict[str, float]:
-    """Gradients of statistics by earlier layers' weights, CBN's Fig. 6.
+    """Compare gradients of statistics by earlier weights (CBN, Fig. 6).
 
     Args:
-        xs (Sequence[Tensor]): Outputs of convolutions that follow each other,
-            each of shape (N, C, H, W), part of one autograd graph.
+        xs (Sequence[Tensor]): Outputs of consecutive convolutions, each of
+            shape (N, C, H, W), in one autograd graph.
         weights (Sequence[Tensor]): The convolutions' weights.
 
     Returns:
-        dict: For mean and mean square, and one and two layers before, the
-        Frobenius norm of the Jacobian by those weights over that by the own
-        ones, as a mean over layers.
+        dict: For mean and mean square, and for one and two layers before,
+        the Frobenius norm of the Jacobian by that earlier layer's weights,
+        divided by the norm for the layer's own weights. Averaged over layers.
     """
     found: Dict[str, List[float]] = {}
     for layer, x in enumerate(xs):
@@ -115,13 +119,13 @@ def gradient_ratios(xs: Sequence[Tensor],
 
 def watch_gradients(regime: Regime, seed: int,
                     images: int = 2) -> Dict[str, Dict[str, float]]:
-    """Train with CBN, and look at the gradients on the way.
+    """Train with CBN and measure the gradients at several points.
 
     Returns:
-        dict: By part of the training in percent, :func:`gradient_ratios`.
+        dict: :func:`gradient_ratios`, keyed by the percentage of training.
     """
     per_step = STEP // images
-    # The last batch of a step, whose window holds that step's batches.
+    # At the last batch of a step the window holds all batches of that step.
     watched = {int(place / 100 * regime.steps) * per_step + per_step - 1: place
                for place in _PLACES}
     found: Dict[str, Dict[str, float]] = {}
@@ -135,7 +139,7 @@ def watch_gradients(regime: Regime, seed: int,
             return regime.loss(model, batch)
         with _Calls(model, nn.Conv2d) as calls:
             loss = regime.loss(model, batch)
-        # Those with a bias are followed by no norm.
+        # A convolution with a bias has no norm after it.
         normed = [(x, conv.weight) for x, conv in zip(
             calls.outputs, calls.modules) if conv.bias is None]
         found[str(place)] = gradient_ratios(*zip(*normed))
@@ -148,12 +152,18 @@ def watch_gradients(regime: Regime, seed: int,
 
 def output_ranges(regime: Regime, images: int, seed: int,
                   steps: int = 50) -> Dict[str, float]:
-    """Least and largest normalised value in the last BatchNorm.
+    """Return the smallest and largest output of the last BatchNorm.
 
-    Before scale and shift, in training mode and in evaluation, on the same
-    images: those of so many steps. With m values a channel in a batch,
-    training is bound by plus and minus the root of m - 1 (Four Things,
+    The outputs are taken before scale and shift, in training mode and in
+    evaluation, on the same images. With m values per channel in a batch, the
+    absolute value in training is at most sqrt(m - 1) (Four Things,
     arXiv:1906.03548, Eq. 2, Appendix A).
+
+    Args:
+        regime (Regime): Task to train on.
+        images (int): Images in a normalised batch.
+        seed (int): Seed of the training.
+        steps (int): Number of optimizer steps whose images are measured.
     """
     examples = regime.splits()[0]
     model = trained(regime, setting_of('BN', images), images, seed)
@@ -189,13 +199,13 @@ def _ranges(regime: Regime, seed: int) -> Dict[str, Dict[str, float]]:
 
 
 class Part(NamedTuple):
-    """An analysis.
+    """One analysis.
 
     Attributes:
-        measure (callable): Takes a regime and a seed, and gives values by
-            place and name.
-        title (str): Of the table and the picture.
-        x_label, y_label (str): Of the picture's axes.
+        measure (callable): Takes a regime and a seed, and returns values
+            keyed by place (the x axis) and by name.
+        title (str): Title of the table and the picture.
+        x_label, y_label (str): Labels of the picture's axes.
     """
     measure: Callable[[Regime, int], Dict[str, Dict[str, float]]]
     title: str
@@ -215,7 +225,7 @@ PARTS: Dict[str, Part] = {
 
 def lines_of(by_seed: Dict[str, Dict[str, Dict[str, float]]]
              ) -> Dict[str, Dict[str, List[float]]]:
-    """From seed, place and name to name and place."""
+    """Regroup values keyed by seed, place and name by name and place."""
     lines: Dict[str, Dict[str, List[float]]] = {}
     for places in by_seed.values():
         for place, values in places.items():
@@ -225,7 +235,7 @@ def lines_of(by_seed: Dict[str, Dict[str, Dict[str, float]]]
 
 
 def tables(results: Dict[str, Any]) -> Dict[str, List[List[str]]]:
-    """Rows of each part that was measured, by title; heads first."""
+    """Return a table per measured part, by title, header row first."""
     found = {}
     for name, part in PARTS.items():
         if name not in results:
@@ -239,14 +249,14 @@ def tables(results: Dict[str, Any]) -> Dict[str, List[List[str]]]:
 
 
 def page(results: Dict[str, Any]) -> str:
-    """The tables as a Markdown page."""
+    """Return the tables as a Markdown page."""
     lines = ["# The papers' analyses, on made data", '',
              f'Mean and deviation over seeds, by `{results["command"]}`.', '']
     return '\n'.join([*lines, as_sections(tables(results))])
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Measure what is missing, print the tables, and draw."""
+    """Run the missing analyses, print the tables and draw the pictures."""
     args = parse_args(argv)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the norms cost, as ratios to BatchNorm measured side by side."""
+"""Benchmark of the norms' time and memory, relative to BatchNorm."""
 import argparse
 import json
 import sys
@@ -20,65 +20,76 @@ from ..tables import as_markdown
 
 
 _DOCS = Path(__file__).resolve().parents[2] / 'docs'
-# The tables have all norms.
+# Norms in the picture. The tables list all norms.
 _DRAWN = ('GN', 'CBN, window 4', 'MABN', 'BRN', 'BGN', 'GhostBN')
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Flags of the tool."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description='Measure time and memory of the norms, one after the '
-        'other in each of several rounds, as ratios to BatchNorm')
+        description='Measure time and memory of the norms as ratios to '
+        'BatchNorm. Each round measures every norm once')
     parser.add_argument(
         '--levels',
         nargs='+',
         choices=LEVELS,
         default=['norm', 'block', 'growth', 'host', 'inference'],
-        help='what the norms are in; host (many small blocks in a training '
-        'loop), latency (ResNet-50 with FPN on one image, folded and not) and '
-        'a detector take long')
+        help='what to measure the norms in. Slow: host (many small blocks in '
+        'a training loop), latency (ResNet-50 with FPN on one image, with and '
+        'without folding) and detectors')
     parser.add_argument(
-        '--norms', nargs='+', metavar='NAME', help='all, if not given')
-    parser.add_argument('--rounds', type=int, default=25)
+        '--norms', nargs='+', metavar='NAME',
+        help='norms to measure (default: all)')
     parser.add_argument(
-        '--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+        '--rounds', type=int, default=25,
+        help='rounds of measurements, at least 3 (default: 25)')
     parser.add_argument(
-        '--threads', type=int, default=torch.get_num_threads())
-    parser.add_argument('--dtype', choices=DTYPES, default='float32')
-    parser.add_argument('--channels-last', action='store_true')
+        '--device', default='cuda' if torch.cuda.is_available() else 'cpu',
+        help='device to run on (default: cuda if there is one)')
     parser.add_argument(
-        '--images', type=int, default=2, help="of a detector's batch")
+        '--threads', type=int, default=torch.get_num_threads(),
+        help="number of torch's CPU threads")
+    parser.add_argument('--dtype', choices=DTYPES, default='float32',
+                        help='data type (default: float32)')
+    parser.add_argument('--channels-last', action='store_true',
+                        help='use the channels_last memory format')
+    parser.add_argument(
+        '--images', type=int, default=2,
+        help="batch size of the detectors (default: 2)")
     parser.add_argument(
         '--size',
         type=int,
         nargs=2,
         default=[320, 320],
         metavar=('HEIGHT', 'WIDTH'),
-        help="of a detector's images")
+        help="image size of the detectors (default: 320 320)")
     parser.add_argument(
         '--sides',
         type=int,
         nargs='+',
         default=[320, 480, 640],
         metavar='PIXELS',
-        help="of latency's square images")
+        help='sides of the square images of latency (default: 320 480 640)')
     parser.add_argument(
-        '--rois', type=int, default=64, help='regions of an image in training')
+        '--rois', type=int, default=64,
+        help='regions of interest per image in training (default: 64)')
     parser.add_argument(
-        '--out', help='JSON file to write; a table goes beside it')
+        '--out', help='JSON file to write; a Markdown table is saved next to '
+        'it')
     parser.add_argument(
         '--draw',
         action='store_true',
-        help='measure nothing: draw docs/costs.png, windows.png and growth.png '
-        'from the measurements in docs')
+        help='only draw docs/costs.png, windows.png and growth.png from the '
+        'measurements stored in docs')
     args = parser.parse_args(argv)
     if args.rounds < 3:
-        parser.error(f'--rounds {args.rounds}: quartiles need at least 3')
+        parser.error('--rounds must be at least 3 for quartiles, but got '
+                     f'{args.rounds}')
     return args
 
 
 def chosen(names: Optional[Sequence[str]]) -> Dict[str, dict]:
-    """Norms by name, the baseline first.
+    """Return the requested norms by name, always with the baseline.
 
     Raises:
         SetupError: If a name is unknown.
@@ -89,7 +100,7 @@ def chosen(names: Optional[Sequence[str]]) -> Dict[str, dict]:
 
 
 def page(result: Dict[str, Any]) -> str:
-    """The table as a Markdown page, with command and machine."""
+    """Return a Markdown page: the table, the command and the machine."""
     on = result['machine']
     where = f'{on["device"]}, {on["threads"]} threads' if (
         on['threads']) else on['device']
@@ -104,11 +115,11 @@ def page(result: Dict[str, Any]) -> str:
 
 
 def draw(source: Path, target: Path) -> None:
-    """Draw three pictures of stored measurements, one question each.
+    """Draw three pictures from stored measurements.
 
     Args:
-        source (Path): Folder of the measurements.
-        target (Path): Folder of the pictures.
+        source (Path): Folder with the measurements.
+        target (Path): Folder to write the pictures to.
     """
     stored = {
         name: json.loads((source / name).read_text())
@@ -156,7 +167,7 @@ def draw(source: Path, target: Path) -> None:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Measure, print, write."""
+    """Measure, print the table and write the files."""
     args = parse_args(argv)
     if args.draw:
         draw(_DOCS, _DOCS)
@@ -191,7 +202,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             rows=rows)
         path.write_text(json.dumps(result, indent=1) + '\n')
         path.with_suffix('.md').write_text(page(result))
-        print(f'In {path.parent}: {path.name} and {path.stem}.md')
+        print(f'written to {path.parent}: {path.name}, {path.stem}.md')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Hold the norm doctor against the trainings of the study."""
+"""Comparison of the norm doctor's advice with the study's trainings."""
 import argparse
 import json
 import math
@@ -25,32 +25,35 @@ from ..study.training import STEP, Regime, order
 from ..tables import as_sections, show, spread
 from .study import EVALUATIONS, Results, chosen
 
-# The thresholds were set on these; the others judge them.
+# The doctor's threshold was set on these regimes. The others test it.
 CALIBRATION = ('plain', 'video', 'hasty detector')
 IMAGES = (4, 2, 1)
-# An instrument of the study: its steps cost four times as much.
+# This setting serves the study only: its steps cost four times as much.
 _NOT_OFFERED = ('CBN, fresh window', )
-BLOCKS = 8  # of 16 images
-STEPS = 40  # of the optimizer, before the weights stand still
+BLOCKS = 8  # number of blocks of 16 images
+STEPS = 40  # optimizer steps before the weights are frozen
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Flags of the tool."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description="Diagnose the study's models, and compare with what "
-        'their trainings came to')
+        description="Run the norm doctor on the study's models, and compare "
+        'its advice with the results of their trainings')
     parser.add_argument('--results', default='docs/results',
-                        help="folder of the study's results")
+                        help="folder with the study's results "
+                        '(default: %(default)s)')
     parser.add_argument('--regimes', nargs='+', metavar='NAME',
-                        help='all, if not given')
-    parser.add_argument('--seeds', type=int, default=2, help='from 0 on')
+                        help='regimes to diagnose (default: all)')
+    parser.add_argument('--seeds', type=int, default=2,
+                        help='number of seeds, from 0 (default: 2)')
     parser.add_argument('--report', action='store_true',
-                        help='diagnose nothing: print the tables, and draw')
+                        help='only print the tables and draw the picture, '
+                        'from stored diagnoses')
     return parser.parse_args(argv)
 
 
 class StudyTask(Task):
-    """A regime of the study; batches are indices of its images."""
+    """Task of a regime of the study. A batch is a tensor of indices."""
 
     def __init__(self, regime: Regime) -> None:
         self.regime = regime
@@ -60,7 +63,7 @@ class StudyTask(Task):
         return self.regime.loss(model, self.examples.of(batch))
 
     def batches(self, images: int, seed: int) -> Iterator[Tensor]:
-        """The order of the study's trainings, with another seed."""
+        """Yield batches in the study's order, with the given seed."""
         for step in order(self.examples.groups, self.regime.together, seed):
             yield from step.split(images)
 
@@ -85,7 +88,7 @@ def examine(name: str, images: int, seed: int) -> Diagnosis:
 
 
 def row_of(diagnosis: Diagnosis) -> Dict[str, Any]:
-    """What the check needs of a diagnosis, in JSON's types."""
+    """Return the part of a diagnosis that this check needs, for JSON."""
     return dict(
         images=diagnosis.images,
         agreement={str(size): [round(v, 4) for v in values]
@@ -96,7 +99,7 @@ def row_of(diagnosis: Diagnosis) -> Dict[str, Any]:
 
 
 def _joined(rows: List[Dict[str, Any]]) -> Diagnosis:
-    """The seeds as one diagnosis; each has blocks of its own."""
+    """Join the diagnoses of all seeds, which have separate blocks."""
     noise = statistics.mean(row['mean_noise'] for row in rows)
     unknown = dict.fromkeys(Layer._fields, math.nan)
     return Diagnosis(
@@ -114,10 +117,10 @@ def _joined(rows: List[Dict[str, Any]]) -> Diagnosis:
 
 
 class _Cell:
-    """A regime and a number of images: diagnosed, and trained.
+    """Diagnosis and trainings of one regime at one number of images.
 
     Args:
-        rows (list[dict]): Diagnoses of the seeds.
+        rows (list[dict]): Diagnoses, one per seed.
         results (Results): The study's trainings.
     """
 
@@ -136,7 +139,7 @@ class _Cell:
         return self.results.scores(self.regime, name, images, *score)
 
     def best(self, folds: bool) -> str:
-        """The setting with the best mean."""
+        """Return the setting with the best mean score."""
         names = [*SETTINGS, *([] if folds else EVALUATIONS)]
         names = [name for name in names if name not in _NOT_OFFERED]
         fit = [name for name in names if self.scores(name) and not (
@@ -144,17 +147,17 @@ class _Cell:
         return max(fit, key=lambda n: statistics.mean(self.scores(n)))
 
     def pick(self, folds: bool) -> str:
-        """The first advice that folds, or that does not."""
+        """Return the first advised setting that folds, or does not."""
         detects = REGIMES[self.regime].loss is detection_loss
         found = [a for a in advise(self.whole, detects) if a.setting
                  and a.folds == folds]
         return found[0].setting if found else 'BN'
 
     def is_within(self, folds: bool) -> Optional[bool]:
-        """Whether the pick is within a deviation of the best.
+        """True if the pick is within one deviation of the best setting.
 
-        The deviation is that of the difference. None if the pick was not
-        trained.
+        The deviation is that of the difference of the two means. None if the
+        pick was not trained.
         """
         best, own = (self.scores(name) for name in (
             self.best(folds), self.pick(folds)))
@@ -166,7 +169,7 @@ class _Cell:
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's."""
+    """Return Spearman's rank correlation."""
     return float(spearmanr(a, b).statistic)
 
 
@@ -188,7 +191,7 @@ def _table(cells: List[_Cell]) -> List[List[str]]:
 
 
 def in_sum(parts: Dict[str, List[_Cell]]) -> List[str]:
-    """What the tables come to, a line each."""
+    """Summarise each table in one line."""
     every = [cell for cells in parts.values() for cell in cells]
     lines = []
     for title, cells in dict({'All': every}, **parts).items():
@@ -213,8 +216,8 @@ def in_sum(parts: Dict[str, List[_Cell]]) -> List[str]:
 
 def cells_of(rows: List[Dict[str, Any]],
              results: Results) -> Dict[str, List[_Cell]]:
-    """The cells that were diagnosed: of the regimes that set the threshold,
-    and of those that judge."""
+    """Group the diagnosed cells: regimes that set the threshold, and those
+    that test it."""
     by_cell: Dict[tuple, List[Dict[str, Any]]] = {}
     for row in rows:
         by_cell.setdefault((row['regime'], row['images']), []).append(row)
@@ -229,7 +232,7 @@ def cells_of(rows: List[Dict[str, Any]],
 
 
 def page(parts: Dict[str, List[_Cell]]) -> str:
-    """The tables as a Markdown page."""
+    """Return the tables as a Markdown page."""
     lines = [
         '# The norm doctor, held against the study', '',
         'Agreement: of the gradient of a batch with that of 16 images, mean '
@@ -246,7 +249,7 @@ def page(parts: Dict[str, List[_Cell]]) -> str:
 
 def report(parts: Dict[str, List[_Cell]], folder: Path,
            console: Console) -> None:
-    """Print the tables, and put a page and a picture into the folder."""
+    """Print the tables, and write a page and a picture to the folder."""
     for title, own in parts.items():
         if own:
             show(_table(own), console, title)
@@ -259,7 +262,7 @@ def report(parts: Dict[str, List[_Cell]], folder: Path,
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Diagnose, compare, report."""
+    """Diagnose, compare with the trainings and report."""
     args = parse_args(argv)
     torch.set_num_threads(1)
     folder = Path(args.results)
@@ -280,7 +283,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                 write_runs(path, rows, command='python tools/check_doctor.py')
                 tell(advance=1)
         report(cells_of(rows, Results(folder)), folder, Console(width=200))
-        print(f'In {folder}: doctor.md, doctor.json, doctor.png')
+        print(f'written to {folder}: doctor.md, doctor.json, doctor.png')
 
 
 if __name__ == '__main__':

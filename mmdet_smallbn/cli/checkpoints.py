@@ -1,4 +1,4 @@
-"""Checkpoints: which one to resume, and how they are loaded."""
+"""Safe loading of checkpoints, and the search for the latest one."""
 import argparse
 import io
 import os
@@ -22,51 +22,51 @@ from mmengine.runner.checkpoint import (get_deprecated_model_names,
 from ..errors import SetupError, did_you_mean
 from ..progress import on_terminal
 
-# What torch's files began with before they were archives.
+# First bytes of a torch file in the format before zip archives.
 _MAGIC = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 TRUST_FLAG = '--trust-checkpoint'
 _trusts_checkpoints = False
 
 
 def trust_checkpoints(trust: bool) -> None:
-    """Say whether local checkpoints may hold more than tensors.
+    """Set whether local checkpoints may hold more than tensors.
 
-    To load those is to run what is in them.
+    Loading such a checkpoint can run code that it contains.
     """
     global _trusts_checkpoints
     _trusts_checkpoints = trust
 
 
 def add_trust_argument(parser: argparse.ArgumentParser) -> None:
-    """The flag that says so, for a tool that loads checkpoints."""
+    """Add ``--trust-checkpoint`` to a tool that loads checkpoints."""
     parser.add_argument(
         TRUST_FLAG,
         action='store_true',
-        help='load a checkpoint that holds more than tensors: that runs '
-        'what is in it, so use it for files that you trust alone')
+        help='also load a checkpoint that holds more than tensors. Loading it '
+        'can run code from the file: use this only for files that you trust')
 
 
 def load_safely(args: argparse.Namespace) -> None:
-    """Let all that loads a checkpoint do it as a tool's flags say."""
+    """Make every later checkpoint load safe, as the tool's flags say."""
     register_checkpoint_loader()
     trust_checkpoints(getattr(args, 'trust_checkpoint', False))
 
 
 def latest_checkpoint(work_dir: str) -> Optional[str]:
-    """The newest checkpoint of a training that is whole.
+    """Return the newest complete checkpoint of a training.
 
-    A training that is killed while it writes one leaves a part of a file, or
-    a file that ``last_checkpoint`` does not name yet.
+    A training that is killed while it writes a checkpoint leaves an
+    incomplete file, or a file that ``last_checkpoint`` does not name yet.
 
     Args:
         work_dir (str): The work folder.
 
     Returns:
-        str, optional: Its path. None if there is none, or if the training
-        writes what is not a local file: mmengine looks for itself then.
+        str, optional: Path of the checkpoint. None if there is none, or if
+        checkpoints are not local files: then mmengine searches for them.
 
     Raises:
-        SetupError: If there are some, and none is whole.
+        SetupError: If there are checkpoints, but none is complete.
     """
     record = Path(work_dir) / 'last_checkpoint'
     named = record.read_text().strip() if record.is_file() else ''
@@ -81,39 +81,39 @@ def latest_checkpoint(work_dir: str) -> Optional[str]:
         if _is_whole(path):
             if named and path != Path(named):
                 print_log(
-                    f'{named} is not the newest checkpoint that is whole: '
+                    f'{named} is not the newest complete checkpoint: '
                     f'resuming from {path}', 'current')
             return str(path)
     if files:
         raise SetupError(
-            f'no checkpoint in {folder} is whole: train without --resume, '
-            'or name another one')
+            f'no checkpoint in {folder} is complete: train without --resume, '
+            'or give the path of another checkpoint')
     return None
 
 
 def _is_whole(path: Path) -> bool:
-    # The directory of torch's archives is at their end.
+    # A zip archive has its directory at the end, so a cut one has none.
     if is_zipfile(path):
         return True
-    try:  # what old versions wrote has none
+    try:  # the format of old torch versions is no zip archive
         torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError:
         return True
-    except Exception:  # whatever a file's bytes may lead to
+    except Exception:  # damaged bytes can raise any error
         return False
     return True
 
 
 def register_checkpoint_loader() -> None:
-    """Let mmengine load checkpoints safely, and its own where it is trusted.
+    """Replace mmengine's checkpoint loaders with safe ones.
 
-    Checkpoints that mmengine 0.10 writes by itself hold message buffers
-    beside the tensors, which torch's safe loading refuses. Such a local file
-    is loaded if the user says so by ``--trust-checkpoint``. What comes from
-    an address is loaded safely or not at all.
+    The checkpoints of mmengine 0.10 hold message buffers in addition to
+    tensors, and torch's safe loading refuses them. Such a file is loaded only
+    if it is local and the user gives ``--trust-checkpoint``. Files from a URL
+    are always loaded safely.
 
-    Names of published weights (``torchvision://resnet50``) become addresses
-    by mmengine's own lists, which need no torchvision.
+    Names of published weights (``torchvision://resnet50``) are looked up in
+    mmengine's own lists, which do not need torchvision.
     """
     for prefixes, loader in (
         ('', load_from_local),
@@ -128,7 +128,7 @@ def register_checkpoint_loader() -> None:
 
 
 def load_from_local(filename: str, map_location: Optional[str] = None):
-    """Load a local checkpoint, safely unless the user trusts it.
+    """Load a local checkpoint, in torch's safe mode unless it is trusted.
 
     Args:
         filename (str): Path of the checkpoint.
@@ -145,8 +145,8 @@ def load_from_local(filename: str, map_location: Optional[str] = None):
     path = Path(filename).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
-            f'no checkpoint at {filename}: check the path, training writes '
-            'them to its work folder')
+            f'no checkpoint at {filename}: check the path. Training writes '
+            'checkpoints to its work folder')
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -154,10 +154,10 @@ def load_from_local(filename: str, map_location: Optional[str] = None):
             raise _not_a_checkpoint(filename, error) from error
         if not _trusts_checkpoints:
             raise SetupError(
-                f'{filename} holds more than tensors. To load it is to run '
-                'what is in it. If you trust where it comes from, add '
-                f'{TRUST_FLAG}') from error
-    except Exception as error:  # whatever a file's bytes may lead to
+                f'{filename} holds more than tensors. Loading it can run code '
+                f'from the file. If you trust its source, add {TRUST_FLAG}'
+            ) from error
+    except Exception as error:  # damaged bytes can raise any error
         raise _not_a_checkpoint(filename, error) from error
     try:
         return torch.load(path, map_location=map_location, weights_only=False)
@@ -166,7 +166,7 @@ def load_from_local(filename: str, map_location: Optional[str] = None):
 
 
 def _is_torchs(path: Path) -> bool:
-    """Whether torch wrote a file: an archive, or what old versions wrote."""
+    """True if a file is in torch's format, a zip archive or the old one."""
     with path.open('rb') as file:
         begins = file.read(len(_MAGIC))
     return begins == _MAGIC or is_zipfile(path)
@@ -174,19 +174,20 @@ def _is_torchs(path: Path) -> bool:
 
 def _not_a_checkpoint(filename: str, error: Exception) -> SetupError:
     return SetupError(
-        f'{filename} is not a checkpoint, or a damaged one '
+        f'{filename} is not a checkpoint, or it is damaged '
         f'({type(error).__name__}): copy or download it again')
 
 
 def load_from_address(filename: str,
                       map_location: Optional[str] = None,
                       model_dir: Optional[str] = None):
-    """Download a checkpoint once a machine, and load it safely.
+    """Download a checkpoint once per machine, and load it safely.
 
     Args:
-        filename (str): The address.
+        filename (str): The URL.
         map_location (str, optional): As for ``torch.load``.
-        model_dir (str, optional): Folder to keep it in. None: torch's.
+        model_dir (str, optional): Folder to store the file in. None: torch's
+            ``checkpoints`` folder.
 
     Returns:
         dict: The checkpoint.
@@ -220,10 +221,10 @@ def load_from_address(filename: str,
 
 
 def load_from_storage(filename: str, map_location: Optional[str] = None):
-    """Load what one of mmengine's storage backends holds, safely.
+    """Load a checkpoint from one of mmengine's storage backends, safely.
 
     Raises:
-        SetupError: If it holds more than tensors.
+        SetupError: If the checkpoint holds more than tensors.
     """
     content = io.BytesIO(get(filename))
     try:
@@ -235,26 +236,26 @@ def load_from_storage(filename: str, map_location: Optional[str] = None):
 
 def _unsafe_address(filename: str, copy: Union[str, Path]) -> SetupError:
     return SetupError(
-        f'{filename} holds more than tensors, and is not loaded from an '
-        f'address. If you trust it, name the file, {copy}, and add '
+        f'{filename} holds more than tensors, so it is not loaded from a '
+        f'URL. If you trust it, give the local file ({copy}) and add '
         f'{TRUST_FLAG}')
 
 
 def load_from_torchvision(filename: str, map_location: Optional[str] = None):
-    """Load ``torchvision://NAME``, without torchvision where that will do.
+    """Load ``torchvision://NAME``, if possible without torchvision.
 
-    mmengine asks torchvision for its list of weights. For names without a
-    dot, as ``resnet50``, mmengine has that list itself.
+    mmengine's own list has the names without a dot, such as ``resnet50``.
+    Only other names need the list of torchvision.
 
     Raises:
-        SetupError: If the name is on neither list.
+        SetupError: If neither list has the name.
     """
     name = filename.partition('://')[2]
     addresses = load(Path(hub_path[0]) / 'torchvision_0.12.json')
     if name not in addresses:
         try:
             addresses = {**addresses, **get_torchvision_models()}
-        except Exception as error:  # whatever its operators may run into
+        except Exception as error:  # a broken install can raise any error
             raise SetupError(
                 f'{filename}: names with a dot need torchvision, which '
                 f'cannot be imported here ({error}). '
@@ -275,7 +276,7 @@ def load_from_openmmlab(filename: str, map_location: Optional[str] = None):
 
 
 def load_from_mmcls(filename: str, map_location: Optional[str] = None):
-    """Load ``mmcls://NAME``, safely: its backbone."""
+    """Load the backbone of ``mmcls://NAME``, safely."""
     name = filename.partition('://')[2]
     found = load_from_address(
         _address(filename, name, get_mmcls_models()), map_location)

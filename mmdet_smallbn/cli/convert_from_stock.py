@@ -1,4 +1,4 @@
-"""Bring a checkpoint of another code to mmdet 3.x's layout."""
+"""Converter of other projects' checkpoints to mmdet 3.x."""
 import argparse
 from pathlib import Path
 from typing import Any, Iterator, Optional, Sequence
@@ -14,36 +14,41 @@ from .runtime import build_model, open_config
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Flags of the conversion."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description='Convert a checkpoint of the released CBN (mmdet1) or '
-        'MABN (maskrcnn-benchmark, mabn-imagenet) to one that mmdet 3.x loads '
-        "into a model of this package. torchvision's, and those of mmdet 2.x "
-        'and 3.x, need no conversion')
-    parser.add_argument('checkpoint', metavar='IN', help='checkpoint file')
+        description='Convert a checkpoint of the released CBN code (mmdet1) '
+        'or MABN code (maskrcnn-benchmark, mabn-imagenet) so that mmdet 3.x '
+        'loads it into a model of this package. Checkpoints of torchvision, '
+        'mmdet 2.x and mmdet 3.x need no conversion')
+    parser.add_argument('checkpoint', metavar='IN',
+                        help='checkpoint file to read')
     parser.add_argument(
         '-o',
         '--out',
         metavar='OUT',
         required=True,
-        help='checkpoint to write')
+        help='checkpoint file to write')
     parser.add_argument(
         '--layout',
         choices=['auto', *LAYOUTS],
         default='auto',
-        help='whose names the file has (auto: seen by the names)')
+        help='project that wrote the file (default: auto, recognised by its '
+        'keys)')
     parser.add_argument(
         '--model',
         metavar='CONFIG',
-        help="write only what loads strictly into this config's model")
+        help="write the file only if it loads strictly into this config's "
+        'model')
     parser.add_argument(
         '--match-eps',
         action='store_true',
-        help='mmdet1: change the scales of CBN to evaluate as the released '
-        'code, which adds eps to the root; not where it had out_p=True')
+        help='mmdet1 only: change the scales of CBN so that it evaluates as '
+        'the released code, which adds eps outside the root. Do not use it '
+        'for a model with out_p=True')
     add_trust_argument(parser)
     parser.add_argument(
-        '--verbose', action='store_true', help='print what each key became')
+        '--verbose', action='store_true',
+        help='print the new name of each key')
     args = parser.parse_args(argv)
     if Path(args.checkpoint).expanduser().resolve() == Path(
             args.out).expanduser().resolve():
@@ -52,7 +57,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 def report(result: Conversion, verbose: bool) -> Iterator[str]:
-    """What there is to tell of a conversion."""
+    """Yield the lines to print about a conversion."""
     if verbose:
         for old, new, done in result.became:
             yield f'{old} -> {new}' + (f' ({done})' if done else '')
@@ -65,7 +70,7 @@ def report(result: Conversion, verbose: bool) -> Iterator[str]:
 
 
 def new_meta(old: Any, layout: str) -> dict:
-    """The classes' names, where mmdet 3.x looks for them."""
+    """Return a ``meta`` with the class names where mmdet 3.x reads them."""
     meta = dict(converted_from=layout)
     names = old.get('CLASSES') if isinstance(old, dict) else None
     if names:
@@ -74,7 +79,7 @@ def new_meta(old: Any, layout: str) -> dict:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Convert a file."""
+    """Convert the file that the command line names."""
     args = parse_args(argv)
     with one_line_errors():
         load_safely(args)
@@ -86,7 +91,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             if layout == 'auto':
                 layout = layout_of(state, meta)
             if layout is None:
-                print(f'{args.checkpoint} needs no conversion: name it as '
+                print(f'{args.checkpoint} needs no conversion: use it as '
                       'load_from, or in the init_cfg of the backbone. Nothing '
                       'was written.')
                 return

@@ -1,4 +1,4 @@
-"""Write a trained detector as one that stock mmdet loads."""
+"""Converter of a trained detector to stock mmdet."""
 import argparse
 from pathlib import Path
 from typing import Any, Optional, Sequence
@@ -14,12 +14,12 @@ from .runtime import add_config_arguments, check_norms, read_config
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Flags of the converter."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description='Write config and checkpoint of a trained detector anew, '
-        'with BatchNorm and plain convolutions, so that mmdet runs it '
-        'without this package: the same detections, and its own tools to '
-        'fuse and deploy it')
+        description='Convert the config and checkpoint of a trained detector '
+        'to BatchNorm and plain convolutions. mmdet then gives the same '
+        "detections without this package, and mmdet's own tools can fuse and "
+        'deploy the detector')
     add_config_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
@@ -27,14 +27,14 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         '--out',
         required=True,
         metavar='OUT.pth',
-        help='checkpoint to write; the config goes beside it, as OUT.py')
+        help='checkpoint to write; the config is saved next to it as OUT.py')
     parser.add_argument(
         '--example-weight',
         type=float,
         choices=[0.],
-        help='0: evaluate norms that weigh examples (BGN) with their moving '
-        'averages alone, which BatchNorm can do; the detections are others '
-        'then, as tools/sweep_example_weight.py shows')
+        help='0: let norms with example weighting (BGN) use only their moving '
+        'averages, as BatchNorm does. This changes the detections: '
+        'tools/sweep_example_weight.py measures by how much')
     add_trust_argument(parser)
     args = parser.parse_args(argv)
     if not args.out.endswith('.pth'):
@@ -43,7 +43,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 def _plain(value: Any) -> Any:
-    """Without numpy's types, which torch's safe loading refuses."""
+    """Replace numpy types, which torch's safe loading refuses."""
     if isinstance(value, dict):
         return {key: _plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -52,7 +52,7 @@ def _plain(value: Any) -> Any:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Convert, compare, write."""
+    """Convert, compare and write the files."""
     args = parse_args(argv)
     out = Path(args.out).expanduser()
     with one_line_errors():
@@ -60,7 +60,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             if Path(path).resolve() in (out.resolve(),
                                         out.with_suffix('.py').resolve()):
                 raise SetupError(f'--out {args.out} would overwrite {path}: '
-                                 'take another name')
+                                 'choose another name')
         cfg = read_config(args, training=False)
         check_norms(cfg)
         MMLogger.get_current_instance().setLevel('WARNING')
@@ -81,7 +81,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                 }), out)
     for change in changes:
         print(change)
-    print(f'{out} and {out.with_suffix(".py")} are stock now')
+    print(f'written for stock mmdet: {out}, {out.with_suffix(".py")}')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""The demo: train a small detector, evaluate it, draw pictures."""
+"""Demo that trains and evaluates a small detector and draws pictures."""
 import argparse
 import datetime
 import json
@@ -38,47 +38,51 @@ _ROWS = (('AP', 'bbox_mAP'), ('AP50', 'bbox_mAP_50'), ('AP75', 'bbox_mAP_75'),
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Flags of the demo."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description='Train and evaluate the demo detector. Any other config '
-        "of a detector is trained on the demo's images, by the demo's "
-        'schedule, from scratch; with --data, as it is')
+        description='Train and evaluate the demo detector. Another config is '
+        "trained from scratch on the demo's images with the demo's schedule. "
+        'With --data it is trained on your data and with its own schedule')
     add_config_arguments(parser)
     add_run_arguments(parser)
     parser.add_argument(
         '--size',
         type=int,
         metavar='PIXELS',
-        help='size that images are brought to; time grows with its square')
+        help='size that images are resized to; the time grows with its '
+        'square')
     parser.add_argument(
         '--images',
         type=int,
         metavar='N',
-        help='images in a batch; as many are seen in all')
+        help='batch size; the schedule is stretched so that the total number '
+        'of images stays the same')
     parser.add_argument(
         '--iters',
         type=int,
         metavar='N',
-        help="iterations, in place of the schedule's; it is stretched")
+        help='number of iterations; the schedule is stretched to it')
     parser.add_argument(
         '--norm',
         metavar='TYPE',
-        help="put this norm in place of the config's CBN, MABN, ...: BN, to "
-        'compare with')
-    parser.add_argument('--seed', type=int, default=0)
+        help="replace the config's CBN, MABN, ... with this norm, for example "
+        'BN for a comparison')
+    parser.add_argument('--seed', type=int, default=0,
+                        help='random seed (default: 0)')
     parser.add_argument(
         '--results',
         default='docs/results/demo.json',
         metavar='FILE',
-        help="trainings on the demo's own data: BatchNorm's are shown beside "
-        'the result')
+        help="stored trainings on the demo's data; the result of BatchNorm is "
+        'printed for comparison (default: %(default)s)')
     parser.add_argument(
-        '--record', action='store_true', help='add this one to them')
+        '--record', action='store_true',
+        help='add this training to the --results file')
     return parser.parse_args(argv)
 
 
 def read_scalars(runner: Runner) -> List[Dict[str, Any]]:
-    """The records that mmengine's local backend wrote in this run."""
+    """Read the records that mmengine's local backend wrote in this run."""
     path = Path(runner.log_dir) / 'vis_data' / 'scalars.json'
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -86,7 +90,7 @@ def read_scalars(runner: Runner) -> List[Dict[str, Any]]:
 @torch.no_grad()
 def detect(runner: Runner, val: CocoSplit,
            count: int) -> List[Tuple[str, Objects, Objects]]:
-    """File, ground truth and detections of the first validation images."""
+    """Return file, ground truth and detections of the first images."""
     dataset = runner.val_loop.dataloader.dataset
     coco = quiet_coco(val.ann_file)
     runner.model.eval()
@@ -105,8 +109,8 @@ def detect(runner: Runner, val: CocoSplit,
 
 def report(metrics: Dict[str, float], beside: str, work_dir: Path,
            console: Console) -> None:
-    """Print the AP table, BatchNorm's, and what was written."""
-    # COCO's -1: there are no objects of this size.
+    """Print the AP table, BatchNorm's AP and the written files."""
+    # COCO's -1 means that there are no objects of this size.
     values = {label: metrics.get(f'coco/{key}', -1) for label, key in _ROWS}
     if 'coco/segm_mAP' in metrics:
         values['mask AP'] = metrics['coco/segm_mAP']
@@ -117,7 +121,7 @@ def report(metrics: Dict[str, float], beside: str, work_dir: Path,
     if beside:
         console.print(beside, soft_wrap=True, highlight=False)
     console.print(
-        f'In {work_dir}: the checkpoint, metrics.json, curves.png, '
+        f'written to {work_dir}: the checkpoint, metrics.json, curves.png, '
         'detections.png',
         soft_wrap=True)
 
@@ -128,10 +132,10 @@ def say_what_next(console: Console) -> None:
     if sys.prefix != sys.base_prefix and 'VIRTUAL_ENV' not in os.environ:
         activate = f'  source {os.path.relpath(sys.prefix)}/bin/activate\n'
     console.print(
-        'Your own COCO-format folder, the same small detector, with NORM=... '
-        'for another norm:\n'
+        'Train the same small detector on your own COCO-format folder (add '
+        'NORM=... for another norm):\n'
         '  make demo DATA=path/to/folder\n'
-        'Faster R-CNN R50 with CBN on COCO, once data/coco holds it:\n'
+        'Train Faster R-CNN R50 with CBN on COCO in data/coco:\n'
         f'{activate}  tools/dist_train.sh configs/cbn/'
         'faster-rcnn_r50_fpn_4conv1fc_cbn-head_4xb4-1x_coco.py 4',
         soft_wrap=True,
@@ -156,8 +160,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     with one_line_errors():
         given = args.data is not None
         if given and args.record:
-            raise SetupError('--record takes trainings on the data of the '
-                             'demo, not on that of --data')
+            raise SetupError("--record stores only trainings on the demo's "
+                             'data: remove --record or --data')
         cfg = open_config(args.config)
         is_demo = 'shapes_coco' in cfg
         if not given:
@@ -165,7 +169,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                 put_on_shapes(
                     cfg, Path(args.config).resolve().parents[1] / '_base_')
             args.data = str(make_shapes_coco(**cfg.shapes_coco))
-            read_results(results)  # before it is needed
+            read_results(results)  # a bad file fails before the training
         if args.norm:
             use_norm(cfg, args.norm)
         cfg = load_config(args, cfg=cfg)
@@ -187,7 +191,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     seconds = time.perf_counter() - begun
     work_dir = Path(cfg.work_dir)
     scalars = read_scalars(runner)
-    # A model that finds nothing at all has no metrics.
+    # mmdet reports no metrics if a model detects nothing.
     scored = [r for r in scalars if 'coco/bbox_mAP' in r]
     metrics = scored[-1] if scored else {}
     (work_dir / 'metrics.json').write_text(json.dumps(metrics, indent=2))

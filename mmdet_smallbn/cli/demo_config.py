@@ -1,4 +1,4 @@
-"""What the flags of the demo change in a config."""
+"""Changes that the demo's flags make to a config."""
 from pathlib import Path
 
 from mmengine.config import Config
@@ -9,29 +9,29 @@ from ..norm_report import norm_cfgs
 from .runtime import find_norm, is_ours
 
 _PARTS = ('shapes_coco.py', 'demo_schedule.py')
-_BURN_IN = dict(type='BurnInHook', iters=250)  # the demo's schedule's
+_BURN_IN = dict(type='BurnInHook', iters=250)  # fits the demo's schedule
 
 
 def put_on_shapes(cfg: Config, folder: Path) -> None:
-    """Let a config train on the demo's images, by the demo's schedule.
+    """Make a config train on the demo's images with the demo's schedule.
 
     The model, its norms, the batch size and the accumulation stay. Data,
-    pipelines and schedule become the demo's, hooks are those that the norms
-    want. No weights are loaded, so nothing is frozen. Masks are trained if a
-    RoI head has them.
+    pipelines and schedule become the demo's. Hooks are added as the norms
+    need them. No weights are loaded, so nothing is frozen. Masks are trained
+    if the RoI head has a mask head.
 
     Args:
-        cfg (Config): Of a detector.
-        folder (Path): Where ``shapes_coco.py`` and ``demo_schedule.py`` are.
+        cfg (Config): Config of a detector.
+        folder (Path): Folder of ``shapes_coco.py`` and ``demo_schedule.py``.
 
     Raises:
-        SetupError: If they are not there.
+        SetupError: If the folder lacks one of these files.
     """
     missing = [name for name in _PARTS if not (folder / name).is_file()]
     if missing:
         raise SetupError(
-            f'{cfg.filename} is no config of the demo. To train it on the '
-            f"demo's data, {missing[0]} must be in {folder}: run this in a "
+            f'{cfg.filename} is not a demo config, and {missing[0]}, which '
+            f"the demo's data needs, is not in {folder}: run this in a "
             'checkout of the project, or give --data')
     images = cfg.train_dataloader.batch_size
     parts = cfg.optim_wrapper.get('accumulative_counts', 1)
@@ -41,7 +41,7 @@ def put_on_shapes(cfg: Config, folder: Path) -> None:
     cfg.train_dataloader.batch_size = images
     cfg.optim_wrapper.accumulative_counts = parts
     cfg.load_from = None
-    # They would bring images to other sizes.
+    # Batch augmentations would resize the images.
     cfg.model.data_preprocessor.batch_augments = None
     cfg.model.backbone.init_cfg = None
     for key, value in (('frozen_stages', -1), ('norm_eval', False)):
@@ -53,7 +53,7 @@ def put_on_shapes(cfg: Config, folder: Path) -> None:
 
 
 def _fit_hooks(cfg: Config) -> None:
-    """The demo's burn-in if a norm burns in, else what tells the steps."""
+    """Keep or add the hook that the norms need, and remove the others."""
     norms = [find_norm(norm_cfg['type'])
              for _, norm_cfg in norm_cfgs(cfg.model, 'model')]
     ours = [norm for norm in norms if is_ours(norm)]
@@ -80,13 +80,13 @@ def _add_masks(cfg: Config) -> None:
 
 
 def use_norm(cfg: Config, kind: str) -> None:
-    """Put another norm, with its defaults, in place of this package's.
+    """Replace this package's norms with another norm in its default settings.
 
-    ``eps``, ``momentum`` and ``requires_grad`` stay as the config has them.
-    Convolutions stay what they are. Hooks become those that the norm wants.
+    ``eps``, ``momentum`` and ``requires_grad`` keep their values in the
+    config. Convolutions do not change. Hooks are set as the norm needs them.
 
     Args:
-        cfg (Config): Of a detector.
+        cfg (Config): Config of a detector.
         kind (str): A registered norm, such as ``'BN'``.
 
     Raises:
@@ -98,7 +98,7 @@ def use_norm(cfg: Config, kind: str) -> None:
     ]
     if not found:
         raise SetupError(f'--norm {kind}: the config has no norm of this '
-                         'package to put it in place of')
+                         'package to replace. Remove --norm')
     for norm_cfg in found:
         for key in set(norm_cfg) - {'eps', 'momentum', 'requires_grad'}:
             del norm_cfg[key]
@@ -107,7 +107,7 @@ def use_norm(cfg: Config, kind: str) -> None:
 
 
 def use_size(cfg: Config, size: int) -> None:
-    """Bring images to a size in pixels, in training and validation."""
+    """Resize images to ``size`` pixels in training and validation."""
     for loader in (cfg.train_dataloader, cfg.val_dataloader,
                    cfg.test_dataloader):
         for transform in loader.dataset.pipeline:
@@ -116,7 +116,7 @@ def use_size(cfg: Config, size: int) -> None:
 
 
 def stretch(cfg: Config, times: float) -> None:
-    """Make the schedule longer, all of its parts alike.
+    """Multiply all lengths of the schedule by ``times``.
 
     Raises:
         SetupError: If the schedule counts epochs.
@@ -124,8 +124,8 @@ def stretch(cfg: Config, times: float) -> None:
     if cfg.train_cfg.get('max_iters') is None:
         raise SetupError(
             '--iters and --images stretch a schedule of iterations, but the '
-            f'config has {cfg.train_cfg}. With --data a config trains as it '
-            'is: set what you want by --cfg-options')
+            f'config has {cfg.train_cfg}. With --data a config keeps its own '
+            'schedule: change it with --cfg-options')
 
     def longer(holder: dict, *keys: str) -> None:
         for key in keys:
@@ -141,14 +141,14 @@ def stretch(cfg: Config, times: float) -> None:
 
 
 def use_images(cfg: Config, images: int) -> None:
-    """Train with another batch size, on as many images in all.
+    """Change the batch size, and keep the total number of training images.
 
-    The schedule gets longer as the batch gets smaller. AdamW's learning rate
-    follows the square root of the batch size (arXiv:2205.10287), and CBN's
-    window what its paper suggests.
+    A smaller batch makes the schedule longer. AdamW's learning rate is scaled
+    with the square root of the batch size (arXiv:2205.10287). CBN's window
+    is set to the size that its paper suggests for this batch.
 
     Raises:
-        SetupError: If there is no batch of this size.
+        SetupError: If ``images`` is below 1.
     """
     if images < 1:
         raise SetupError(f'--images must be at least 1, but got {images}')

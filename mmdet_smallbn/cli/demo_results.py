@@ -1,4 +1,4 @@
-"""Trainings of the demo: kept, compared, and shown."""
+"""Stored results of the demo's trainings, and their comparison."""
 import hashlib
 import json
 from itertools import groupby
@@ -14,11 +14,14 @@ from ..tables import spread
 
 def trained_as(cfg: Config,
                options: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
-    """Two trainings are compared if this is the same.
+    """Describe a training except for its norm and seed.
+
+    Only trainings with equal descriptions are compared.
 
     Args:
-        cfg (Config): Of the training, with what its data set was drawn from.
-        options (dict, optional): Entries that were overridden.
+        cfg (Config): Config of the training, with the ``shapes_coco`` settings
+            that its data set was drawn with.
+        options (dict, optional): Config entries that ``--cfg-options`` set.
     """
     size, = {max(transform.scale)
              for transform in cfg.train_dataloader.dataset.pipeline
@@ -36,14 +39,14 @@ def trained_as(cfg: Config,
 
 
 def norms_in(cfg: Config) -> str:
-    """The norms of a config's model, and its convolutions for them."""
+    """Name the norms and the special convolutions of a config's model."""
     return ', '.join(
         dict.fromkeys(found['type'] for kind in ('norm_cfg', 'conv_cfg')
                       for _, found in norm_cfgs(cfg.model, 'model', kind)))
 
 
 def _model_key(model: Dict[str, Any]) -> str:
-    """Models are alike but for their norms if this is the same."""
+    """Return a hash of a model's config without its norms."""
 
     def bare(node: Any) -> Any:
         if isinstance(node, dict):
@@ -60,7 +63,7 @@ def _model_key(model: Dict[str, Any]) -> str:
 
 
 def read_results(path: Path) -> List[Dict[str, Any]]:
-    """The trainings of a file; none if there is no file."""
+    """Read the trainings of a file; an absent file has none."""
     return json.loads(path.read_text())['runs'] if path.exists() else []
 
 
@@ -69,7 +72,7 @@ def _same(run: Dict[str, Any]) -> str:
 
 
 def record(path: Path, run: Dict[str, Any]) -> None:
-    """Add a training to a file, in place of the same one."""
+    """Add a training to a file. A run with the same key is replaced."""
 
     def key(run):
         return _same(run), run['norm'], run['seed']
@@ -81,9 +84,9 @@ def record(path: Path, run: Dict[str, Any]) -> None:
 
 def batch_norm_note(runs: Sequence[Dict[str, Any]],
                 trained: Dict[str, Any]) -> str:
-    """What BatchNorm has, trained in the same way, with the command.
+    """Give the AP of BatchNorm, trained in the same way, and its command.
 
-    Empty if that is not known.
+    The text is empty if no such training is stored.
     """
     found = [run for run in runs
              if (run['norm'], run['trained_as']) == ('BN', trained)]
@@ -96,7 +99,7 @@ def batch_norm_note(runs: Sequence[Dict[str, Any]],
 
 
 def results_table(runs: Sequence[Dict[str, Any]]) -> List[List[str]]:
-    """A row for the seeds of a norm, trained in the same way."""
+    """Return a table with one row per norm and kind of training."""
     rows = [[
         'detector', 'norm', 'images', 'iterations', 'box AP (seed)', 'mean',
         'mask AP'

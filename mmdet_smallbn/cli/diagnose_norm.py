@@ -1,4 +1,4 @@
-"""Does the batch hurt BatchNorm in this config, and what would help?"""
+"""Norm doctor: does the batch hurt BatchNorm, and which norm helps."""
 import argparse
 import json
 from functools import partial
@@ -30,31 +30,34 @@ from .runtime import (add_config_arguments, build_runner,
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Flags of the tool."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description='Measure on your own config and data whether the batch '
-        'is too small for BatchNorm, and say which norm would help. Nothing '
-        'is written but the report')
+        'is too small for BatchNorm, and recommend a norm. The tool writes '
+        'only its report')
     add_config_arguments(parser)
     parser.add_argument(
-        'checkpoint', nargs='?', help='a trained model; the weights that the '
-        'config starts from, if not given')
+        'checkpoint', nargs='?', help='checkpoint of a trained model '
+        '(default: the weights that the config starts from)')
     parser.add_argument(
         '--images', type=int, default=64,
-        help='images to measure with (64)')
+        help='number of images to measure with (default: 64)')
     parser.add_argument(
         '--reference', type=int, default=16,
-        help='images of the large batch; they must fit on the device (16)')
+        help='size of the large batch, which must fit in the memory of the '
+        'device (default: 16)')
     parser.add_argument(
         '--iters', type=int, default=48,
-        help='training iterations of a copy (48)')
+        help='training iterations of a copy of the model (default: 48)')
     parser.add_argument(
         '--auto-scale-lr', action='store_true',
         help='scale the learning rate with the batch size')
     parser.add_argument(
-        '--each', action='store_true', help='a row for each norm')
+        '--each', action='store_true',
+        help='print a row for each norm layer')
     parser.add_argument(
-        '--seed', type=int, default=0, help='of weights and images (0)')
+        '--seed', type=int, default=0,
+        help='random seed of weights and images (default: 0)')
     parser.add_argument('--work-dir', help='folder for the report')
     add_trust_argument(parser)
     args = parser.parse_intermixed_args(argv)
@@ -68,15 +71,16 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 def prepare(cfg: Config, args: argparse.Namespace) -> Config:
-    """The config, without what training alone needs.
+    """Return the config with only the parts that the doctor uses.
 
     Raises:
-        SetupError: If it has no training data or optimizer.
+        SetupError: If the config has no training data or optimizer.
     """
     for name in ('train_dataloader', 'optim_wrapper'):
         if cfg.get(name) is None:
             raise SetupError(f'{args.config} has no {name}: the norm doctor '
-                             'looks at the beginning of a training')
+                             'measures the start of a training. Give a config '
+                             'that trains')
     cfg = training_alone(cfg)
     if args.auto_scale_lr:
         enable_auto_scale_lr(cfg)
@@ -90,14 +94,14 @@ def prepare(cfg: Config, args: argparse.Namespace) -> Config:
 
 
 def optimizer_of(runner: Runner, model: nn.Module) -> OptimWrapper:
-    """The config's optimizer, of another model than the runner's."""
+    """Build the config's optimizer for a copy of the runner's model."""
     wrapper = build_optim_wrapper(model, runner.cfg.optim_wrapper)
     runner.scale_lr(wrapper, runner.cfg.get('auto_scale_lr'))
     return wrapper
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Diagnose, report."""
+    """Run the doctor and report."""
     args = parse_args(argv)
     with one_line_errors():
         cfg = load_config(args)
@@ -113,12 +117,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         else:
             model.init_weights()
             runner.load_or_resume()
-        # What augmentations and heads ask for in a training.
+        # Some augmentations and heads read these values in a training.
         for key in ('epoch', 'iter'):
             runner.message_hub.update_info(key, 0)
             runner.message_hub.update_info(
                 f'max_{key}s', cfg.train_cfg.get(f'max_{key}s') or args.iters)
-        with progress_bar('looking at images') as tell:
+        with progress_bar('measuring images') as tell:
             diagnosis = diagnose(
                 model,
                 runner.build_dataloader(cfg.train_dataloader, seed=args.seed),
@@ -136,7 +140,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             console = Console()
             console.width = max(console.width, 110)
             show(layer_table(diagnosis, args.each), console,
-                 'What a batch says about all images')
+                 'Statistics of a batch against those of all images')
             print(f'{LEGEND}\n')
             runner.visualizer.add_scalars(scalars(diagnosis))
         print(as_text(diagnosis, advice, lines))
@@ -148,7 +152,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                            diagnosis.windows, THRESHOLD,
                            summary_of(diagnosis)[0], folder / 'doctor.png')
             files += ', doctor.png'
-        print(f'\nIn {folder}: {files}')
+        print(f'\nwritten to {folder}: {files}')
 
 
 if __name__ == '__main__':

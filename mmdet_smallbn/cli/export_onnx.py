@@ -1,4 +1,4 @@
-"""Export a trained detector to ONNX."""
+"""Command line tool that exports a trained detector to ONNX."""
 import argparse
 from typing import Dict, Optional, Sequence, Tuple
 
@@ -16,26 +16,27 @@ from .print_norms import norm_hooks
 from .checkpoints import add_trust_argument
 from .runtime import add_config_arguments, build_model, read_config
 
-# What goes into and comes out of a whole detector.
+# Inputs and outputs of a whole detector.
 _MEANINGS = dict(
     input='a normalised image, padded with zeros at the right and bottom',
     size="the image's height and width without the padding",
-    boxes="x1, y1, x2, y2 in the input's pixels",
-    scores='the highest first',
-    labels='indices of the classes',
+    boxes="x1, y1, x2, y2 in pixels of the input",
+    scores='in descending order',
+    labels='class indices',
     masks='probabilities, on a grid over the box')
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Flags of the export."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description='Write a trained detector to an ONNX file, in standard '
-        'operators. Faster and Mask R-CNN: the whole detector, from one '
-        'normalised image of a fixed shape to boxes, scores, labels and '
-        'masks. Single-stage detectors: the network, from normalised images '
-        "to the head's outputs of each level, from which boxes are yet to be "
-        'made. The data preprocessor is not in the file. Before it is '
-        'written, it is compared with mmdet if onnxruntime is installed')
+        description='Export a trained detector to an ONNX file with standard '
+        'operators. For Faster and Mask R-CNN the file holds the whole '
+        'detector: from one normalised image of a fixed shape to boxes, '
+        'scores, labels and masks. For single-stage detectors it holds the '
+        "network: from normalised images to the head's outputs of each level. "
+        'Decoding these outputs to boxes is not in the file, and neither is '
+        'the data preprocessor. If onnxruntime is installed, the outputs are '
+        'compared with mmdet before the file is written')
     add_config_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
@@ -50,14 +51,15 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         nargs='+',
         default=(320, ),
         metavar='PIXELS',
-        help='height and width, or both at once, of the images (320)')
+        help='height and width of the images; one number sets both (default: '
+        '320)')
     parser.add_argument(
         '--dynamic',
         nargs='*',
         choices=tuple(AXES),
         metavar='AXIS',
-        help='which axes may differ from --shape in a single-stage '
-        "detector's file: of batch, height, width (all)")
+        help='axes that may differ from --shape, for single-stage detectors '
+        'only (default: batch height width)')
     parser.add_argument(
         '--fold',
         action='store_true',
@@ -67,7 +69,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         type=int,
         default=17,
         metavar='N',
-        help="version of ONNX's operators (17)")
+        help="version of ONNX's operator set (default: 17)")
     add_trust_argument(parser)
     args = parser.parse_args(argv)
     if len(args.shape) > 2 or min(args.shape) < 1:
@@ -82,26 +84,27 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 def load_weights(model: nn.Module, checkpoint: str) -> None:
     """Load a checkpoint that has all of a model's weights.
 
-    What is missing would be exported as it was initialised.
+    A missing weight would be exported with its initial value.
 
     Raises:
-        SetupError: If something is missing, or of another shape.
+        SetupError: If a weight is missing or has another shape.
     """
     state = find_state_dict(
         CheckpointLoader.load_checkpoint(checkpoint, 'cpu'), checkpoint)
     load_strictly(
-        model, state, f'{checkpoint} is not of this config', allow_more=True)
+        model, state, f'{checkpoint} does not fit this config',
+        allow_more=True)
 
 
 def weigh_examples(model: nn.Module, cfg: Config) -> None:
-    """Give examples the weight that the config's testing gives them."""
+    """Set the example weight that the config uses for testing."""
     for hook in norm_hooks(cfg):
         if isinstance(hook, ExampleWeightHook):
             set_example_weight(model, hook.weight, hook.excluded)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Export as the command line says."""
+    """Run the export."""
     args = parse_args(argv)
     with one_line_errors():
         require_onnx()
@@ -115,20 +118,21 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 
 def _tell(file: str, export: Export) -> None:
-    """Print what was written, the file's outputs last."""
+    """Print the check's result, and the file's inputs and outputs."""
     whole = 'size' in export.inputs
     print(f'written: {file}')
     if export.difference is None:
-        print('not compared with torch: pip install onnxruntime')
+        print('not compared with torch, because onnxruntime is missing: pip '
+              'install onnxruntime')
     else:
         print('largest difference between onnxruntime and torch'
-              f'{", of 19 in 20 detections" if whole else ""}: '
+              f'{", over 95% of the detections" if whole else ""}: '
               f'{export.difference:.1e}')
     print('inputs:')
     _list(export.inputs, whole)
     print('outputs, ' +
           ('the detections, here of a random image:'
-           if whole else 'of the head, from which boxes are yet to be made:'))
+           if whole else 'of the head, not yet decoded to boxes:'))
     _list(export.outputs, whole)
 
 

@@ -1,4 +1,4 @@
-"""Which gradient CBN should have: cosines to BatchNorm's, and trainings."""
+"""Comparison of backward passes for CBN."""
 import argparse
 import copy
 import json
@@ -32,7 +32,7 @@ from .runtime import build_runner, open_config
 from .statistics_error import prepare
 
 WINDOW = 8
-# What results in one file have in common.
+# Settings that all results in one file share.
 _SETTINGS = ('steps', 'lr', 'train', 'val')
 _DEMO = 'configs/demo/faster-rcnn_r18_fpn_cbn-all_1xb2_shapes-coco.py'
 
@@ -41,11 +41,11 @@ class AveragedCBN(CBN, nn.BatchNorm2d, _BatchNorm):
     """CBN with MABN's backward pass, for this study alone.
 
     The means of g and of g * x_hat (MABN, arXiv:2001.06838, Eq. 20) are
-    averaged over the last ``window_size`` backward passes, and the present
-    batch gets all of what they say.
+    averaged over the last ``window_size`` backward passes. The current batch
+    gets the whole averaged gradient.
 
     Args:
-        num_features, window_size, gradient: As of :class:`CBN`.
+        num_features, window_size, gradient: As in :class:`CBN`.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5,
@@ -63,7 +63,7 @@ class AveragedCBN(CBN, nn.BatchNorm2d, _BatchNorm):
 
         past = found.past
         if past is not None and past.shift is not None:
-            # Of what the averages say, each past iteration gets its share.
+            # Each past iteration gets its share of the averaged gradient.
             past = past._replace(
                 shift=past.shift * past.share, scale=past.scale * past.share)
         return found._replace(gradient=average, past=past)
@@ -87,7 +87,10 @@ VARIANTS: Dict[str, dict] = {
 
 
 def schedules(steps: int, lr: float) -> Dict[str, Schedule]:
-    """As many images seen in all; SGD's rate in proportion to a step's."""
+    """Return schedules that see equally many images in total.
+
+    SGD's learning rate is proportional to the images of a step.
+    """
     burn_in = steps // 10
     return {
         '16 images': Schedule(16, 1, steps, lr, 0),
@@ -97,34 +100,41 @@ def schedules(steps: int, lr: float) -> Dict[str, Schedule]:
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Flags of the tool."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description='Compare the gradients that CBN may have, on a small '
-        'classifier of made images: with the gradient of BatchNorm on a '
-        'large batch, and in training')
+        description='Compare backward passes for CBN on a small classifier '
+        'of synthetic images: by the cosine to the gradient of BatchNorm on a '
+        'large batch, and by training accuracy')
     parser.add_argument(
         '--parts',
         nargs='+',
         choices=['cosines', 'training', 'orthogonality'],
         default=['cosines', 'training'],
-        help='orthogonality: of gradient and weight, in the demo; needs '
-        '--data')
+        help='parts to run (default: cosines training). orthogonality is the '
+        'cosine of gradient and weight in the demo, and needs --data')
     parser.add_argument(
-        '--data', metavar='DIR', help='ShapesCOCO')
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+        '--data', metavar='DIR',
+        help='folder of ShapesCOCO, which tools/make_shapes_coco.py writes')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2],
+                        help='random seeds (default: 0 1 2)')
     parser.add_argument(
-        '--steps', type=int, default=160, help='of 16 images, in training')
+        '--steps', type=int, default=160,
+        help='training steps of 16 images (default: 160)')
     parser.add_argument(
-        '--lr', type=float, default=0.02, help='of a step of 16 images')
-    parser.add_argument('--train', type=int, default=3000, help='images')
-    parser.add_argument('--val', type=int, default=1000, help='images')
+        '--lr', type=float, default=0.02,
+        help='learning rate for a step of 16 images (default: 0.02)')
+    parser.add_argument('--train', type=int, default=3000,
+                        help='number of training images (default: 3000)')
+    parser.add_argument('--val', type=int, default=1000,
+                        help='number of validation images (default: 1000)')
     parser.add_argument(
-        '--iters', type=int, default=100, help='of the demo, to watch')
+        '--iters', type=int, default=100,
+        help='iterations of the demo for orthogonality (default: 100)')
     parser.add_argument(
         '--out',
         default='work_dirs/gradient_study.json',
-        help='JSON file; trainings that an earlier call has left there are '
-        'not run again')
+        help='JSON file to write; trainings that it already holds are not run '
+        'again (default: %(default)s)')
     args = parser.parse_args(argv)
     if 'orthogonality' in args.parts and args.data is None:
         parser.error('--parts orthogonality needs --data')
@@ -132,7 +142,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 def _weights(model: nn.Module) -> Dict[str, nn.Parameter]:
-    """The convolutions' weights, by name."""
+    """Return the convolutions' weights by name."""
     return {
         name: module.weight
         for name, module in model.named_modules()
@@ -142,7 +152,7 @@ def _weights(model: nn.Module) -> Dict[str, nn.Parameter]:
 
 def _gradients(model: nn.Module, batches: Sequence[Images],
                first: int = 0) -> Dict[str, Tensor]:
-    """Of the mean loss over batches, at the same weights."""
+    """Return the gradients of the mean loss over batches, by name."""
     model.zero_grad()
     for iteration, batch in enumerate(batches, first):
         tell_iteration(model, iteration, 1 / len(batches))
@@ -152,13 +162,14 @@ def _gradients(model: nn.Module, batches: Sequence[Images],
 
 def cosines(train: Images, seed: int,
             schedule: Schedule) -> Dict[str, List[float]]:
-    """How well gradients of 8 batches of 2 agree with that of all 16 images.
+    """Compare gradients of 8 batches of 2 with that of all 16 images.
 
-    The weights stand still at those of a BatchNorm that was trained. Every
-    variant sees the batches so often that its past is theirs, in all layers.
+    The weights are those of a trained BatchNorm model and stay fixed. Every
+    variant sees the batches repeatedly until the past statistics of all its
+    layers come from these weights.
 
     Returns:
-        dict: Of each variant, the cosines by layer.
+        dict: For each variant a list of cosines, one per layer.
     """
     torch.manual_seed(seed)
     base = build_classifier(dict(norm_cfg=BN))
@@ -174,7 +185,7 @@ def cosines(train: Images, seed: int,
         model = build_classifier(dict(norm_cfg=norm_cfg))
         model.load_state_dict(base.state_dict())
         model.train()
-        for turn in range(12):  # one more than there are convolutions
+        for turn in range(12):  # number of convolutions, plus one
             gradients = _gradients(model, twos, turn * WINDOW)
         found[name] = [
             F.cosine_similarity(wanted[key].flatten(), value.flatten(),
@@ -186,7 +197,7 @@ def cosines(train: Images, seed: int,
 
 def train_variant(name: str, schedule: Schedule, train: Images, val: Images,
                   seed: int) -> float:
-    """Accuracy of one training."""
+    """Train one variant and return its validation accuracy."""
     torch.manual_seed(seed)
     model = build_classifier(dict(norm_cfg=VARIANTS[name]))
     train_classifier(model, train, schedule, seed)
@@ -194,7 +205,7 @@ def train_variant(name: str, schedule: Schedule, train: Images, val: Images,
 
 
 class _Orthogonality(Hook):
-    """Watches the cosine of each weight and its gradient, before a step."""
+    """Recorder of the |cosine| of weights and gradients before a step."""
 
     def __init__(self, tell: Callable[[], None]) -> None:
         self.tell = tell
@@ -222,9 +233,10 @@ class _Orthogonality(Hook):
 
 def orthogonality(data: str, iters: int, seed: int, norm_cfg: dict,
                   folder: Path, tell: Callable[[], None]) -> float:
-    """Mean |cosine| of weights and gradients in the demo, 2 images a batch.
+    """Return the mean |cosine| of weights and gradients in the demo.
 
-    Where a norm follows a convolution whose scale does not matter, it is 0.
+    The demo trains with 2 images per batch. If the norm after a convolution
+    makes the output independent of the weight's scale, the cosine is 0.
     """
     cfg = open_config(_DEMO)
     for _, place in norm_cfgs(cfg.model, 'model'):
@@ -245,7 +257,7 @@ def orthogonality(data: str, iters: int, seed: int, norm_cfg: dict,
 
 
 def tables(results: Dict[str, Any]) -> List[List[List[str]]]:
-    """Rows of what was measured: heads first, then a row a variant."""
+    """Return a table per measured part: a header, and a row per variant."""
     found = []
     if 'cosines' in results:
         rows = [['gradient', 'cosine, mean', 'cosine, least']]
@@ -276,7 +288,7 @@ def report(results: Dict[str, Any], console: Console) -> None:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Measure, and report."""
+    """Measure and report."""
     args = parse_args(argv)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -286,8 +298,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         results = json.loads(out.read_text())
         if results['settings'] != settings:
             raise SystemExit(
-                f'{out} was measured with {results["settings"]}, and these '
-                f'are {settings}: give another --out')
+                f'{out} was measured with {results["settings"]}, but this run '
+                f'has {settings}: give another --out')
 
     def keep() -> None:
         out.write_text(json.dumps(results, indent=1) + '\n')
@@ -334,7 +346,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if 'cosines' in results:
         save_cosines(results['cosines'], out.with_suffix('.png'))
     report(results, Console())
-    print(f'In {out}')
+    print(f'written: {out}')
 
 
 if __name__ == '__main__':

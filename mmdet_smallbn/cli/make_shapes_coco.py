@@ -1,4 +1,4 @@
-"""Write ShapesCOCO, and a sheet of its images."""
+"""Command line tool that writes ShapesCOCO and a sheet of its images."""
 import argparse
 from pathlib import Path
 from typing import Optional, Sequence
@@ -10,33 +10,37 @@ from ..pictures import save_sheet
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Flags of the data set."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description='Write ShapesCOCO, a small COCO-format data set',
+        description='Write ShapesCOCO, a small synthetic COCO data set',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('root', help='folder to write to')
-    parser.add_argument('--train', type=int, default=1200, help='images')
-    parser.add_argument('--val', type=int, default=150, help='images')
+    parser.add_argument('--train', type=int, default=1200,
+                        help='number of training images')
+    parser.add_argument('--val', type=int, default=150,
+                        help='number of validation images')
     parser.add_argument(
-        '--size', type=int, default=192, help='height and width in pixels')
-    parser.add_argument('--seed', type=int, default=0)
+        '--size', type=int, default=192,
+        help='image height and width in pixels')
+    parser.add_argument('--seed', type=int, default=0, help='random seed')
     parser.add_argument(
         '--conditions',
         type=float,
         default=0.,
         metavar='STRENGTH',
-        help='from 0 to 1: give each image an exposure, white balance, gamma '
-        "and haze of its own, as a car's camera has by day, at dusk, in fog")
+        help='strength from 0 to 1 of random exposure, white balance, gamma '
+        "and haze per image, as a car's camera sees by day, at dusk or in fog")
     parser.add_argument(
         '--frames', type=int, default=1, metavar='N',
-        help='with --conditions: images that follow each other under one '
-        'condition, as those of a film do')
-    parser.add_argument('--workers', type=int, help='drawing processes')
+        help='with --conditions: number of consecutive images with the same '
+        'condition, as in a video')
+    parser.add_argument('--workers', type=int,
+                        help='number of processes that draw')
     return parser.parse_args(argv)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Write the data set as the command line says."""
+    """Write the data set and the sheet."""
     args = parse_args(argv)
     with one_line_errors():
         root = make_shapes_coco(args.root, args.train, args.val, args.size,

@@ -1,4 +1,4 @@
-"""Point any config at a COCO-format folder of the user's."""
+"""Use of a COCO-format folder as the data of any config (``--data``)."""
 from pathlib import Path
 from typing import Any, Iterator, Union
 
@@ -14,25 +14,25 @@ def use_data(cfg: Config,
              folder: Union[str, Path],
              training: bool = True,
              check: bool = False) -> None:
-    """Write files, classes and the heads' number of classes to a config.
+    """Set a config's files, classes and number of classes from a folder.
 
-    Training reads the folder's training images, validation and testing its
+    Training uses the folder's training images. Validation and testing use its
     validation images.
 
     Args:
-        cfg (Config): Of a detector on COCO.
-        folder (str | Path): As :func:`find_coco_split` takes it.
-        training (bool): Whether the training images must be there. False:
-            they are taken if they are, for what a test gathers from them.
-        check (bool): Whether to look into every image.
+        cfg (Config): Config of a detector on COCO.
+        folder (str | Path): Folder, as :func:`find_coco_split` takes it.
+        training (bool): True if the folder must have training images. If
+            False, they are optional: some tests gather statistics from them.
+        check (bool): True to open and check every image.
 
     Raises:
         FileNotFoundError: If the folder lacks annotations or images.
-        ValueError: If the splits do not have the same classes, or images
-            were looked into and cannot be used.
-        SetupError: If the config does not read COCO annotations, or more than
-            they hold, has no classes to set, or trains masks that are not
-            there.
+        ValueError: If the splits do not have the same classes, or if the
+            check found images that cannot be used.
+        SetupError: If the config does not read COCO annotations, reads more
+            than the folder holds, has no ``num_classes``, or trains masks
+            that the folder does not have.
     """
     folder = Path(folder).expanduser().resolve()
     val = find_coco_split(folder, 'val', check)
@@ -46,9 +46,9 @@ def use_data(cfg: Config,
         train = val
     if train.classes != val.classes:
         raise ValueError(
-            f'{train.ann_file} and {val.ann_file} do not have the same '
-            'categories in the same order, which labels are numbers in: '
-            f'{train.classes} and {val.classes}')
+            f'{train.ann_file} and {val.ann_file} must list the same '
+            'categories in the same order, because labels are indices into '
+            f'that list, but they list {train.classes} and {val.classes}')
     for said in dict.fromkeys(split.filled for split in splits.values()):
         if said:
             print_log(said, 'current')
@@ -67,14 +67,14 @@ def use_data(cfg: Config,
     if not heads:
         raise SetupError(
             '--data: the model has no num_classes to set to '
-            f'{len(val.classes)}. Take a detector whose head has one, or '
-            'write a config of your own')
+            f'{len(val.classes)}. Use a detector whose head has num_classes, '
+            'or write your own config')
     for head in heads:
         head.num_classes = len(val.classes)
 
 
 def innermost_dataset(loader: ConfigDict) -> ConfigDict:
-    """The data set that a loader reads, out of what repeats or mixes it."""
+    """Return a loader's data set without wrappers that repeat or mix it."""
     data = loader.dataset
     while 'dataset' in data:
         data = data.dataset
@@ -86,26 +86,26 @@ def _use_split(data: ConfigDict, where: str, split: CocoSplit) -> None:
     kind = kind if isinstance(kind, str) else getattr(kind, '__name__', kind)
     if kind not in ('CocoDataset', 'mmdet.CocoDataset'):
         raise SetupError(
-            f'--data takes the place of one CocoDataset, but {where} reads a '
-            f'{kind}: take a config that trains on COCO boxes or masks alone')
+            f'--data replaces one CocoDataset, but {where} reads a {kind}: '
+            'use a config that reads only COCO boxes or masks')
     more = [k for k in ('proposal_file', 'seg_map_suffix') if data.get(k)]
     more += [k for k in data.get('data_prefix', {}) if k != 'img']
     if more:
         raise SetupError(
             f"--data: {where} reads more than images and annotations "
-            f'({", ".join(more)}), which the folder does not have. Take a '
-            'config without')
+            f'({", ".join(more)}), which the folder does not have. Use a '
+            'config without them')
     for transform in _transforms(data.get('pipeline', [])):
         if transform.get('with_mask') and not split.has_masks:
             raise SetupError(
                 f'the config has masks ({where}: with_mask=True), but not '
-                f'every object in {split.ann_file} has a segmentation: take a '
-                'detector of boxes, such as Faster R-CNN')
+                f'every object in {split.ann_file} has a segmentation: use a '
+                'box detector, such as Faster R-CNN')
     data.update(
         data_root='',
         ann_file=str(split.ann_file),
         data_prefix=dict(img=f'{split.image_dir}/'),
-        # COCO's colours are for COCO's number of classes.
+        # The config's palette has COCO's number of colours.
         metainfo=dict(
             classes=split.classes,
             palette=[
@@ -115,7 +115,7 @@ def _use_split(data: ConfigDict, where: str, split: CocoSplit) -> None:
 
 
 def _transforms(node: Any) -> Iterator[dict]:
-    """The transforms of a pipeline, those within others too."""
+    """Yield the transforms of a pipeline, including nested ones."""
     if isinstance(node, (list, tuple)):
         for value in node:
             yield from _transforms(value)
@@ -126,9 +126,9 @@ def _transforms(node: Any) -> Iterator[dict]:
 
 
 def _heads(node: Any) -> Iterator[ConfigDict]:
-    """Parts of a model's config that know the number of classes.
+    """Yield the parts of a model's config that have ``num_classes``.
 
-    Not a region proposal head: it tells objects from none.
+    The RPN head is left out: it only separates objects from background.
     """
     if isinstance(node, (list, tuple)):
         for value in node:

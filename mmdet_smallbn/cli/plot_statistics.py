@@ -1,4 +1,4 @@
-"""Draw what StatisticsHook recorded, as the MABN paper's Fig. 2-4."""
+"""Plots of StatisticsHook's records, as in MABN's Fig. 2-4."""
 import argparse
 import fnmatch
 import json
@@ -10,38 +10,38 @@ from ..pictures import draw_statistics
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Flags of the plot."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description='Draw the statistics that StatisticsHook recorded: small '
-        'batch, large batch and moving averages')
+        description='Plot the statistics that StatisticsHook recorded: those '
+        'of a small batch, those of a large batch and the moving averages')
     parser.add_argument(
         'files',
         nargs='+',
-        help='statistics.jsonl of a run; of a resumed run those of all its '
-        'parts, in their order')
+        help='statistics.jsonl of a run; for a resumed run, the files of all '
+        'its parts in order')
     parser.add_argument(
-        '-o', '--out', help='picture to write; beside the last file if not '
-        'given')
+        '-o', '--out',
+        help='picture to write (default: next to the last file)')
     parser.add_argument(
         '--layers',
         nargs='+',
-        help='names of layers, with wildcards; all if not given')
+        help='layer names, with wildcards (default: all)')
     return parser.parse_args(argv)
 
 
 def read_rows(paths: Sequence[str]) -> List[dict]:
-    """The records of files; where they overlap, those of the later.
+    """Read the records of several files; a later file wins an overlap.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        SetupError: If it holds something else, or nothing.
+        FileNotFoundError: If a file does not exist.
+        SetupError: If a file has no records of StatisticsHook.
     """
     rows = {}
     for path in paths:
         if not Path(path).is_file():
             raise FileNotFoundError(
-                f'no file {path}: StatisticsHook writes statistics.jsonl to '
-                'the log folder of a run')
+                f'no file {path}: check the path. StatisticsHook writes '
+                'statistics.jsonl to the log folder of a run')
         found = 0
         for line in Path(path).read_text(errors='replace').splitlines():
             try:
@@ -49,14 +49,15 @@ def read_rows(paths: Sequence[str]) -> List[dict]:
                 rows[row['iter'], row['layer']] = row
                 found += 'batch' in row
             except (ValueError, TypeError, KeyError):
-                continue  # a run that was ended while it wrote
+                continue  # a killed run leaves an incomplete line
         if not found:
-            raise SetupError(f'{path} holds no records of StatisticsHook')
+            raise SetupError(f'{path} has no records of StatisticsHook: give '
+                             'the statistics.jsonl of a run')
     return [rows[key] for key in sorted(rows, key=lambda key: key[0])]
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Draw as the command line says."""
+    """Draw the plot."""
     args = parse_args(argv)
     with one_line_errors():
         rows = read_rows(args.files)

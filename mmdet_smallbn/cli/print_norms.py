@@ -1,4 +1,4 @@
-"""Print what norm each part of a config's model really carries."""
+"""Table of the norms in each part of a config's model."""
 import argparse
 from typing import Iterator, List, Optional, Sequence
 
@@ -17,19 +17,20 @@ from .runtime import (add_config_arguments, build_model, images_of,
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Flags of the table."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description="Build a config's model, without weights or data, and "
-        'print what norm each part of it really carries in training: its '
-        'mode, what trains, what is behind its statistics, its burn-in, and '
-        'what looks unintended')
+        description="Build a config's model without weights or data, and "
+        'print the norms that each of its parts has in training: the mode, '
+        'the trained parameters, the values behind the statistics, the '
+        'burn-in, and settings that look unintended')
     add_config_arguments(parser)
     parser.add_argument(
-        '--gpus', type=int, help='number of GPUs that training would take')
+        '--gpus', type=int, help='number of GPUs in training')
     parser.add_argument(
         '--each',
         action='store_true',
-        help='a row for each norm, not for those of a part that are alike')
+        help='print a row for each norm; without it, equal norms of a part '
+        'share a row')
     args = parser.parse_args(argv)
     if args.gpus is not None and args.gpus < 1:
         parser.error(f'--gpus must be at least 1, but got {args.gpus}')
@@ -37,7 +38,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 def norm_hooks(cfg: Config) -> List[Hook]:
-    """The hooks of a config that rule its norms."""
+    """Build the hooks of a config that control its norms."""
     kinds = (SmallBatchNormHook, BurnInHook, ExampleWeightHook,
              FreezeStatisticsHook)
     names = tuple(kind.__name__ for kind in kinds)
@@ -49,7 +50,7 @@ def norm_hooks(cfg: Config) -> List[Hook]:
 
 def complaints(cfg: Config, model: nn.Module,
                hooks: Sequence[Hook]) -> Iterator[str]:
-    """What would stop the training when it starts."""
+    """Yield the errors that would stop the training at its start."""
     loop = cfg.get('train_cfg') or {}
     by_epoch = (
         loop.get('type') == 'EpochBasedTrainLoop' or loop.get('by_epoch'))
@@ -65,7 +66,7 @@ def complaints(cfg: Config, model: nn.Module,
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Print the table."""
+    """Print the table and the complaints."""
     args = parse_args(argv)
     with one_line_errors():
         cfg = read_config(args)
@@ -79,8 +80,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             norm_summary(model, images_of(cfg), args.gpus, hooks, cfg,
                          args.each))
         if cfg.get('sync_bn') and not alone:
-            print(f'Note: sync_bn={cfg.sync_bn!r} makes SyncBatchNorm of '
-                  'every BatchNorm when several processes train.')
+            print(f'Note: sync_bn={cfg.sync_bn!r} turns every BatchNorm into '
+                  'SyncBatchNorm when several processes train.')
         for complaint in complaints(cfg, model, hooks):
             print(f'Training would stop at its start: {complaint}.')
 

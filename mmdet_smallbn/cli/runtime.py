@@ -1,4 +1,4 @@
-"""What training and testing share: flags, devices, checkpoints."""
+"""Flags, config checks and runner that the command line tools share."""
 import argparse
 import os
 from copy import deepcopy
@@ -22,37 +22,38 @@ from .checkpoints import (add_trust_argument, load_safely,
 from .own_data import use_data
 
 
-# Keys of mmdet 2.x that 3.x does not look at.
+# Keys of mmdet 2.x that mmdet 3.x ignores.
 _OLD_KEYS = ('data', 'optimizer_config', 'lr_config', 'runner',
              'checkpoint_config', 'log_config', 'evaluation')
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """The config, and the flags that change what it says."""
+    """Add the config argument and the flags that change the config."""
     parser.add_argument('config', help='config file')
     parser.add_argument(
         '--data',
         metavar='DIR',
-        help="a COCO-format folder of your own, instead of the config's data")
+        help="COCO-format folder to use instead of the config's data")
     parser.add_argument(
         '--cfg-options',
         nargs='+',
         action=DictAction,
         metavar='KEY=VALUE',
-        help='override entries of the config: optim_wrapper.optimizer.lr=0.01 '
-        'custom_hooks.0.epochs=1 model.backbone.depth=18; lists as key=a,b or '
-        'key="[a,b]", without white space')
+        help='override config entries, for example '
+        'optim_wrapper.optimizer.lr=0.01 custom_hooks.0.epochs=1 '
+        'model.backbone.depth=18. Write lists as key=a,b or key="[a,b]", '
+        'without white space')
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of a run: mmdet's, and whether it trusts checkpoints."""
+    """Add mmdet's flags of a run and ``--trust-checkpoint``."""
     parser.add_argument('--work-dir', help='folder for logs and results')
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
         default='none',
-        help='how the processes are started')
-    # torch's launcher passes the second spelling.
+        help='launcher that starts the processes (default: none)')
+    # torch's launcher uses the second spelling.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
     add_trust_argument(parser)
 
@@ -61,12 +62,12 @@ def open_config(path: str) -> Config:
     """Read a config file.
 
     Raises:
-        FileNotFoundError: If there is none.
-        SetupError: If it describes no model.
+        FileNotFoundError: If the file does not exist.
+        SetupError: If it is a config of mmdet 2.x or has no model.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f'no config at {path}: check the path, configs are in configs/')
+            f'no config at {path}: check the path. Configs are in configs/')
     cfg = Config.fromfile(path)
     old = [key for key in _OLD_KEYS if isinstance(cfg.get(key), dict)]
     if 'optim_wrapper' not in cfg and 'optimizer' in cfg:
@@ -74,11 +75,11 @@ def open_config(path: str) -> Config:
     if old:
         raise SetupError(
             f'{path} has {", ".join(old)}: that is a config of mmdet 2.x, '
-            'whose keys mmdet 3.x ignores. This package is for mmdet 3.x; its '
-            'documentation says how to migrate a config')
+            'whose keys mmdet 3.x ignores. This package needs mmdet 3.x. Its '
+            'documentation explains how to migrate a config')
     if cfg.get('model') is None:
-        raise SetupError(f'{path} has no model: it is a part of a config, or '
-                         'one of something else')
+        raise SetupError(f'{path} has no model: it is only a part of a config '
+                         'or no detector config. Give a whole config')
     return cfg
 
 
@@ -86,9 +87,13 @@ def read_config(args: argparse.Namespace,
                 training: bool = True,
                 cfg: Optional[Config] = None,
                 check: bool = False) -> Config:
-    """Apply what ``add_config_arguments`` adds to the config, or to ``cfg``.
+    """Read the config and apply the flags of ``add_config_arguments``.
 
-    ``check``: also look into every image of ``--data``.
+    Args:
+        args (argparse.Namespace): Parsed flags.
+        training (bool): True if ``--data`` must have training images.
+        cfg (Config, optional): Config to change. None: read ``args.config``.
+        check (bool): True to check every image of ``--data``.
     """
     load_safely(args)
     cfg = cfg or open_config(args.config)
@@ -102,7 +107,7 @@ def read_config(args: argparse.Namespace,
 def load_config(args: argparse.Namespace,
                 training: bool = True,
                 cfg: Optional[Config] = None) -> Config:
-    """As :func:`read_config`, for a run: launcher, work folder."""
+    """Read the config for a run: also set launcher and work folder."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     first = os.environ['LOCAL_RANK'] == '0'
     cfg = read_config(args, training, cfg, check=first)
@@ -115,7 +120,7 @@ def load_config(args: argparse.Namespace,
 
 
 def training_alone(cfg: Config) -> Config:
-    """A copy of a config that trains, without evaluation or checkpoints."""
+    """Copy a config, without evaluation and checkpoints."""
     cfg = deepcopy(cfg)
     for split in ('val', 'test'):
         for name in ('cfg', 'dataloader', 'evaluator'):
@@ -126,10 +131,10 @@ def training_alone(cfg: Config) -> Config:
 
 
 def enable_auto_scale_lr(cfg: Config) -> None:
-    """Let the learning rate follow the batch size.
+    """Scale the learning rate with the batch size.
 
     Raises:
-        SetupError: If the config gives no batch size to scale from.
+        SetupError: If the config has no ``base_batch_size``.
     """
     if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
         raise SetupError(
@@ -139,9 +144,10 @@ def enable_auto_scale_lr(cfg: Config) -> None:
 
 
 def images_of(cfg: Config) -> Optional[int]:
-    """Training images that a process sees at a time; None if unknown.
+    """Return the training batch size of a process, or None if unknown.
 
-    A sampler that mixes sources fills a batch for several passes.
+    It is unknown with a sampler that mixes sources: one batch then serves
+    several forward passes.
     """
     loader = cfg.get('train_dataloader') or {}
     if 'source_ratio' in (loader.get('sampler') or {}):
@@ -162,7 +168,7 @@ def build_runner(cfg: Config) -> Runner:
 
 
 def _prepare_cpu_processes(cfg: Config) -> None:
-    # mmengine's launcher picks a GPU first and its wrapper names one.
+    # mmengine's launcher and wrapper would both choose a GPU.
     if not is_distributed():
         torch.distributed.init_process_group(backend='gloo')
     wrapper = dict(
@@ -174,12 +180,12 @@ def _prepare_cpu_processes(cfg: Config) -> None:
 
 
 def check_norms(cfg: Config) -> None:
-    """Look at every ``norm_cfg`` before a model is built.
+    """Check every ``norm_cfg`` before a model is built.
 
     Raises:
         SetupError: If a type is not registered (mmcv's own message does not
-            say which), if one of ours is given a setting that it does not
-            take, or if ``sync_bn`` would convert it.
+            name the entry), if a norm of this package gets an unknown or
+            invalid setting, or if ``sync_bn`` would convert it.
     """
     import mmcv.cnn  # noqa: F401  registers BN, GN, ...
     init_default_scope(cfg.get('default_scope', 'mmdet'))
@@ -201,19 +207,19 @@ def check_norms(cfg: Config) -> None:
 
 
 def build_model(cfg: Config) -> nn.Module:
-    """Check a config's norms, and build its model without weights or words."""
+    """Check a config's norms, and build its model without weights or logs."""
     check_norms(cfg)
-    # Heads and necks tell of themselves while they are built.
+    # Heads and necks write log lines while they are built.
     MMLogger.get_current_instance().setLevel('WARNING')
     model = cfg.model
     if 'teacher_ckpt' in model:
-        # mmdet's detectors that distil load it as soon as they are built.
+        # mmdet's distillation detectors load the checkpoint when built.
         model = ConfigDict(model, teacher_ckpt=None)
     return MODELS.build(model)
 
 
 def find_norm(kind: Any) -> Any:
-    """The class of a ``norm_cfg``'s type; None if it is not registered."""
+    """Return the class of a ``norm_cfg``'s type, or None if unknown."""
     if not isinstance(kind, str):
         return kind
     with MODELS.switch_scope_and_registry(None) as registry:
@@ -221,12 +227,12 @@ def find_norm(kind: Any) -> Any:
 
 
 def is_ours(cls: Any) -> bool:
-    """Whether it is a norm of this package."""
+    """True if a class is a norm of this package."""
     return isinstance(cls, type) and issubclass(cls, SmallBatchNorm)
 
 
 def _check_settings(path: str, norm_cfg: dict, cls: type) -> None:
-    """Build a norm as the model would, but of no size in particular."""
+    """Build a norm with these settings to check them; its size is free."""
     settings = {
         key: value
         for key, value in norm_cfg.items()

@@ -1,4 +1,4 @@
-"""How far a norm's statistics are from those of a large batch."""
+"""Errors of the norms' statistics against those of a large batch."""
 import argparse
 import json
 from collections import defaultdict
@@ -33,55 +33,62 @@ METRICS = ('mean', 'var', 'mean_square')
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Flags of the tool."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description='Train with CBN, and measure the errors of the mean and '
-        'variance that several norms would use at the same moment, against a '
-        'large batch under the same weights')
+        description='Train with CBN. At several iterations, compute the mean '
+        'and variance that different norms would use, and measure their '
+        'errors against a large batch with the same weights')
     add_config_arguments(parser)
     add_run_arguments(parser)
     parser.add_argument(
-        '--windows', type=int, nargs='+', default=[1, 2, 4, 8, 16])
+        '--windows', type=int, nargs='+', default=[1, 2, 4, 8, 16],
+        help='window sizes, in iterations (default: 1 2 4 8 16)')
     parser.add_argument(
         '--positions',
         type=int,
         nargs='+',
         default=[32, 128],
-        help='estimates of the derivative from about so many positions')
+        help='numbers of positions to estimate the derivative from (default: '
+        '32 128)')
     parser.add_argument(
-        '--images', type=int, default=64, help='of the large batch')
-    parser.add_argument('--batch', type=int, default=2, help='of training')
-    parser.add_argument('--iters', type=int, default=300)
+        '--images', type=int, default=64,
+        help='size of the large batch (default: 64)')
+    parser.add_argument('--batch', type=int, default=2,
+                        help='training batch size (default: 2)')
+    parser.add_argument('--iters', type=int, default=300,
+                        help='training iterations (default: 300)')
     parser.add_argument(
-        '--every', type=int, default=25, help='iterations between measures')
+        '--every', type=int, default=25,
+        help='iterations between measurements (default: 25)')
     parser.add_argument(
         '--learning-rates',
         type=float,
         nargs='+',
         default=[0.25, 1., 4.],
-        help="factors of the config's")
-    parser.add_argument('--seed', type=int, default=0)
+        help="factors on the config's learning rate (default: 0.25 1 4)")
+    parser.add_argument('--seed', type=int, default=0,
+                        help='random seed (default: 0)')
     return parser.parse_args(argv)
 
 
 class _Layer:
-    """What several norms would know at one layer of the training."""
+    """Statistics that several norms would use at one layer."""
 
     def __init__(self, norm: CBN, windows: int,
                  positions: Sequence[int]) -> None:
         self.norm = norm
-        size = windows + 1  # they are read when the latest is in the past
+        size = windows + 1  # they are read after the latest was pushed
         self.naive = MomentWindow(size)
         self.compensated = {EXACT: MomentWindow(size)}
         self.compensated.update(
             (f'CBN, {p} positions', MomentWindow(size, p)) for p in positions)
         self.average = ExponentialMovingAverage(0.02)
-        # Means and variances of the iterations held, the newest first.
+        # Means and variances of the stored iterations, the newest first.
         self.held: Dict[str, Tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def see(self, x: Tensor) -> None:
-        """A training forward's input."""
+        """Record the input of a training forward pass."""
         moments = batch_moments(x)
         batch = Batch(x, moments, moments)
         producer = find_producer(x, ForwardPass.PLAIN)
@@ -96,7 +103,7 @@ class _Layer:
         self.average.push(torch.stack([moments.mean, square]))
 
     def estimates(self, windows: Sequence[int]):
-        """Name, window, mean and variance of each estimate."""
+        """Yield name, window, mean and variance of each estimate."""
         for name, (means, variances) in self.held.items():
             for k in windows:
                 if k == 1 and name != NAIVE:
@@ -104,14 +111,14 @@ class _Layer:
                 ones = means.new_ones((k, 1))
                 yield (BN if k == 1 else name, k,
                        *pool_moments(means[:k], variances[:k], ones))
-        # From 0, as an average of few values.
+        # The average starts at 0, so it is divided by its total weight.
         grown = 1 - (1 - self.average.momentum)**(self.average.turn + 1)
         mean, square = self.average.mean() / grown
         yield EMA, None, mean, (square - mean.square()).clamp(min=0)
 
 
 class _Measure(Hook):
-    """Watches the layers, and measures from time to time."""
+    """Hook that records the layers and measures every few iterations."""
     priority = 'LOW'
 
     def __init__(self, args: argparse.Namespace, tell) -> None:
@@ -126,16 +133,17 @@ class _Measure(Hook):
             if isinstance(norm, CBN) and norm.compensate and norm.training
         }
         if not self.layers:
-            raise SetupError('no CBN trains in this model. Take a config of '
-                             'configs/cbn, or the demo')
+            raise SetupError('this model has no CBN that trains: use a config '
+                             'from configs/cbn, or the demo')
         loader = runner.cfg.train_dataloader.copy()
         loader.update(
             batch_size=self.args.images,
             sampler=dict(type='DefaultSampler', shuffle=False))
         self.large = next(iter(runner.build_dataloader(loader, seed=0)))
         if len(self.large['inputs']) < self.args.images:
-            raise SetupError(f'--images {self.args.images} are more than the '
-                             f'{len(self.large["inputs"])} for training')
+            raise SetupError(f'--images {self.args.images} is more than the '
+                             f'{len(self.large["inputs"])} training images: '
+                             'give a smaller number')
         self.handles = [
             layer.norm.register_forward_pre_hook(self._watch(layer))
             for layer in self.layers.values()
@@ -175,7 +183,10 @@ class _Measure(Hook):
 
     @torch.no_grad()
     def _large_batch(self, runner) -> Dict[str, Moments]:
-        """Its moments at each layer, normalised by its own."""
+        """Return the large batch's moments at each layer.
+
+        Each layer normalises with the moments of this batch.
+        """
         seen: Dict[str, Moments] = {}
         model = bare_model(runner)
 
@@ -201,9 +212,13 @@ class _Measure(Hook):
 
 
 def _errors(mean: Tensor, var: Tensor, truth: Moments) -> Dict[str, float]:
-    """Of mean, in deviations; of variance and mean square, relative."""
+    """Return the mean absolute errors over channels.
+
+    The error of the mean is in standard deviations. Those of variance and
+    mean square are relative.
+    """
     square = var + mean.square()
-    alive = truth.var > 1e-12  # channels that are more than a constant
+    alive = truth.var > 1e-12  # excludes constant channels
     errors = dict(
         mean=(mean - truth.mean) / truth.var.sqrt(),
         var=var / truth.var - 1,
@@ -215,7 +230,7 @@ def _errors(mean: Tensor, var: Tensor, truth: Moments) -> Dict[str, float]:
 
 
 def prepare(cfg: Config, args: argparse.Namespace, factor: float) -> Config:
-    """The training that is watched."""
+    """Return the config of the training to measure."""
     cfg = training_alone(cfg)
     cfg.train_dataloader.batch_size = args.batch
     cfg.optim_wrapper.optimizer.lr *= factor
@@ -231,10 +246,10 @@ def prepare(cfg: Config, args: argparse.Namespace, factor: float) -> Config:
 
 
 def summarise(rows: Sequence[Dict[str, Any]]) -> Dict[tuple, Dict[str, float]]:
-    """Errors averaged over layers and iterations.
+    """Average the errors over layers and iterations.
 
     Returns:
-        dict: By factor of the learning rate, statistics and window.
+        dict: Errors, keyed by learning rate factor, statistics and window.
     """
     groups: Dict[tuple, List[Dict[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -249,7 +264,7 @@ def summarise(rows: Sequence[Dict[str, Any]]) -> Dict[tuple, Dict[str, float]]:
 
 
 def report(rows: Sequence[Dict[str, Any]], console: Console) -> None:
-    """A table of the errors, those of estimates beside the exact one's."""
+    """Print the errors, those of CBN's estimates relative to the exact."""
     means = summarise(rows)
     table = Table(title='Mean error against the large batch')
     for column in ('learning rate', 'statistics', 'window',
@@ -267,7 +282,7 @@ def report(rows: Sequence[Dict[str, Any]], console: Console) -> None:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Train, measure, report."""
+    """Train, measure and report."""
     args = parse_args(argv)
     rows: List[Dict[str, Any]] = []
     with one_line_errors():
@@ -287,7 +302,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     (folder / 'statistics_error.jsonl').write_text('\n'.join(lines) + '\n')
     save_errors(summarise(rows), folder / 'statistics_error.png')
     report(rows, Console())
-    print(f'In {folder}: statistics_error.jsonl, statistics_error.png')
+    print(f'written to {folder}: statistics_error.jsonl, '
+          'statistics_error.png')
 
 
 if __name__ == '__main__':

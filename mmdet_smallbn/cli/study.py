@@ -1,4 +1,4 @@
-"""The small-batch study: where BatchNorm suffers, and what helps there."""
+"""Small-batch study: where BatchNorm loses accuracy, and what helps."""
 import argparse
 import datetime
 import json
@@ -25,9 +25,8 @@ from ..study.regimes import EXAMPLE_WEIGHTS, REGIMES, asked, run
 from ..study.settings import ABLATIONS, SETTINGS
 from ..tables import as_sections, show, spread
 
-# Settings, and images of a batch that is normalised, in an order in which
-# early results say most. What is the same at any number of images trains at
-# 16, the fastest.
+# Settings and images per normalised batch, the most informative first.
+# Settings that do not depend on the number of images train at 16, the fastest.
 _FIRST = (('BN', 16), ('BN', 2), ('BN', 1), ('MABN', 2), ('CBN', 2),
           ('BN, CenConv', 2), ('MABN', 1), ('GN', 16), ('CBN, CenConv', 2))
 _SECOND = (('BN, frozen late', 2), ('BRN', 2), ('NaiveCBN', 2), ('BGN', 2),
@@ -35,7 +34,7 @@ _SECOND = (('BN, frozen late', 2), ('BRN', 2), ('NaiveCBN', 2), ('BGN', 2),
            ('BN, frozen', 16), ('BN', 4), ('BN, frozen late', 1),
            ('CBN, fresh window', 2), ('CBN', 1), ('MABN', 4), ('CBN', 4),
            ('BN, frozen late', 4))
-# What ablations need beyond these, in some regimes.
+# Further trainings that the ablations need, in some regimes.
 _LAST = tuple(dict.fromkeys(
     where for rows in ABLATIONS.values() for where in rows
     if where not in _FIRST + _SECOND))
@@ -43,16 +42,16 @@ _ABLATED = ('head', 'detector')
 LINES = (_FIRST, _SECOND, _LAST)
 _STEADY = 'GN, weight standardisation'  # the same at any number of images
 IMAGES = (16, 4, 2, 1)  # the columns of a table
-COUNTS = 4.  # points beyond the deviation that make a fall one
+COUNTS = 4.  # a fall counts from so many points beyond the deviation
 
 
 def _by_weight(row: Dict[str, Any]) -> Dict[str, float]:
-    """Scores by the example's weight; at 0 it is BatchNorm's own."""
+    """Return the scores by example weight; weight 0 is plain BatchNorm."""
     return {'0': row['score'], **row['weighted']}
 
 
 Score = Callable[[Dict[str, Any]], Optional[float]]
-# Other evaluations of what was trained: the setting, and its score.
+# Further evaluations of trained models: the setting, and its score.
 EVALUATIONS: Dict[str, Tuple[str, Score]] = {
     'BN, PreciseBN': ('BN', lambda row: row.get('precise')),
     'BN, the best example weight': (
@@ -69,25 +68,29 @@ class Cell(NamedTuple):
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Flags of the tool."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description='Train every norm in every regime. Stop it at any time: '
-        'the next start goes on where it was')
+        description='Train every norm in every regime. You can stop the tool '
+        'at any time: the same command continues where it stopped')
     parser.add_argument('--regimes', nargs='+', metavar='NAME',
-                        help='all, if not given')
+                        help='regimes to train (default: all)')
     parser.add_argument('--settings', nargs='+', metavar='NAME',
-                        help='all, if not given')
+                        help='norm settings to train (default: all)')
     parser.add_argument('--images', nargs='+', type=int, choices=IMAGES,
-                        help='of a normalised batch; all, if not given')
-    parser.add_argument('--seeds', type=int, default=5, help='from 0 on')
+                        help='images per normalised batch (default: all)')
+    parser.add_argument('--seeds', type=int, default=5,
+                        help='number of seeds, from 0 (default: 5)')
     parser.add_argument('--jobs', type=int, default=1,
-                        help='trainings at the same time, a thread each')
+                        help='trainings to run in parallel, each with one '
+                        'thread (default: 1)')
     parser.add_argument('--minutes', type=float,
-                        help='start no training after so many')
+                        help='start no training after this time')
     parser.add_argument('--out', default='docs/results',
-                        help='folder; a JSON file for each regime')
+                        help='folder for a JSON file per regime (default: '
+                        '%(default)s)')
     parser.add_argument('--report', action='store_true',
-                        help='train nothing: print the tables, and draw')
+                        help='only print the tables and draw the pictures, '
+                        'from stored results')
     args = parser.parse_args(argv)
     for flag in ('seeds', 'jobs'):
         if getattr(args, flag) < 1:
@@ -98,7 +101,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def chosen(names: Optional[Sequence[str]], known: Sequence[str],
            flag: str) -> List[str]:
-    """The names of a flag; all that are known if it is not given.
+    """Return the names that a flag gives, or all known names.
 
     Raises:
         SetupError: If a name is unknown.
@@ -108,9 +111,9 @@ def chosen(names: Optional[Sequence[str]], known: Sequence[str],
 
 
 def cells(args: argparse.Namespace) -> List[Cell]:
-    """The trainings, in an order in which early results say most.
+    """Return the trainings to run, the most informative first.
 
-    All seeds of a line come before the next line.
+    All seeds of a line (:data:`LINES`) come before the next line.
     """
     regimes = chosen(args.regimes, list(REGIMES), '--regimes')
     settings = chosen(args.settings, list(SETTINGS), '--settings')
@@ -124,10 +127,10 @@ def cells(args: argparse.Namespace) -> List[Cell]:
 
 
 class Results:
-    """The finished trainings of a folder, a JSON file for each regime.
+    """Finished trainings in a folder, with one JSON file per regime.
 
     Args:
-        folder (str | Path): It is made if it is not there.
+        folder (str | Path): The folder. It is created if needed.
     """
 
     def __init__(self, folder) -> None:
@@ -147,9 +150,9 @@ class Results:
         return self.folder / f'{regime.replace(" ", "_")}.json'
 
     def add(self, row: Dict[str, Any]) -> None:
-        """Keep a training, in memory and on disk."""
+        """Store a training in memory and on disk."""
         regime = row['regime']
-        self._read(regime)  # another process may have been here
+        self._read(regime)  # another process may have added results
         self.rows[_cell(row)] = row
         runs = [self.rows[cell] for cell in sorted(self.rows)
                 if cell.regime == regime]
@@ -157,9 +160,10 @@ class Results:
         write_runs(self._path(regime), runs, command=command)
 
     def has(self, cell: Cell) -> bool:
-        """Whether a training is there, with all that is asked of it.
+        """True if a training is stored with the current settings and scores.
 
-        One of other steps, say, or without an evaluation, is trained anew.
+        A training with, for example, another number of steps or without an
+        evaluation is run again.
         """
         kept = self.rows.get(cell, {})
         now = json.loads(json.dumps(asked(*cell)))
@@ -169,12 +173,12 @@ class Results:
 
     def scores(self, regime: str, setting: str, images: int,
                score: Score = itemgetter('score')) -> List[float]:
-        """Scores of the seeds, in percent."""
+        """Return the scores of all seeds, in percent."""
         return list(self.by_seed(regime, setting, images, score).values())
 
     def by_seed(self, regime: str, setting: str, images: int,
                 score: Score = itemgetter('score')) -> Dict[int, float]:
-        """The same, by seed."""
+        """Return the scores, in percent, by seed."""
         found = {cell.seed: score(row)
                  for cell, row in sorted(self.rows.items())
                  if cell[:3] == (regime, setting, images)}
@@ -196,7 +200,7 @@ def _train(cell: Cell) -> Dict[str, Any]:
 
 def train_all(todo: List[Cell], results: Results, jobs: int,
               minutes: Optional[float]) -> None:
-    """Train cells, several at a time, and keep each as it ends."""
+    """Train several cells in parallel, and store each when it ends."""
     begun = time.monotonic()
     context = multiprocessing.get_context('spawn')
     todo = list(todo)
@@ -212,7 +216,7 @@ def train_all(todo: List[Cell], results: Results, jobs: int,
             if not waiting:
                 break
             done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            # One that failed is raised after the others are kept.
+            # Store the finished trainings before a failure is raised.
             for future in sorted(
                     done, key=lambda f: f.exception() is not None):
                 row = future.result()
@@ -221,7 +225,7 @@ def train_all(todo: List[Cell], results: Results, jobs: int,
 
 
 def table(results: Results, regime: str) -> List[List[str]]:
-    """Rows of a regime: settings, and their scores by images."""
+    """Return a regime's table: a row per setting, a column per batch."""
     rows = [['norm', *map(str, IMAGES)]]
     settings = dict.fromkeys(name for name, _ in _FIRST + _SECOND)
     shown = {name: (name, itemgetter('score')) for name in SETTINGS
@@ -237,7 +241,7 @@ _SHORT = ('BN', 'BN, the best example weight', 'BN, frozen late',
           'BN, CenConv', 'CBN', 'MABN', 'GN, weight standardisation')
 # Networks from scratch have nothing to freeze: a frozen BatchNorm is no norm.
 _NO_NORM = 'BN, frozen'
-# What README shows of it.
+# Part of the table that README shows.
 README = dict(
     regimes=('detector', 'plain detector', 'head'),
     batches=('2', ),
@@ -248,10 +252,10 @@ def in_short(results: Results,
              regimes: Sequence[str] = tuple(REGIMES),
              batches: Sequence[str] = ('2', '1'),
              names: Sequence[str] = _SHORT) -> List[List[str]]:
-    """What most readers look for, a row for each regime and small batch.
+    """Return the main table: a row per regime and small batch.
 
-    GroupNorm and no norm are the same at any number of images, and were
-    trained at 16.
+    GroupNorm and no norm do not depend on the number of images, so they
+    train at 16.
     """
     rows = [['regime, images', 'BN at 16 images',
              *('no norm' if name == _NO_NORM else name for name in names)]]
@@ -270,7 +274,7 @@ def in_short(results: Results,
 
 
 def ablation(results: Results, title: str) -> List[List[str]]:
-    """Rows of a paper's table or figure, a column a regime."""
+    """Return the rows of a paper's table or figure, a column per regime."""
     return [['', *_ABLATED], *(
         [text, *(spread(results.scores(regime, *where))
                  for regime in _ABLATED)]
@@ -279,7 +283,7 @@ def ablation(results: Results, title: str) -> List[List[str]]:
 
 
 def _beyond(whole: List[float], low: List[float]) -> float:
-    """What of the fall of a mean is beyond the deviation; 0 if unknown."""
+    """Return the fall of the mean beyond the deviation; 0 if unknown."""
     if min(len(whole), len(low)) < 2:
         return 0.
     deviation = (statistics.variance(whole) + statistics.variance(low))**0.5
@@ -288,9 +292,10 @@ def _beyond(whole: List[float], low: List[float]) -> float:
 
 
 def closed(results: Results, regime: str, name: str, images: int) -> str:
-    """Part of BatchNorm's fall that a setting takes back, in percent.
+    """Return the share of BatchNorm's fall that a setting recovers.
 
-    Of the seeds that all three have run with; their number is beside it.
+    The text gives it in percent, with the number of seeds that all three
+    trainings have in common.
     """
     whole, low, found = (results.by_seed(regime, *where) for where in (
         ('BN', 16), ('BN', images), (name, images)))
@@ -303,7 +308,7 @@ def closed(results: Results, regime: str, name: str, images: int) -> str:
 
 
 def summary(results: Results) -> List[List[str]]:
-    """A row for each regime and small batch: the fall, and what closes it."""
+    """Return the falls and the recovered shares per regime and batch."""
     names = ('CBN', 'MABN', 'BN, CenConv', 'BN, frozen late')
     rows = [['regime', 'images', 'BN at 16', 'BN', 'fall',
              'beyond the deviation',
@@ -325,7 +330,7 @@ def summary(results: Results) -> List[List[str]]:
 
 
 def all_tables(results: Results) -> Dict[str, List[List[str]]]:
-    """The tables in which there is anything, by title."""
+    """Return the tables that have results, by title."""
     tables = dict({'in short': in_short(results),
                    'what is closed': summary(results)},
                   **{regime: table(results, regime) for regime in REGIMES},
@@ -334,7 +339,7 @@ def all_tables(results: Results) -> Dict[str, List[List[str]]]:
 
 
 def page(results: Results) -> str:
-    """The tables as a Markdown page."""
+    """Return the tables as a Markdown page."""
     machines = sorted({f'{row["machine"]}, {row["date"]}'
                        for row in results.rows.values()})
     lines = [
@@ -370,7 +375,7 @@ def _draw_regimes(results: Results, regimes: List[str]) -> None:
 
 
 def report(results: Results, console: Console) -> None:
-    """Print the tables, and put them and a picture beside the results."""
+    """Print the tables, and save them and the pictures with the results."""
     tables = all_tables(results)
     for title, rows in tables.items():
         show(rows, console, title)
@@ -385,7 +390,7 @@ def report(results: Results, console: Console) -> None:
             '': {text.split(':')[0]: results.scores(regime, *where)
                  for where, text in rows.items()}
         } for title, rows in ABLATIONS.items() for regime in _ABLATED
-        # Of a few rows nothing is to be seen.
+        # A picture of less than half the rows is not useful.
         if 2 * sum(bool(results.scores(regime, *where)) for where in rows
                    ) > len(rows)}
     if ablated:
@@ -395,7 +400,7 @@ def report(results: Results, console: Console) -> None:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Train what is missing, and report."""
+    """Run the missing trainings and report."""
     args = parse_args(argv)
     with one_line_errors():
         wanted = cells(args)
@@ -405,12 +410,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             if not args.report:
                 train_all(todo, results, args.jobs, args.minutes)
         except KeyboardInterrupt:
-            print('stopped; the same command goes on from here')
+            print('stopped; the same command continues from here')
             raise SystemExit(130) from None
         report(results, Console())
         missing = sum(not results.has(cell) for cell in wanted)
-        print(f'In {args.out}; {missing} of {len(wanted)} trainings are '
-              'still to come')
+        print(f'written to {args.out}; {missing} of {len(wanted)} trainings '
+              'are missing')
 
 
 if __name__ == '__main__':

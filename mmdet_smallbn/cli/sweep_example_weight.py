@@ -1,4 +1,4 @@
-"""Find the weight of examples at inference: COCO AP over alpha."""
+"""Search for the best example weight (alpha) at inference."""
 import argparse
 import hashlib
 import io
@@ -28,12 +28,12 @@ _WEIGHTS = (0., 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.)
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Flags of the sweep."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description='Evaluate a detector on the images of test_dataloader at '
-        'several weights of the examples in their own normalisation '
-        '(inference example weighting), and name the best. A sweep that was '
-        'ended goes on where it was.')
+        description='Evaluate a detector on the images of test_dataloader '
+        'with several example weights (inference example weighting: the '
+        'weight of an example in its own normalisation statistics), and '
+        'report the best weight. A stopped sweep continues where it stopped')
     add_config_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint file')
     add_run_arguments(parser)
@@ -44,38 +44,39 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         default=_WEIGHTS,
         metavar='ALPHA',
         help='weights to evaluate, each from 0 to 1 '
-        f'({" ".join(f"{w:g}" for w in _WEIGHTS)}); the one that the norms '
-        'were trained with is added')
+        f'(default: {" ".join(f"{w:g}" for w in _WEIGHTS)}); the weight that '
+        'the norms were trained with is added')
     parser.add_argument(
         '--exclude',
         nargs='+',
         default=[],
         metavar='PREFIX',
-        help='parts of the model to leave as trained, such as backbone for '
-        'its frozen norms')
+        help='parts of the model that keep their trained weight, such as '
+        'backbone with its frozen norms')
     parser.add_argument(
         '--metric',
         default='coco/bbox_mAP',
-        help='what is best: coco/bbox_mAP (if not given), coco/segm_mAP, ...')
+        help='metric to maximise, such as coco/segm_mAP (default: '
+        '%(default)s)')
     parser.add_argument(
         '--calibration-images',
         type=int,
         default=256,
         metavar='N',
-        help='training images to gather moving averages for GroupNorm from '
-        '(256)')
+        help='training images to compute moving averages for GroupNorm from '
+        '(default: 256)')
     return parser.parse_args(argv)
 
 
 class Results:
-    """Metrics of each weight, in a file that a later run goes on from.
+    """Metrics of each weight, in a file that a later run continues.
 
     Args:
         path (Path): The file.
-        identity (dict): What the metrics depend on besides the weight.
+        identity (dict): Everything but the weight that the metrics depend on.
 
     Raises:
-        SetupError: If the file holds metrics of something else.
+        SetupError: If the file holds the metrics of another sweep.
     """
 
     def __init__(self, path: Path, identity: Dict[str, Any]) -> None:
@@ -88,18 +89,18 @@ class Results:
             held = json.loads(path.read_text())
             rows = held.pop('weights')
         except (ValueError, KeyError) as error:
-            raise SetupError(f'{path} is not a file of this tool: remove it, '
-                             'or choose another --work-dir') from error
+            raise SetupError(f'{path} was not written by this tool: remove '
+                             'it, or choose another --work-dir') from error
         different = [k for k, v in identity.items() if held.get(k) != v]
         if different:
             raise SetupError(
-                f'{path} holds the results of another sweep; not the same: '
+                f'{path} holds the results of another sweep. It differs in '
                 f'{", ".join(different)}. Remove it, or choose another '
                 '--work-dir')
         self.metrics = {row.pop('weight'): row for row in rows}
 
     def add(self, weight: float, metrics: Dict[str, float]) -> None:
-        """Add a row, and write the file."""
+        """Add a row and write the file."""
         self.metrics[weight] = metrics
         rows = [
             dict(weight=w, **self.metrics[w]) for w in sorted(self.metrics)
@@ -110,7 +111,7 @@ class Results:
 
 
 class _Tick(Hook):
-    """A step of the progress bar for each batch."""
+    """Hook that advances the progress bar after each batch."""
 
     def __init__(self, tell: Callable[..., None]) -> None:
         self.tell = tell
@@ -120,13 +121,13 @@ class _Tick(Hook):
 
 
 def _digest(content: bytes) -> str:
-    # 16 digits are enough to tell files apart.
+    # 16 digits are enough to distinguish files.
     return hashlib.sha256(content).hexdigest()[:16]
 
 
 def identity_of(args: argparse.Namespace, cfg: Config,
                 calibrated: bool) -> Dict[str, Any]:
-    """What the metrics depend on besides the weight."""
+    """Return everything but the weight that the metrics depend on."""
     settings = [
         cfg.model, cfg.test_dataloader.dataset, cfg.get('test_evaluator')
     ]
@@ -143,7 +144,7 @@ def identity_of(args: argparse.Namespace, cfg: Config,
 
 def sweep(runner: Runner, args: argparse.Namespace, todo: List[float],
           results: Results) -> None:
-    """Evaluate the weights that are left to do."""
+    """Evaluate the remaining weights."""
     model = bare_model(runner)
     if any(lacks_averages(model, w, args.exclude) for w in todo):
         with progress_bar(
@@ -158,7 +159,7 @@ def sweep(runner: Runner, args: argparse.Namespace, todo: List[float],
             tell(description=f'weight {weight:g}')
             with redirect_stdout(io.StringIO()):  # pycocotools
                 metrics = runner.test()
-            # Nothing detected at all is no metrics.
+            # mmdet reports no metrics if a model detects nothing.
             metrics = metrics or {args.metric: 0.}
             if is_main_process():
                 results.add(weight, metrics)
@@ -169,16 +170,17 @@ def sweep(runner: Runner, args: argparse.Namespace, todo: List[float],
 def _metric(metrics: Dict[str, float], name: str) -> float:
     if name not in metrics:
         raise SetupError(f'--metric {name} is not among '
-                         f'{", ".join(sorted(metrics))}')
+                         f'{", ".join(sorted(metrics))}: choose one of these')
     return metrics[name]
 
 
 def best_weight(metrics: Dict[float, Dict[str, float]],
                 metric: str,
                 trained: Optional[float] = None) -> float:
-    """The weight with the best metric.
+    """Return the weight with the best metric.
 
-    Of equals the one that the norms were trained with, or else the smallest.
+    A tie goes to the weight that the norms were trained with, or else to the
+    smallest weight.
     """
     return max(
         sorted(metrics),
@@ -188,13 +190,13 @@ def best_weight(metrics: Dict[float, Dict[str, float]],
 def report(metrics: Dict[float, Dict[str, float]], metric: str,
            trained: Optional[float], exclude: List[str],
            console: Console) -> float:
-    """Print the table, the best weight, and how to use it; return it."""
+    """Print the table and how to use the best weight; return it."""
     prefix = metric.rsplit('_mAP', 1)[0]
     columns = [metric] + [
         key for key in (f'{prefix}_mAP_50', f'{prefix}_mAP_75')
         if key != metric and all(key in row for row in metrics.values())
     ]
-    table = Table(title='Weight of the examples at inference')
+    table = Table(title='Example weight at inference')
     table.add_column('weight', justify='right')
     for column in columns:
         table.add_column(column, justify='right')
@@ -226,7 +228,7 @@ def report(metrics: Dict[float, Dict[str, float]], metric: str,
 
 
 def prepare(args: argparse.Namespace) -> Config:
-    """The config of the evaluations.
+    """Return the config of the evaluations.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -236,9 +238,9 @@ def prepare(args: argparse.Namespace) -> Config:
     check_positive_int('--calibration-images', args.calibration_images)
     cfg = load_config(args)
     cfg.load_from = args.checkpoint
-    # One line a result, instead of the toolbox's hundreds.
+    # One line per result, instead of mmengine's hundreds.
     cfg.log_level = 'WARNING'
-    # It would set its own weight before each evaluation.
+    # The hook would set its own weight before each evaluation.
     cfg.custom_hooks = [
         hook for hook in cfg.get('custom_hooks') or []
         if hook['type'] != 'ExampleWeightHook'
@@ -247,7 +249,7 @@ def prepare(args: argparse.Namespace) -> Config:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Sweep as the command line says."""
+    """Run the sweep."""
     args = parse_args(argv)
     console = Console()
     with one_line_errors():
@@ -269,7 +271,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         todo = sorted(weights - {*results.metrics})
         if len(todo) < len(weights):
             console.print(f'{len(weights) - len(todo)} of {len(weights)} '
-                          f'weights are in {results.path} already')
+                          f'weights are already in {results.path}')
         if todo:
             sweep(runner, args, todo, results)
         if not is_main_process():

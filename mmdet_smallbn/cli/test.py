@@ -1,4 +1,4 @@
-"""Evaluate a detector: mmdet's flags, and errors in one line."""
+"""Evaluation of a detector, with mmdet's flags and one-line errors."""
 import argparse
 from copy import deepcopy
 from typing import Optional, Sequence
@@ -12,25 +12,28 @@ from .runtime import (add_config_arguments, add_run_arguments, build_runner,
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Flags of mmdet's ``tools/test.py``."""
-    parser = argparse.ArgumentParser(description='Evaluate a detector')
+    """Parse the flags of mmdet's ``tools/test.py``."""
+    parser = argparse.ArgumentParser(
+        description='Evaluate a detector on the test data of its config')
     add_config_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint file')
     add_run_arguments(parser)
     parser.add_argument(
-        '--out', metavar='FILE.pkl', help='write the predictions to a file')
+        '--out', metavar='FILE.pkl', help='file to write the predictions to')
     parser.add_argument(
         '--show', action='store_true', help='show the detections in a window')
     parser.add_argument(
-        '--show-dir', metavar='DIR', help='write images of the detections to '
-        'this folder in the work folder')
+        '--show-dir', metavar='DIR', help='folder for images of the '
+        'detections, inside the work folder')
     parser.add_argument(
         '--wait-time',
         type=float,
         default=2,
-        help='seconds that --show shows an image')
+        help='seconds for which --show shows an image (default: 2)')
     parser.add_argument(
-        '--tta', action='store_true', help='average over a flipped copy')
+        '--tta', action='store_true',
+        help='use test-time augmentation: that of the config, or a '
+        'horizontal flip')
     args = parser.parse_args(argv)
     if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
         parser.error(f'--out must end in .pkl or .pickle, but got {args.out}')
@@ -38,7 +41,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 def apply_test_flags(cfg: Config, args: argparse.Namespace) -> None:
-    """Write the checkpoint, drawing and ``--tta`` to the config."""
+    """Set the checkpoint, the drawing flags and ``--tta`` in the config."""
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
         hooks = cfg.get('default_hooks', {})
@@ -55,7 +58,7 @@ def apply_test_flags(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def _add_tta(cfg: Config) -> None:
-    """Test-time augmentation as configured, or a horizontal flip."""
+    """Add the config's test-time augmentation, or a horizontal flip."""
     model = cfg.get(
         'tta_model',
         dict(
@@ -79,7 +82,7 @@ def _add_tta(cfg: Config) -> None:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Evaluate as the command line says."""
+    """Run the evaluation."""
     args = parse_args(argv)
     with one_line_errors():
         cfg = load_config(args, training=False)

@@ -1,4 +1,4 @@
-"""Train a detector: mmdet's flags, and errors in one line."""
+"""Training of a detector, with mmdet's flags and one-line errors."""
 import argparse
 from typing import Optional, Sequence
 
@@ -15,12 +15,13 @@ from .runtime import (add_config_arguments, add_run_arguments, build_runner,
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Flags of mmdet's ``tools/train.py``."""
+    """Parse the flags of mmdet's ``tools/train.py``."""
     parser = argparse.ArgumentParser(description='Train a detector')
     add_config_arguments(parser)
     add_run_arguments(parser)
     parser.add_argument(
-        '--amp', action='store_true', help='train in mixed precision')
+        '--amp', action='store_true',
+        help='train with automatic mixed precision')
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
@@ -30,16 +31,16 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         nargs='?',
         const='auto',
         metavar='CHECKPOINT',
-        help='go on from a checkpoint; without a value, from the latest one '
-        'in the work folder')
+        help='resume from this checkpoint, or without a value from the latest '
+        'one in the work folder')
     return parser.parse_args(argv)
 
 
 def apply_train_flags(cfg: Config, args: argparse.Namespace) -> None:
-    """Write ``--amp``, ``--auto-scale-lr`` and ``--resume`` to the config.
+    """Set ``--amp``, ``--auto-scale-lr`` and ``--resume`` in the config.
 
     Raises:
-        SetupError: If the config gives no batch size to scale from.
+        SetupError: If the config has no ``base_batch_size``.
     """
     if args.amp:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
@@ -54,16 +55,16 @@ def apply_train_flags(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def summary(runner: Runner) -> str:
-    """What norms the model carries into training."""
+    """Return the table of the model's norms in training."""
     return norm_summary(
         bare_model(runner), images_of(runner.cfg), get_world_size(),
         runner.hooks, runner.cfg)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Train as the command line says."""
+    """Run the training."""
     args = parse_args(argv)
-    with one_line_errors('To go on from the last checkpoint, add --resume to '
+    with one_line_errors('To resume from the last checkpoint, add --resume to '
                          'the same command'):
         cfg = load_config(args)
         apply_train_flags(cfg, args)

@@ -374,7 +374,7 @@ def test_the_tool(config, tmp_path, capsys):
     assert printed.endswith(
         'inputs:\n'
         '  input (1, 3, 64, 96)\n'
-        'outputs, of the head, from which boxes are yet to be made:\n'
+        'outputs, of the head, not yet decoded to boxes:\n'
         '  cls_score_p3 (1, 7, 8, 12)\n'
         '  cls_score_p4 (1, 7, 4, 6)\n'
         '  cls_score_p5 (1, 7, 2, 3)\n'
@@ -391,9 +391,9 @@ def test_the_tool(config, tmp_path, capsys):
 
 @pytest.mark.parametrize('change, message', [
     (lambda state: state.pop('neck.fpn_convs.0.conv.weight'),
-     'is not of this config: 1 missing (neck.fpn_convs.0.conv.weight)'),
+     'does not fit this config: 1 missing (neck.fpn_convs.0.conv.weight)'),
     (lambda state: state.update({'backbone.conv1.weight': torch.zeros(1)}),
-     'is not of this config: 1 of another shape (backbone.conv1.weight '
+     'does not fit this config: 1 of another shape (backbone.conv1.weight '
      '(1,) for')
 ], ids=['missing', 'shape'])
 def test_the_tool_wants_all_weights(change, message, config, tmp_path,

@@ -265,7 +265,7 @@ def test_a_resumed_runs_files_are_one(tmp_path, plot_statistics):
 
 @pytest.mark.parametrize('arguments, message', [
     (['nothing.jsonl'], 'no file nothing.jsonl'),
-    (['README.md'], 'README.md holds no records'),
+    (['README.md'], 'README.md has no records'),
 ])
 def test_the_plot_says_what_is_wrong(arguments, message, plot_statistics,
                                      capsys):

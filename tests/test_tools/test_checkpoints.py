@@ -169,7 +169,7 @@ def test_addresses_are_loaded_safely_or_not_at_all(tmp_path):
     loaded = load_from_address((source / 'plain.pth').as_uri(), 'cpu', cache)
     torch.testing.assert_close(loaded['w'], torch.ones(2))
     torch.save(dict(more=Config(dict(a=1))), source / 'more.pth')
-    with pytest.raises(SetupError, match='not loaded from an address'):
+    with pytest.raises(SetupError, match='not loaded from a URL'):
         load_from_address((source / 'more.pth').as_uri(), 'cpu', cache)
 
 
@@ -198,7 +198,7 @@ def test_a_storage_is_read_safely_or_not_at_all(bucket, trap):
     loaded = CheckpointLoader.load_checkpoint('s3://b/plain.pth', 'cpu')
     torch.testing.assert_close(loaded['w'], torch.ones(2))
     path.rename(bucket / 'trap.pth')
-    with pytest.raises(SetupError, match='not loaded from an address'):
+    with pytest.raises(SetupError, match='not loaded from a URL'):
         CheckpointLoader.load_checkpoint('s3://b/trap.pth', 'cpu')
     assert not left.exists()
 

@@ -76,7 +76,7 @@ def test_a_schedule_of_epochs_is_not_stretched():
 
 def test_without_the_demos_files_there_is_a_remedy(tmp_path):
     cfg = Config.fromfile(RTMDET)
-    with pytest.raises(SetupError, match='shapes_coco.py must be in'):
+    with pytest.raises(SetupError, match='shapes_coco.py, which the demo.s data needs, is not in'):
         put_on_shapes(cfg, tmp_path)
 
 

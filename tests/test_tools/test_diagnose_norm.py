@@ -32,7 +32,7 @@ def run(capsys, tmp_path, config, shapes, *flags, options=()):
     said = capsys.readouterr()
     # What is no terminal gets a line for each bar.
     assert re.findall(r'^(.*) \.\.\.$', said.err, re.M) == [
-        'checking val images', 'checking train images', 'looking at images'
+        'checking val images', 'checking train images', 'measuring images'
     ]
     return said.out, held
 

@@ -157,7 +157,7 @@ def test_the_weight_of_examples_is_swept(trained, options, tmp_path):
     assert json.loads(path.read_text())['weights'][2] == rows[1]
     assert cv2.imread(str(path.with_suffix('.png'))).std() > 5
     other = _run(*command, '--exclude', 'backbone', fails=True)
-    assert 'another sweep; not the same: exclude' in other
+    assert 'another sweep. It differs in exclude' in other
     path.unlink()
     _run(*command, '--exclude', 'backbone', '--weights', '0.2')
     apart = json.loads(path.read_text())['weights']
@@ -311,7 +311,7 @@ def test_demo_shows_what_batch_norm_has_in_the_same_training(tmp_path):
     out = _run(*command, '--cfg-options', 'optim_wrapper.optimizer.lr=1e-4')
     assert 'BatchNorm, trained in' not in out
     out = _run(*command, '--record', '--data', data['root'], fails=True)
-    assert 'error: --record takes trainings on the data of the demo' in out
+    assert 'error: --record stores only trainings on the demo' in out
 
 
 def test_stock_mmdet_finds_what_was_found_here(trained, options, tmp_path):

@@ -131,7 +131,7 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path):
     assert latest_checkpoint(str(tmp_path)).endswith('iter_8.pth')
     for path in tmp_path.glob('iter_*.pth'):
         path.write_bytes(b'')
-    with pytest.raises(SetupError, match='no checkpoint in .* is whole'):
+    with pytest.raises(SetupError, match='no checkpoint in .* is complete'):
         latest_checkpoint(str(tmp_path))
 
 
