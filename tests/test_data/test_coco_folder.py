@@ -187,7 +187,7 @@ def test_what_follows_from_boxes_and_images_is_filled_in(
 def test_an_object_without_a_box_is_named(tmp_path, shapes):
     root = _folder(tmp_path, shapes)
     _edit(root, 'train', lambda c: c['annotations'][3].pop('bbox'))
-    with pytest.raises(ValueError, match='object 3 of image .* has no bbox'):
+    with pytest.raises(ValueError, match='object 3 of image .* needs a bbox'):
         find_coco_split(root, 'train')
 
 
@@ -295,7 +295,7 @@ def test_a_folder_that_no_line_can_show_is_refused(tmp_path):
                                    dict(id=1, file_name=7)])
 def test_an_image_without_a_name_is_told(tmp_path, image):
     _write(tmp_path / 'train.json', '', images=[image])
-    with pytest.raises(ValueError, match='image 0 has no file_name, but'):
+    with pytest.raises(ValueError, match='image 0 needs a file_name, but'):
         find_coco_split(tmp_path, 'train')
 
 
@@ -314,8 +314,8 @@ def test_what_memory_does_not_hold_is_not_read(tmp_path):
     path = tmp_path / 'train.json'
     path.touch()
     os.truncate(path, 10**13)
-    with pytest.raises(ValueError, match=r'train.json has 10000.0 GB. To read '
-                       r'it takes about 80000 GB of memory, and \d+ GB are'):
+    with pytest.raises(ValueError, match=r'train.json has 10000.0 GB. Reading '
+                       r'it needs about 80000 GB of memory, but only \d+ GB'):
         find_coco_split(tmp_path, 'train')
 
 

@@ -25,7 +25,7 @@ def test_results_are_kept_and_told_apart(tmp_path):
     with pytest.raises(SetupError, match='the same: checkpoint.*--work-dir'):
         Results(path, dict(checkpoint='b', exclude=[]))
     path.write_text('{"weig')
-    with pytest.raises(SetupError, match='sweep.json was not written by this tool'):
+    with pytest.raises(SetupError, match='sweep.json was not written by'):
         Results(path, {})
 
 
