@@ -81,7 +81,7 @@ def test_every_image_must_be_there(tmp_path):
     for name in names[:2]:
         _touch(tmp_path / 'train' / name)
     with pytest.raises(
-            FileNotFoundError, match="2 of the 4 images of .*first is 'in/c.jpg'"):
+            FileNotFoundError, match="2 of the 4 images .*first is 'in/c.jpg'"):
         find_coco_split(tmp_path, 'train')
     for name in names[2:]:
         _touch(tmp_path / 'train' / name)
