@@ -1,14 +1,14 @@
-"""Worker processes that do not outlive who started them."""
+"""Worker processes that end with their parent process."""
 import multiprocessing
 import os
 import threading
 
 
 def end_with_parent() -> None:
-    """To be called first in a worker of a pool.
+    """End this worker process when its parent process ends.
 
-    A parent that is killed cannot end its workers: they would finish their
-    work, and wait for more forever.
+    Use it as the initializer of a process pool. A killed parent cannot end
+    its workers: they would finish their work and then wait for more forever.
     """
 
     def wait() -> None:

@@ -1,4 +1,4 @@
-"""How far long work is: a bar on a terminal, one line elsewhere."""
+"""Progress of long work: a bar on a terminal, one line elsewhere."""
 import sys
 from contextlib import contextmanager
 from functools import partial
@@ -13,26 +13,26 @@ Item = TypeVar('Item')
 
 
 def on_terminal() -> bool:
-    """Whether what is drawn is seen, and not kept in a file."""
+    """True if the error stream is a terminal."""
     return sys.stderr.isatty()
 
 
 @contextmanager
 def progress_bar(title: str, total: Optional[int] = None
                  ) -> Iterator[Callable[..., None]]:
-    """Show progress on the error stream, of the main process alone.
+    """Show progress on the error stream, in the main process only.
 
     Example:
         >>> with progress_bar('images', 10) as tell:
         ...     tell(advance=1)
 
     Args:
-        title (str): What is done.
-        total (int, optional): Number of steps; None if it is told later.
+        title (str): Name of the work.
+        total (int, optional): Number of steps. None: it is set later.
 
     Yields:
-        callable: To be called with ``advance`` or ``completed``, and with
-        ``total`` and ``description`` where they change.
+        callable: Call it with ``advance`` or ``completed`` to move the bar,
+        and with ``total`` or ``description`` to change them.
     """
     main = is_main_process()
     bar = Progress(
@@ -41,7 +41,7 @@ def progress_bar(title: str, total: Optional[int] = None
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
-        # What goes to a file stays there.
+        # Without a terminal, output must go to its file.
         redirect_stdout=sys.stdout.isatty(),
         disable=not (main and on_terminal()))
     if main and bar.disable and total != 0:
@@ -51,7 +51,7 @@ def progress_bar(title: str, total: Optional[int] = None
 
 
 def track(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
-    """The items, with a bar that is a step further after each."""
+    """Yield the items, and advance a progress bar after each."""
     with progress_bar(title, total) as tell:
         for item in items:
             yield item

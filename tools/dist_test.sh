@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Evaluate with several processes: tools/dist_test.sh CONFIG CHECKPOINT PROCESSES [flags of test.py]
-# Environment: NNODES, NODE_RANK, MASTER_ADDR, PORT, as in mmdet. Without a GPU: CPU processes.
+# Evaluate with several processes. Usage: tools/dist_test.sh CONFIG CHECKPOINT PROCESSES [flags of test.py]
+# Environment variables as in mmdet: NNODES, NODE_RANK, MASTER_ADDR, PORT. Without a GPU the processes run on the CPU.
 set -euo pipefail
 if [ $# -lt 3 ]; then
     echo "usage: $0 CONFIG CHECKPOINT PROCESSES [flags of test.py]" >&2

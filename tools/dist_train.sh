@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train with several processes: tools/dist_train.sh CONFIG PROCESSES [flags of train.py]
-# Environment: NNODES, NODE_RANK, MASTER_ADDR, PORT, as in mmdet. Without a GPU: CPU processes.
+# Train with several processes. Usage: tools/dist_train.sh CONFIG PROCESSES [flags of train.py]
+# Environment variables as in mmdet: NNODES, NODE_RANK, MASTER_ADDR, PORT. Without a GPU the processes run on the CPU.
 set -euo pipefail
 if [ $# -lt 2 ]; then
     echo "usage: $0 CONFIG PROCESSES [flags of train.py]" >&2

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train under Slurm: tools/slurm_train.sh PARTITION JOB_NAME CONFIG WORK_DIR [flags of train.py]
-# Environment: GPUS (8), GPUS_PER_NODE (at most 8), CPUS_PER_TASK (5), SRUN_ARGS, as in mmdet.
+# Train under Slurm. Usage: tools/slurm_train.sh PARTITION JOB_NAME CONFIG WORK_DIR [flags of train.py]
+# Environment variables as in mmdet, with defaults: GPUS (8), GPUS_PER_NODE (GPUS, at most 8), CPUS_PER_TASK (5), SRUN_ARGS (none).
 set -euo pipefail
 if [ $# -lt 4 ]; then
     echo "usage: $0 PARTITION JOB_NAME CONFIG WORK_DIR [flags of train.py]" >&2
@@ -13,7 +13,7 @@ WORK_DIR=$4
 shift 4
 GPUS=${GPUS:-8}
 GPUS_PER_NODE=${GPUS_PER_NODE:-$((GPUS < 8 ? GPUS : 8))}
-# SRUN_ARGS holds several arguments.
+# Unquoted, because SRUN_ARGS may hold several arguments.
 # shellcheck disable=SC2086
 exec srun \
     --partition="$PARTITION" \

@@ -20,7 +20,7 @@ from .runtime import add_config_arguments, build_model, read_config
 _MEANINGS = dict(
     input='a normalised image, padded with zeros at the right and bottom',
     size="the image's height and width without the padding",
-    boxes="x1, y1, x2, y2 in pixels of the input",
+    boxes="x1, y1, x2, y2 in the input's pixels",
     scores='in descending order',
     labels='class indices',
     masks='probabilities, on a grid over the box')

@@ -1,42 +1,43 @@
-"""What a COCO-format folder may not do to the machine that reads it."""
+"""Safety checks of a COCO-format folder before it is read."""
 import math
 import re
 from pathlib import Path
 
-# What mmdet's data set takes to read its annotations, in sizes of the file.
+# Memory that mmdet needs to read annotations, in multiples of the file size.
 MEMORY = 8
 
 
 def check_printable(path: Path) -> None:
-    """Refuse a name with a line break, or another control character.
+    """Refuse a path with a line break or another control character.
 
     Raises:
-        ValueError: If it has one.
+        ValueError: If the path has a control character.
     """
     if re.search(r'[\x00-\x1f\x7f-\x9f]', str(path)):
         raise ValueError(f'{str(path)!r} has a control character in its name, '
-                         'which a message cannot show: rename it')
+                         'which log lines cannot show: rename it')
 
 
 def check_memory(path: Path) -> None:
-    """Refuse what would end in a process that is killed without a word.
+    """Refuse a file for which the system would kill the process.
 
     Args:
-        path (Path): An annotation file, before it is read.
+        path (Path): Annotation file, not read yet.
 
     Raises:
-        ValueError: If reading it takes more memory than is free.
+        ValueError: If reading it needs more memory than is free.
     """
     size, free = path.stat().st_size, _free_memory()
     if MEMORY * size > free:
         raise ValueError(
-            f'{path} has {size / 1e9:.1f} GB. To read it takes about '
-            f'{MEMORY * size / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB '
-            'are free: take a part of the data, or a machine with more')
+            f'{path} has {size / 1e9:.1f} GB. Reading it needs about '
+            f'{MEMORY * size / 1e9:.0f} GB of memory, but only '
+            f'{free / 1e9:.0f} GB are free: use a part of the data, or a '
+            'machine with more memory')
 
 
 def _free_memory() -> float:
-    """Bytes that are free or can be made so; infinite if unknown."""
+    """Return the available memory in bytes, or infinity if unknown."""
     try:
         said = Path('/proc/meminfo').read_text()
     except OSError:  # not Linux
@@ -45,17 +46,17 @@ def _free_memory() -> float:
 
 
 def leads_out(name: Path, root: Path, folder: Path) -> bool:
-    """Whether annotations name an image outside of the data set.
+    """True if an image name in the annotations leaves the data set's folder.
 
-    A link is of who made the folder, and images may lie on another disk. A
-    ``..`` or an absolute name is of who wrote the annotations, which may be
-    anyone: a training would read, and its pictures show, any image of the
-    machine.
+    Links are allowed: the folder's owner made them, and images may be on
+    another disk. A ``..`` or an absolute name comes from the author of the
+    annotations, who may be anyone. With it, a training could read any image
+    on the machine and show it in its pictures.
 
     Args:
-        name (Path): What stands in the annotations.
-        root (Path): The data set.
-        folder (Path): The folder of images in it.
+        name (Path): Image name in the annotations.
+        root (Path): Folder of the data set.
+        folder (Path): Folder of the images in it.
     """
     if not name.is_absolute() and '..' not in name.parts:
         return False

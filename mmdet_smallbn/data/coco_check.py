@@ -1,4 +1,4 @@
-"""What a COCO-format folder lacks, found before a training needs it."""
+"""Checks of a COCO-format folder's images, and filling of missing keys."""
 import hashlib
 import json
 import os
@@ -12,21 +12,21 @@ from PIL import Image
 from ..progress import track
 
 _SHOWN = 10
-# What a whole file of a format has near its end.
+# Bytes near the end of a complete file, by format.
 _ENDS = {'JPEG': b'\xff\xd9', 'PNG': b'IEND'}
 _TAIL = 64
 
 
 def check_images(image_dir: Path, images: List[Dict], title: str) -> None:
-    """Look at every image: readable, whole, of the size that is written.
+    """Check that every image is readable, complete and of the stated size.
 
     Args:
-        image_dir (Path): The folder that the file names are relative to.
-        images (list[dict]): Entries of the annotation file.
-        title (str): Of the progress bar.
+        image_dir (Path): Folder that the file names are relative to.
+        images (list[dict]): Image entries of the annotation file.
+        title (str): Title of the progress bar.
 
     Raises:
-        ValueError: If there are images that are not. It names the first ten.
+        ValueError: If images fail the check. It names the first ten.
     """
     with ThreadPoolExecutor() as pool:
         found = track(
@@ -39,7 +39,7 @@ def check_images(image_dir: Path, images: List[Dict], title: str) -> None:
         raise ValueError(
             f'{len(faults)} of the {len(images)} images in {image_dir} cannot '
             f'be used: {shown}{f"; and {more} more" if more > 0 else ""}. '
-            'Mend or remove them, in the annotations too')
+            'Repair them, or remove them and their annotations')
 
 
 def _fault_of(image_dir: Path, image: Dict) -> Optional[str]:
@@ -53,23 +53,23 @@ def _fault_of(image_dir: Path, image: Dict) -> Optional[str]:
             if not _ends_well(path, size, opened.format):
                 opened.load()
             width, height = _size_of(opened)
-    except Exception as error:  # whatever a decoder may run into
+    except Exception as error:  # a decoder can raise any error
         return f'{name!r} cannot be read ({error})'
     written = image.get('width'), image.get('height')
     if None not in written and written != (width, height):
-        return (f'{name!r} has {width} x {height} pixels, the annotations say '
-                f'{written[0]} x {written[1]}')
+        return (f'{name!r} has {width} x {height} pixels, but the annotations '
+                f'say {written[0]} x {written[1]}')
     return None
 
 
 def _size_of(image: Image.Image) -> Tuple[int, int]:
-    """Width and height after the turn that its orientation asks for."""
+    """Return width and height after the rotation in the EXIF data."""
     turned = image.getexif().get(0x0112, 1) >= 5
     return image.size[::-1] if turned else image.size
 
 
 def _ends_well(path: Path, size: int, kind: Optional[str]) -> bool:
-    """Whether a file's end is that of a whole one; decoding it is slower."""
+    """True if the file ends as a complete one; decoding is slower."""
     end = _ENDS.get(kind)
     if end is None:
         return False
@@ -79,22 +79,25 @@ def _ends_well(path: Path, size: int, kind: Optional[str]) -> bool:
 
 
 def complete(path: Path, content: Dict, image_dir: Path) -> Tuple[Path, str]:
-    """Fill in what follows from the rest of an annotation file.
+    """Fill in missing keys of an annotation file.
 
-    ``area`` is that of the box, ``iscrowd`` is 0, ``id`` counts, sizes of
-    images are read from them. The file itself stays as it is.
+    A missing ``area`` becomes that of the box, ``iscrowd`` becomes 0, and
+    ``id`` becomes a running number. Missing image sizes are read from the
+    images. The result is written to a cache file. The annotation file itself
+    does not change.
 
     Args:
         path (Path): The annotation file.
-        content (dict): What is in it; is changed.
-        image_dir (Path): Where its images are.
+        content (dict): Its content, which is changed in place.
+        image_dir (Path): Folder of its images.
 
     Returns:
-        tuple[Path, str]: The file to use, and what was filled in, in words;
-        empty if nothing was.
+        tuple[Path, str]: The file to use, and a message about the filled
+        keys. The message is empty if nothing was missing.
 
     Raises:
-        ValueError: If an object has no box.
+        ValueError: If an object has no box, or an image without a size cannot
+            be read.
     """
     filled: Dict[str, int] = {}
 
@@ -108,8 +111,8 @@ def complete(path: Path, content: Dict, image_dir: Path) -> Tuple[Path, str]:
         if not box or len(box) != 4:
             raise ValueError(
                 f'{path}: object {index} of image '
-                f'{annotation.get("image_id")} has no bbox of 4 numbers, but '
-                f'{box!r}')
+                f'{annotation.get("image_id")} needs a bbox of 4 numbers, but '
+                f'has {box!r}')
         fill(annotation, 'area', box[2] * box[3])
         fill(annotation, 'iscrowd', 0)
         fill(annotation, 'id', index + 1)
@@ -120,7 +123,8 @@ def complete(path: Path, content: Dict, image_dir: Path) -> Tuple[Path, str]:
                     width, height = _size_of(opened)
             except OSError as error:
                 raise ValueError(f'{image["file_name"]!r} of {path} cannot be '
-                                 f'read ({error})') from error
+                                 f'read ({error}): repair or remove it'
+                                 ) from error
             fill(image, 'width', width)
             fill(image, 'height', height)
     if not filled:

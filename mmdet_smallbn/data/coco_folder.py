@@ -1,4 +1,4 @@
-"""Find the splits of a COCO-format folder, however it is laid out."""
+"""Search for the splits of a COCO-format folder in its common layouts."""
 import json
 import os
 from pathlib import Path
@@ -14,12 +14,12 @@ class CocoSplit(NamedTuple):
     """One split of a COCO-format data set.
 
     Attributes:
-        ann_file (Path): The annotations.
-        image_dir (Path): The folder that their file names are relative to.
-        classes (tuple[str]): Names of the categories, in the file's order.
+        ann_file (Path): Annotation file.
+        image_dir (Path): Folder that its file names are relative to.
+        classes (tuple[str]): Category names, in the file's order.
         num_images (int): Number of images.
-        has_masks (bool): Whether every object has a segmentation.
-        filled (str): What the annotations lacked, and was filled in.
+        has_masks (bool): True if every object has a segmentation.
+        filled (str): Message about filled keys; empty if none was missing.
     """
     ann_file: Path
     image_dir: Path
@@ -34,29 +34,31 @@ def find_coco_split(root: Union[str, Path],
                     check: bool = False) -> CocoSplit:
     """Find the annotations and images of a split.
 
-    Looks for ``annotations/instances_train2017.json`` and
+    Supported layouts: ``annotations/instances_train2017.json`` with
     ``train2017/`` as in COCO, the same names without the year or
     ``instances_``, images under ``images/``, and
-    ``train/_annotations.coco.json`` with the images beside it.
+    ``train/_annotations.coco.json`` with the images in the same folder.
 
     Args:
-        root (str | Path): The data set's folder.
+        root (str | Path): Folder of the data set.
         split (str): ``'train'`` or ``'val'``.
-        check (bool): Whether to look into every image.
+        check (bool): True to open and check every image.
 
     Returns:
-        CocoSplit: What was found; the images are known to exist.
+        CocoSplit: The split. All its images exist.
 
     Raises:
-        FileNotFoundError: Naming what was looked for, or is missing.
-        ValueError: If an annotation file is not COCO's detection format, is
-            too large for the memory that is free, or names an image outside
-            of the folder, or if images were looked into and cannot be used.
+        FileNotFoundError: If annotations or images are missing. It names the
+            paths that were searched.
+        ValueError: If an annotation file is not in COCO's detection format,
+            is too large for the free memory, or names an image outside of the
+            folder, or if the check found images that cannot be used.
     """
     root = Path(root)
     check_printable(root)
     if not root.is_dir():
-        raise FileNotFoundError(f'no data set folder at {root}')
+        raise FileNotFoundError(f'no data set folder at {root}: check the '
+                                'path')
     files = _annotation_files(root, split)
     if not files:
         raise FileNotFoundError(
@@ -110,8 +112,8 @@ def _file_names(path: Path, content: dict) -> List[Path]:
     names = [image.get('file_name') for image in content['images']]
     for index, name in enumerate(names):
         if not name or not isinstance(name, str):
-            raise ValueError(f'{path}: image {index} has no file_name, but '
-                             f'{name!r}')
+            raise ValueError(f'{path}: image {index} needs a file_name, but '
+                             f'has {name!r}')
     return list(map(Path, names))
 
 
@@ -121,9 +123,9 @@ def _check_names(path: Path, root: Path, folder: Path,
     if outside:
         raise ValueError(
             f'{path}: {str(outside[0])!r} is outside of {root}. Put the image '
-            'into the folder, or a link to its own folder, and write the name '
-            'relative to that')
-    # A look into each folder is less than one for each file.
+            'or a link to its folder into the data set, and change the name '
+            'to the path there')
+    # Listing each folder is faster than a check of each file.
     held = {
         parent: set(os.listdir(folder / parent))
         for parent in {name.parent for name in names}
@@ -133,26 +135,26 @@ def _check_names(path: Path, root: Path, folder: Path,
     if missing:
         raise FileNotFoundError(
             f'{len(missing)} of the {len(names)} images of {path} are not in '
-            f'{folder}, {str(missing[0])!r} the first of them')
+            f'{folder}. The first is {str(missing[0])!r}')
 
 
 def _classes(path: Path, content: dict) -> Tuple[str, ...]:
     names = tuple(c.get('name') for c in content['categories'])
     if None in names or len(set(names)) < len(names):
-        raise ValueError(f'{path}: categories need names, each its own, but '
+        raise ValueError(f'{path}: every category needs a unique name, but '
                          f'got {names}')
     return names
 
 
 def _has_mask(annotation: dict) -> bool:
-    """Polygons, or a run-length code."""
+    """True if an object has polygons or a run-length encoded mask."""
     mask = annotation.get('segmentation')
     return any(mask) if isinstance(mask, list) else bool(mask)
 
 
 def _read(path: Path) -> dict:
     try:
-        # Some tools begin files with a mark.
+        # Some tools write a byte order mark.
         content = json.loads(path.read_text(encoding='utf-8-sig'))
         wanted = ('images', 'annotations', 'categories')
         missing = [key for key in wanted if not content.get(key)]

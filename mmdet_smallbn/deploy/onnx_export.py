@@ -1,4 +1,4 @@
-"""ONNX files of models with these norms, in standard operators."""
+"""Export of models with these norms to ONNX, in standard operators."""
 import copy
 import importlib.util
 import inspect
@@ -20,23 +20,24 @@ from .onnx_file import check_onnx, make_onnx, run_onnx
 
 # Axes of an image tensor that may differ from call to call.
 AXES = dict(batch=0, height=2, width=3)
-# Largest difference to torch, relative to an output's largest value if that
-# is above 1.
+# Largest allowed difference to torch. It is relative to the output's largest
+# absolute value if that is above 1.
 TOLERANCE = 1e-4
-_REMEDY = ('If the size is what it depends on, let fewer axes be '
-           f'dynamic ({", ".join(AXES)}), or take another shape')
+_REMEDY = ('If this depends on the size, make fewer axes dynamic '
+           f'({", ".join(AXES)}), or use another shape')
 
 
 class Export(NamedTuple):
-    """What an ONNX file holds.
+    """Description of an exported ONNX file.
 
     Attributes:
-        inputs, outputs (dict[str, tuple[int, ...]]): Their shapes by name, for
-            the random image that it was exported with.
+        inputs, outputs (dict[str, tuple[int, ...]]): Shapes by name, for the
+            random image that the model was exported with.
         difference (float, optional): Largest difference between onnxruntime
-            and torch, as a part of the output's largest value if that is
-            above 1; of 19 in 20 detections, if detections are the output.
-            None: onnxruntime is not installed.
+            and torch, relative to the output's largest absolute value if that
+            is above 1. For a whole detector, the 5% of detections with the
+            largest difference are left out. None: onnxruntime is not
+            installed.
     """
     inputs: Dict[str, Tuple[int, ...]]
     outputs: Dict[str, Tuple[int, ...]]
@@ -44,15 +45,14 @@ class Export(NamedTuple):
 
 
 def require_onnx() -> None:
-    """Refuse to go on without the package onnx.
+    """Raise an error if the package onnx is not installed.
 
     Raises:
-        SetupError: Saying what to install.
+        SetupError: If onnx is missing. It names the packages to install.
     """
     if importlib.util.find_spec('onnx') is None:
-        raise SetupError('exporting needs the package onnx, and onnxruntime '
-                         'to check what was exported: pip install onnx '
-                         'onnxruntime')
+        raise SetupError('the export needs the package onnx, and onnxruntime '
+                         'to check the file: pip install onnx onnxruntime')
 
 
 def export_onnx(model: nn.Module,
@@ -61,46 +61,48 @@ def export_onnx(model: nn.Module,
                 fold: bool = False,
                 opset: int = 17,
                 dynamic: Optional[Sequence[str]] = None) -> Export:
-    """Write a model in evaluation to an ONNX file.
+    """Export a model in evaluation mode to an ONNX file.
 
-    - Faster and Mask R-CNN: the whole detector. From ``input``, one
-      normalised image of a fixed shape, and ``size``, its height and width
-      without padding, to ``boxes``, ``scores``, ``labels`` and ``masks``.
-      These are the detections of mmdet's ``predict``, before it brings them
-      to the original image's size.
-    - A single-stage detector: the network. From normalised images to what
-      the head puts out, named as in the head's losses and by the level:
-      ``cls_score_p3``, ``bbox_pred_p3``, ... are of stride 8. Levels whose
-      strides are no powers of 2 are counted from 0. What makes boxes of
-      these outputs is not in the file.
+    - Faster and Mask R-CNN: the file holds the whole detector. The inputs are
+      ``input``, one normalised image of a fixed shape, and ``size``, its
+      height and width without padding. The outputs are ``boxes``,
+      ``scores``, ``labels`` and ``masks``. They equal the detections of
+      mmdet's ``predict`` before it rescales them to the original image.
+    - Single-stage detectors: the file holds the network, from normalised
+      images to the head's outputs. Their names are those of the head's loss
+      with the level: ``cls_score_p3``, ``bbox_pred_p3``, ... have stride 8.
+      If a stride is not a power of 2, the levels are counted from 0. The
+      decoding of these outputs to boxes is not in the file.
     - Any module that takes one tensor, such as a backbone, or backbone and
       neck as ``nn.Sequential``: its outputs are ``output``, or ``output_0``,
       ``output_1``, ... if there are several.
 
-    The data preprocessor is not in the file. Domains other than ONNX's own
-    are refused. Before the file is written, it is checked, and compared on
-    random inputs with torch, whole detectors with mmdet's ``predict``, if
-    onnxruntime is installed. The model is left as it is.
+    The data preprocessor is not in the file. The file uses only operators of
+    ONNX's own domain. If onnxruntime is installed, the export is compared on
+    random inputs with torch before the file is written; whole detectors are
+    compared with mmdet's ``predict``. The model does not change.
 
     Args:
-        model (nn.Module): With trained norms. Is exported in float32.
-        file (str | Path): To write.
-        shape (Sequence[int]): Of the images that the model is run with.
-        fold (bool): Whether to fold norms into convolutions first, with
+        model (nn.Module): Model with trained norms. It is exported in float32.
+        file (str | Path): File to write.
+        shape (Sequence[int]): Shape (N, C, H, W) of the example images.
+        fold (bool): True to fold norms into convolutions first, with
             :func:`mmdet_smallbn.fuse_norm`, which refuses a norm
-            that it cannot fold. Without, torch folds those that it can.
-        opset (int): Version of ONNX's operators; 16 or above for a whole
-            detector.
-        dynamic (Sequence[str], optional): Which of batch, height and width
-            may differ from those of ``shape``. None: all, but none of a whole
-            detector.
+            that it cannot fold. If False, torch's exporter folds the norms
+            that it can.
+        opset (int): Version of ONNX's operator set. A whole detector needs 16
+            or above.
+        dynamic (Sequence[str], optional): Axes among batch, height and width
+            that may differ from ``shape``. None: all of them, but for a whole
+            detector none.
 
     Returns:
-        Export: What it holds.
+        Export: Description of the file.
 
     Raises:
-        SetupError: If onnx is missing, the model cannot be exported, or if
-            what was exported is not the same.
+        SetupError: If onnx is missing, if the model cannot be exported, or if
+            the exported outputs differ from torch.
+        ValueError: If ``dynamic`` names an unknown axis.
 
     Example:
         >>> model = init_detector(config, checkpoint, device='cpu')
@@ -109,7 +111,7 @@ def export_onnx(model: nn.Module,
     """
     require_onnx()
     network, whole = _network(_copy(model))
-    # Its own mode is what the exporter leaves it in.
+    # The exporter restores each module to the mode that it has here.
     network.eval()
     if dynamic is None:
         dynamic = () if whole else tuple(AXES)
@@ -127,7 +129,7 @@ def export_onnx(model: nn.Module,
     expected = [_run(network, example) for example in examples]
     if fold:
         from .fuse import fuse_norm
-        if whole:  # whose own example has regions
+        if whole:  # the wrapper's example inputs are not those of fuse_norm
             fuse_norm(network.detector)
         else:
             fuse_norm(network, tuple(examples[0].values()))
@@ -153,7 +155,7 @@ def _shapes(tensors: Dict[str, Tensor]) -> Dict[str, Tuple[int, ...]]:
 
 def _axes(tensors: Dict[str, Tensor],
           dynamic: Sequence[str]) -> Dict[str, Dict[int, str]]:
-    """What the axes are called that may differ."""
+    """Return the names of the dynamic axes."""
     return {
         name: {
             AXES[key]: key if key == 'batch' else f'{name}_{key}'
@@ -165,11 +167,11 @@ def _axes(tensors: Dict[str, Tensor],
 
 def _sizes(shape: Tuple[int, ...],
            dynamic: Sequence[str]) -> List[Tuple[int, ...]]:
-    """The shapes to compare at: the example's, and one that differs."""
+    """Return the shapes to compare at: the example's, and a larger one."""
     other = list(shape)
     for name in dynamic:
         if AXES[name] < len(shape):
-            # Twice, for networks that want multiples of something.
+            # Doubling keeps multiples, which some networks require.
             other[AXES[name]] *= 2
     return [shape] if tuple(other) == shape else [shape, tuple(other)]
 
@@ -181,19 +183,20 @@ def _copy(model: nn.Module) -> nn.Module:
             raise SetupError(
                 f'{type(module).__name__} {name!r} keeps no moving averages '
                 '(track_running_stats=False): it normalises each batch with '
-                'its own statistics, in operators that ONNX does not have')
+                'its own statistics, and ONNX has no operator for that. Train '
+                'with track_running_stats=True')
         weight = getattr(module, 'example_weight', 0.)
         if weight and (weight < 1 or not getattr(module, 'centered', True)):
             raise SetupError(
                 f'{type(module).__name__} {name!r} has the example weight '
-                f'{weight:g}, and ONNX has no operator for that. '
-                'set_example_weight(model, 0), or no ExampleWeightHook in the '
-                'config, makes it an affine map: evaluate that before')
+                f'{weight:g}, and ONNX has no operator for that. Call '
+                'set_example_weight(model, 0), or remove ExampleWeightHook '
+                'from the config, and evaluate the model again')
     return model.requires_grad_(False)
 
 
 class _Dense(nn.Module):
-    """A single-stage detector from images to what its head puts out."""
+    """Single-stage detector from images to the outputs of its head."""
 
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
@@ -203,7 +206,7 @@ class _Dense(nn.Module):
         return self.detector.bbox_head(self.detector.extract_feat(image))
 
     def onnx_names(self, outputs: Tuple[Any, ...]) -> Iterator[str]:
-        """One a level, as the head's losses call the outputs they take."""
+        """Yield a name per output and level, as the head's loss names them."""
         head = self.detector.bbox_head
         losses = getattr(head, 'loss_by_feat', None)
         names = [] if losses is None else inspect.signature(losses).parameters
@@ -221,11 +224,11 @@ class _Dense(nn.Module):
 
 
 def _network(model: nn.Module) -> Tuple[nn.Module, bool]:
-    """What is exported of a model, and whether it is a whole detector."""
+    """Return the network to export, and True for a whole detector."""
     try:
         from mmdet.models.detectors import (BaseDetector, SingleStageDetector,
                                             TwoStageDetector)
-    except ImportError:  # no detector, then
+    except ImportError:  # without mmdet the model is no detector
         return model, False
     if isinstance(model, SingleStageDetector):
         return _Dense(model), False
@@ -235,8 +238,8 @@ def _network(model: nn.Module) -> Tuple[nn.Module, bool]:
     if isinstance(model, BaseDetector):
         raise SetupError(
             f'{type(model).__name__} is neither a single-stage nor a '
-            'two-stage detector. Export its parts that take an image: '
-            'backbone and neck as nn.Sequential, or the detector within it')
+            'two-stage detector. Export a part of it that takes an image: '
+            'backbone and neck as nn.Sequential, or an inner detector')
     return model, False
 
 
@@ -248,8 +251,8 @@ def _tensors(outputs: Any) -> Iterator[Tensor]:
         for value in values:
             yield from _tensors(value)
     else:
-        raise SetupError('a network to export puts out tensors, but this one '
-                         f'a {type(outputs).__name__}')
+        raise SetupError('a network to export must return tensors, but this '
+                         f'one returns a {type(outputs).__name__}')
 
 
 def _random_image(shape: Sequence[int]) -> Tensor:
@@ -259,7 +262,7 @@ def _random_image(shape: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def _run(network: nn.Module, example: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """The outputs by name."""
+    """Run the network and return its outputs by name."""
     try:
         outputs = network(*example.values())
     except Exception as error:
@@ -278,7 +281,7 @@ def _run(network: nn.Module, example: Dict[str, Tensor]) -> Dict[str, Tensor]:
 
 
 def _make_constant(network: nn.Module) -> None:
-    """Write down what evaluation computes of weights and averages alone."""
+    """Precompute values that depend only on weights and averages."""
     for module in network.modules():
         if isinstance(module, CenConv2d) and 'weight' in module._parameters:
             module.weight.copy_(effective_weight(module))
@@ -292,16 +295,16 @@ def _make_constant(network: nn.Module) -> None:
 
 def _compare(network: nn.Module, content: bytes, example: Dict[str, Tensor],
              expected: Dict[str, Tensor]) -> float:
-    """Largest difference between onnxruntime and torch.
+    """Return the largest difference between onnxruntime and torch.
 
     Raises:
-        SetupError: If it is more than rounding.
+        SetupError: If the difference is above :data:`TOLERANCE`.
     """
     size = tuple(example['input'].shape)
     try:
         found = run_onnx(content, example)
     except SetupError as error:
-        raise SetupError(f'{error}. Its input had the shape {size}. '
+        raise SetupError(f'{error}. The input had the shape {size}. '
                          f'{_REMEDY}') from error
     if hasattr(network, 'onnx_difference'):
         errors = {'detections': network.onnx_difference(found, expected)}
@@ -313,6 +316,6 @@ def _compare(network: nn.Module, content: bytes, example: Dict[str, Tensor],
     name = max(errors, key=errors.get)
     if not errors[name] <= TOLERANCE:
         raise SetupError(
-            f'{name} of an input of shape {size} differs by '
-            f'{errors[name]:.1e} between onnxruntime and torch. {_REMEDY}')
+            f'the output {name} differs by {errors[name]:.1e} between '
+            f'onnxruntime and torch for an input of shape {size}. {_REMEDY}')
     return errors[name]

@@ -1,4 +1,4 @@
-"""Make, check and run ONNX files."""
+"""Functions that make, check and run ONNX files."""
 import importlib
 import inspect
 import io
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ..errors import SetupError, describe
 
-# What torch says of its TorchScript exporter, whoever uses it; of steps that
-# it leaves to the runtime; and of negative indices, which nothing here has.
-# The exporter that is to follow needs more packages, and exists in none of the
-# older versions.
+# Warnings of torch's TorchScript exporter that do not concern the user: that
+# it is old, that it leaves some steps to the runtime, and that negative
+# indices fail, which no model here has. The new exporter needs more packages,
+# and older versions of torch do not have it.
 _OF_THE_EXPORTER = (
     'You are using the legacy TorchScript-based ONNX export',
     'The feature will be removed. Please remove usage of this function',
@@ -26,16 +26,17 @@ _OF_THE_EXPORTER = (
 def make_onnx(network: nn.Module, inputs: Dict[str, Tensor],
               outputs: Dict[str, Tensor], axes: Dict[str, Dict[int, str]],
               opset: int) -> bytes:
-    """The content of a file with a network that was run on an example.
+    """Return the content of an ONNX file, traced on an example.
 
     Args:
-        network (nn.Module): Takes the inputs in this order.
-        inputs, outputs (dict[str, Tensor]): The example's, by name.
-        axes (dict[str, dict[int, str]]): Names of those that may differ.
-        opset (int): Version of ONNX's operators.
+        network (nn.Module): Network that takes the inputs in this order.
+        inputs, outputs (dict[str, Tensor]): The example's tensors by name.
+        axes (dict[str, dict[int, str]]): Names of the dynamic axes, by tensor
+            name and axis.
+        opset (int): Version of ONNX's operator set.
 
     Raises:
-        SetupError: If torch cannot.
+        SetupError: If torch cannot export the network.
     """
     settings = {}
     if 'dynamo' in inspect.signature(torch.onnx.export).parameters:
@@ -60,20 +61,21 @@ def make_onnx(network: nn.Module, inputs: Dict[str, Tensor],
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the exporter's notes on itself and on branches."""
+    """Silence the exporter's warnings about itself and about branches."""
     with warnings.catch_warnings():
         for message in _OF_THE_EXPORTER:
             warnings.filterwarnings('ignore', message)
-        # Whether a branch is another one at other sizes is seen afterwards.
+        # The later comparison finds branches that depend on the size.
         warnings.simplefilter('ignore', torch.jit.TracerWarning)
         yield
 
 
 def check_onnx(content: bytes) -> None:
-    """Refuse a file that other runtimes would not take.
+    """Refuse a file that other runtimes cannot load.
 
     Raises:
-        SetupError: If it has operators of other domains, or is no valid ONNX.
+        SetupError: If the file has operators of other domains, or is not valid
+            ONNX.
     """
     import onnx
     model = onnx.load_from_string(content)
@@ -82,19 +84,19 @@ def check_onnx(content: bytes) -> None:
         for node in _nodes(model.graph) if node.domain not in ('', 'ai.onnx')
     })
     if foreign:
-        raise SetupError(f'the model needs {", ".join(foreign)}, which are '
-                         'no standard operators of ONNX: export the parts '
-                         'without them')
+        raise SetupError(f'the model needs {", ".join(foreign)}, but ONNX has '
+                         'no such standard operators: export the parts of the '
+                         'model without them')
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError,
             onnx.shape_inference.InferenceError) as error:
-        raise SetupError(f'what torch exported is no valid ONNX: '
+        raise SetupError(f'the file that torch exported is not valid ONNX: '
                          f'{describe(error)}') from error
 
 
 def _nodes(graph: Any) -> Iterator[Any]:
-    """A graph's nodes, those of branches and loops, too."""
+    """Yield a graph's nodes, including those in branches and loops."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
@@ -103,22 +105,22 @@ def _nodes(graph: Any) -> Iterator[Any]:
 
 
 def run_onnx(content: bytes, inputs: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """The outputs by name, in onnxruntime on a CPU.
+    """Run a file in onnxruntime on a CPU, and return the outputs by name.
 
     Raises:
-        SetupError: If it cannot run.
+        SetupError: If onnxruntime cannot run the file.
     """
     runtime = importlib.import_module('onnxruntime')
     options = runtime.SessionOptions()
-    options.log_severity_level = 3  # errors; they are raised, too
+    options.log_severity_level = 3  # only errors, which are also raised
     try:
         session = runtime.InferenceSession(
             content, options, providers=['CPUExecutionProvider'])
         outputs = session.run(
             None, {name: tensor.numpy()
                    for name, tensor in inputs.items()})
-    except Exception as error:  # of its own kinds, by what went wrong
-        raise SetupError(f'onnxruntime cannot run what was exported: '
+    except Exception as error:  # onnxruntime has its own error types
+        raise SetupError(f'onnxruntime cannot run the exported file: '
                          f'{describe(error)}') from error
     return {
         node.name: torch.from_numpy(output)

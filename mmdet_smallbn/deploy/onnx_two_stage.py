@@ -1,4 +1,4 @@
-"""Faster and Mask R-CNN as one graph, in operators that ONNX has."""
+"""Faster and Mask R-CNN as one ONNX graph with standard operators."""
 import math
 from functools import reduce
 from typing import Any, Dict, List, Sequence, Tuple
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ..errors import SetupError
 
-# What a detector must consist of: types of parts, and values of settings.
+# Supported detectors: allowed types of the parts and values of settings.
 _ALLOWED = {
     'rpn_head': (RPNHead, ),
     'rpn_head.bbox_coder': (DeltaXYWHBBoxCoder, ),
@@ -39,22 +39,22 @@ _ALLOWED = {
     'roi_head.mask_head': (FCNMaskHead, None)
 }
 OUTPUTS = ('boxes', 'scores', 'labels', 'masks')
-# The first in which RoiAlign knows mmcv's coordinates.
+# First opset whose RoiAlign supports mmcv's coordinates.
 _OPSET = 16
 
 
 class TwoStage(nn.Module):
     """Faster or Mask R-CNN from one image to its detections.
 
-    In an export it takes the steps of mmdet's ``predict``, but the same steps
-    whatever is found. Otherwise it calls mmdet, so that who compares the two
-    compares with mmdet.
+    During an export it follows the steps of mmdet's ``predict``, without
+    branches that depend on the detections. Otherwise it calls mmdet, so a
+    comparison of the two is a comparison with mmdet.
 
     Args:
-        detector (TwoStageDetector): To export.
+        detector (TwoStageDetector): Detector to export.
 
     Raises:
-        SetupError: If the detector has other parts than these two.
+        SetupError: If the detector has parts that are not supported.
     """
 
     def __init__(self, detector: TwoStageDetector) -> None:
@@ -65,22 +65,22 @@ class TwoStage(nn.Module):
     @staticmethod
     def examples(shape: Sequence[int], dynamic: Sequence[str],
                  opset: int) -> List[Dict[str, Tensor]]:
-        """Two random inputs, without and with padding.
+        """Return two random inputs, one without and one with padding.
 
         Args:
-            shape (Sequence[int]): Of the image, (1, 3, H, W).
-            dynamic (Sequence[str]): Axes that may differ: none.
-            opset (int): Version of ONNX's operators.
+            shape (Sequence[int]): Shape of the image, (1, 3, H, W).
+            dynamic (Sequence[str]): Dynamic axes; must be empty.
+            opset (int): Version of ONNX's operator set.
 
         Raises:
-            SetupError: If no such file can be made.
+            SetupError: If the shape, the axes or the opset is not supported.
         """
         if dynamic or shape[0] != 1 or opset < _OPSET:
             raise SetupError(
-                'a two-stage detector is exported for one image of a fixed '
-                f'shape at opset {_OPSET} or above, but got {shape[0]} '
+                'a two-stage detector can only be exported for one image of a '
+                f'fixed shape and opset {_OPSET} or above, but got {shape[0]} '
                 f'images, dynamic axes [{", ".join(dynamic)}], opset {opset}')
-        # Detectors find something in squares of colour, nothing in noise.
+        # Detectors detect objects in coloured squares, but not in noise.
         squares = torch.randn(
             (1, shape[1], *(-(-side // 32) for side in shape[2:])),
             generator=torch.Generator().manual_seed(0))
@@ -95,16 +95,16 @@ class TwoStage(nn.Module):
 
     @staticmethod
     def onnx_names(outputs: Tuple[Tensor, ...]) -> Sequence[str]:
-        """What the outputs are called."""
+        """Return the names of the outputs."""
         return OUTPUTS[:len(outputs)]
 
     @staticmethod
     def onnx_difference(found: Dict[str, Tensor],
                         wanted: Dict[str, Tensor]) -> float:
-        """Largest difference between detections, in whichever order.
+        """Return the largest difference between detections in any order.
 
-        Where scores are as good as equal, or an overlap is at the threshold,
-        rounding decides. So the 20th part with the largest is left out.
+        Rounding decides between almost equal scores, and about overlaps near
+        the threshold. So the 5% with the largest difference are left out.
         """
         counts = [len(outputs['boxes']) for outputs in (found, wanted)]
         if 0 in counts:
@@ -121,16 +121,16 @@ class TwoStage(nn.Module):
         return nearest.quantile(0.95, interpolation='lower').item()
 
     def forward(self, image: Tensor, size: Tensor) -> Tuple[Tensor, ...]:
-        """Detect.
+        """Detect objects in one image.
 
         Args:
-            image (Tensor): Normalised, (1, 3, H, W), padded with zeros at the
-                right and the bottom.
+            image (Tensor): Normalised image, (1, 3, H, W), padded with zeros
+                at the right and the bottom.
             size (Tensor): Height and width without padding, (2, ), int64.
 
         Returns:
-            tuple[Tensor]: Of N detections boxes (N, 4), scores (N, ), labels
-            (N, ), and with a mask head masks (N, h, w).
+            tuple[Tensor]: For N detections: boxes (N, 4), scores (N, ),
+            labels (N, ), and with a mask head masks (N, h, w).
         """
         head = self.detector.roi_head
         exporting = torch.onnx.is_in_onnx_export()
@@ -166,7 +166,7 @@ class TwoStage(nn.Module):
         return found.bboxes, found.scores, found.labels
 
     def _propose(self, features: Sequence[Tensor], limits: Tensor) -> Tensor:
-        """The RPN's boxes, as RPNHead."""
+        """Return the RPN's boxes, computed as in RPNHead."""
         head = self.detector.rpn_head
         cfg = head.test_cfg
         outputs = list(zip(*head(features)))
@@ -197,7 +197,7 @@ class TwoStage(nn.Module):
 
     def _classify(self, features: Sequence[Tensor], boxes: Tensor,
                   limits: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-        """What the box head makes of the RPN's boxes, as BBoxHead."""
+        """Return the box head's detections, computed as in BBoxHead."""
         head, cfg = (self.detector.roi_head.bbox_head,
                      self.detector.roi_head.test_cfg)
         regions = _align(self.detector.roi_head.bbox_roi_extractor, features,
@@ -218,8 +218,8 @@ def _clip(boxes: Tensor, limits: Tensor) -> Tensor:
 
 
 def _nms(boxes: Tensor, scores: Tensor, groups: Tensor, cfg: Any) -> Tensor:
-    """What is left in each group, as mmcv's ``batched_nms``."""
-    # There may be no box.
+    """Return the kept indices of NMS per group, as ``batched_nms``."""
+    # The appended zero gives max() a value if there are no boxes.
     largest = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).max()
     boxes = boxes + (groups.to(boxes) * (largest + 1))[:, None]
     return _NMS.apply(boxes, scores, cfg.nms.iou_threshold, 0, 0.,
@@ -228,10 +228,10 @@ def _nms(boxes: Tensor, scores: Tensor, groups: Tensor, cfg: Any) -> Tensor:
 
 def _align(extractor: nn.Module, features: Sequence[Tensor],
            boxes: Tensor) -> Tensor:
-    """The boxes' features, each of its level, as SingleRoIExtractor.
+    """Extract each box's features from its level, as SingleRoIExtractor.
 
-    The last are of another box, without which there may be none: operators
-    that divide channels into groups fail then.
+    The last row belongs to an extra box. Without it there may be no rows, and
+    operators that divide channels into groups fail on an empty input.
     """
     rois = F.pad(boxes, (1, 0, 0, 1))
     levels = extractor.map_roi_levels(rois, extractor.num_inputs)
@@ -247,7 +247,7 @@ def _align(extractor: nn.Module, features: Sequence[Tensor],
 
 
 class _NMS(NMSop):
-    """mmcv's, and what a file has in its place."""
+    """mmcv's NMS, exported as ONNX's NonMaxSuppression."""
 
     @staticmethod
     def symbolic(g: Any, boxes: Any, scores: Any, iou_threshold: float,
@@ -257,12 +257,12 @@ class _NMS(NMSop):
                     g.op('Unsqueeze', scores, _constant(g, [0, 1])),
                     _constant(g, [most if most > 0 else 2**31 - 1]),
                     _constant(g, [iou_threshold]))
-        # Of an image, a class, and a box.
+        # A row holds the indices of image, class and box.
         return g.op('Gather', rows, _constant(g, 2), axis_i=1)
 
 
 class _RoIAlign(RoIAlignFunction):
-    """mmcv's, and what a file has in its place."""
+    """mmcv's RoIAlign, exported as ONNX's RoiAlign."""
 
     @staticmethod
     def symbolic(g: Any, feature: Any, rois: Any, size: Tuple[int, int],
@@ -288,10 +288,10 @@ def _constant(g: Any, value: Any) -> Any:
 
 
 def _check_parts(detector: TwoStageDetector) -> None:
-    """Refuse what an export would do in another way than mmdet.
+    """Refuse a detector that the export would compute unlike mmdet.
 
     Raises:
-        SetupError: Naming what it is.
+        SetupError: If a part or setting is not supported. It names the part.
     """
     for path, allowed in _ALLOWED.items():
         found = reduce(lambda part, name: getattr(part, name, None),
@@ -300,7 +300,8 @@ def _check_parts(detector: TwoStageDetector) -> None:
             plain = found is None or isinstance(found, (bool, str))
             name = repr(found) if plain else type(found).__name__
             raise SetupError(
-                'of two-stage detectors Faster and Mask R-CNN are exported, '
-                f'but {path} of this {type(detector).__name__} is {name}. '
+                'the only two-stage detectors to export are Faster and Mask '
+                f'R-CNN, but {path} of this {type(detector).__name__} is '
+                f'{name}. '
                 'Export its parts: backbone and neck as nn.Sequential, and '
                 'its heads')

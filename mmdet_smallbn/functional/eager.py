@@ -1,4 +1,4 @@
-"""Code that torch.compile must not take into a graph."""
+"""Decorator that keeps code out of torch.compile's graphs."""
 import functools
 from typing import Callable
 
@@ -12,18 +12,19 @@ _is_compiling = getattr(_compiler, 'is_compiling', lambda: True)
 def run_eagerly(function: Callable) -> Callable:
     """Keep a function out of torch.compile's graphs.
 
-    It reads what changes from call to call, and a graph would hold it as a
-    constant: the kind of the pass, the past, the version of a tensor.
+    The function reads values that change from call to call, such as the kind
+    of the pass, the past statistics or the version of a tensor. A graph would
+    store them as constants.
     """
     disabled = None
 
     @functools.wraps(function)
     def run(*args):
         nonlocal disabled
-        # torch's wrapper takes time, so it is used in compilation alone.
+        # torch's wrapper is slow, so it is used only in compilation.
         if not _is_compiling():
             return function(*args)
-        # To make one loads the compiler: an import of this package does not.
+        # Making the wrapper imports the compiler, so it waits until needed.
         if disabled is None:
             disabled = _disable(function)
         return disabled(*args)

@@ -411,8 +411,8 @@ def test_the_tool_tells_of_missing_packages(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main(['a.py', 'a.pth', '-o', str(tmp_path / 'a.onnx')])
     assert capsys.readouterr().err == (
-        'error: exporting needs the package onnx, and onnxruntime to check '
-        'what was exported: pip install onnx onnxruntime\n')
+        'error: the export needs the package onnx, and onnxruntime to check '
+        'the file: pip install onnx onnxruntime\n')
 
 
 def test_the_tool_weighs_examples_as_testing_does():

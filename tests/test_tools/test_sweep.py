@@ -22,10 +22,10 @@ def test_results_are_kept_and_told_apart(tmp_path):
     results.add(0.1, {AP: 0.5})
     again = Results(path, dict(checkpoint='a', exclude=[]))
     assert again.metrics == {0.1: {AP: 0.5}, 0.2: {AP: 0.4}}
-    with pytest.raises(SetupError, match='the same: checkpoint.*--work-dir'):
+    with pytest.raises(SetupError, match='differs in checkpoint.*--work-dir'):
         Results(path, dict(checkpoint='b', exclude=[]))
     path.write_text('{"weig')
-    with pytest.raises(SetupError, match='sweep.json was not written by this tool'):
+    with pytest.raises(SetupError, match='sweep.json was not written by'):
         Results(path, {})
 
 
@@ -93,5 +93,5 @@ def test_a_weight_that_the_config_sets_stands_back(tmp_path):
 def test_a_weight_out_of_range_is_refused_before_any_work(capsys):
     with pytest.raises(SystemExit):
         main(['config.py', 'checkpoint.pth', '--weights', '0', '1.5'])
-    assert 'error: the weight of an example must be a number from 0 to 1, ' \
+    assert 'error: the example weight must be a number from 0 to 1, ' \
         'but got 1.5' in capsys.readouterr().err
