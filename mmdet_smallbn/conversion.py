@@ -160,7 +160,10 @@ def _find(model: nn.Module, where: Union[str, Sequence[str], None]
             raise SetupError('the model holds no BatchNorm2d to convert'
                              f'{_reasons(left)}')
         return norms, left
-    prefixes = (where, ) if isinstance(where, str) else tuple(where)
+    prefixes = (where, ) if isinstance(where, str) else where
+    if not isinstance(prefixes, (tuple, list)) or not prefixes:
+        raise SetupError('where must be the name of a module or a list of '
+                         f'names, but got {where!r}')
     for prefix in prefixes:
         if not any(is_under(name, prefix) for name in norms):
             raise SetupError(

@@ -2,11 +2,16 @@
 import torch
 
 
+def device():
+    """Where."""
+    return torch.empty(0).device
+
+
 def device_type():
     """Its type, for autocast."""
-    return torch.get_default_device().type
+    return device().type
 
 
 def seeded(seed):
     """A generator of random numbers there."""
-    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+    return torch.Generator(device()).manual_seed(seed)

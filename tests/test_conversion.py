@@ -254,6 +254,8 @@ def test_sync_batch_norm_becomes_a_norm_with_sync():
     (dict(affine=False), 'affine cannot be given.* Remove affine'),
     (dict(where='nek'), "where='nek' holds no BatchNorm2d .*backbone, neck"),
     (dict(where=('neck', 'head')), "where='head' .*'head.1': BatchNorm1d"),
+    (dict(where=[]), r'where must be the name .* got \[\]'),
+    (dict(where=1), 'where must be the name of a module .* got 1'),
     (dict(inputs=torch.ones(1)), 'inputs are for norms .* such as MABN'),
     (dict(norm='BGN', num_groups=8), "backbone.norm2': num_groups must div"),
     (dict(norm='MABN', inputs=torch.ones(1, 4, 9, 9)),

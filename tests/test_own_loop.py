@@ -215,6 +215,19 @@ def test_what_is_let_go_leaves_no_trace():
     model(_images(1)[0])
 
 
+def test_an_old_loop_does_not_end_a_new_one():
+    model = _model(CBN)
+    old = TrainingLoop(model)
+    new = TrainingLoop(model)
+    old.release()
+    for i, x in enumerate(_images(3)):
+        with new.iteration():
+            _step(model, x)
+        assert model[1].iteration == i
+    new.release()
+    assert model[1].iteration is None
+
+
 def test_a_loop_that_was_not_let_go_is_no_obstacle_to_folding():
     model = _model(CBN)
     loop = TrainingLoop(model)

@@ -361,7 +361,8 @@ def train_stack(norm: dict, setting: Setting, folder: str) -> Contender:
         log_level='ERROR',
         experiment_name=f'stack {id(norm)}')
     loop = runner.train_loop
-    model, batch = runner.model, dict(inputs=x)
+    # The Runner took the GPU, if there is one.
+    model, batch = runner.model.to(setting.device), dict(inputs=x)
     runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     runner.call_hook('before_train')
     model.train()

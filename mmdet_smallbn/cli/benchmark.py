@@ -173,6 +173,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         draw(_DOCS, _DOCS)
         return
     torch.set_num_threads(args.threads)
+    if torch.device(args.device).index is not None:
+        torch.cuda.set_device(args.device)
     setting = Setting(
         torch.device(args.device), DTYPES[args.dtype], args.channels_last)
     rows: List[Dict[str, Any]] = []

@@ -4,7 +4,7 @@ import io
 import os
 import pickle
 from pathlib import Path
-from typing import Dict, Optional, Union
+from typing import BinaryIO, Dict, Optional, Union
 from urllib.error import URLError
 from urllib.parse import urlparse
 from zipfile import is_zipfile
@@ -98,7 +98,8 @@ def _is_whole(path: Path) -> bool:
     try:  # the format of old torch versions is no zip archive
         torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError:
-        return True
+        with path.open('rb') as file:
+            return _is_torchs(file)
     except Exception:  # damaged bytes can raise any error
         return False
     return True
@@ -118,8 +119,7 @@ def register_checkpoint_loader() -> None:
     for prefixes, loader in (
         ('', load_from_local),
         (('http://', 'https://'), load_from_address),
-        ((r'(\S+\:)?s3://', r'(\S+\:)?petrel://', 'pavi://'),
-         load_from_storage),
+        ((r'(\S+\:)?s3://', r'(\S+\:)?petrel://'), load_from_storage),
         (('torchvision://', 'modelzoo://'), load_from_torchvision),
         (('open-mmlab://', 'openmmlab://'), load_from_openmmlab),
         ('mmcls://', load_from_mmcls)):
@@ -150,8 +150,9 @@ def load_from_local(filename: str, map_location: Optional[str] = None):
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        if not _is_torchs(path):
-            raise _not_a_checkpoint(filename, error) from error
+        with path.open('rb') as file:
+            if not _is_torchs(file):
+                raise _not_a_checkpoint(filename, error) from error
         if not _trusts_checkpoints:
             raise SetupError(
                 f'{filename} holds more than tensors. Loading it can run code '
@@ -165,11 +166,10 @@ def load_from_local(filename: str, map_location: Optional[str] = None):
         raise _not_a_checkpoint(filename, error) from error
 
 
-def _is_torchs(path: Path) -> bool:
+def _is_torchs(file: BinaryIO) -> bool:
     """True if a file is in torch's format, a zip archive or the old one."""
-    with path.open('rb') as file:
-        begins = file.read(len(_MAGIC))
-    return begins == _MAGIC or is_zipfile(path)
+    file.seek(0)
+    return file.read(len(_MAGIC)) == _MAGIC or is_zipfile(file)
 
 
 def _not_a_checkpoint(filename: str, error: Exception) -> SetupError:
@@ -214,10 +214,8 @@ def load_from_address(filename: str,
             f'and put it at {path}, or train without it: --cfg-options '
             'model.backbone.init_cfg=None (load_from=None for a whole '
             'detector)')
-    try:
-        return torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise _unsafe_address(filename, path) from error
+    with path.open('rb') as file:
+        return _load_safely(file, filename, path, map_location)
 
 
 def load_from_storage(filename: str, map_location: Optional[str] = None):
@@ -226,19 +224,22 @@ def load_from_storage(filename: str, map_location: Optional[str] = None):
     Raises:
         SetupError: If the checkpoint holds more than tensors.
     """
-    content = io.BytesIO(get(filename))
+    return _load_safely(io.BytesIO(get(filename)), filename, 'a copy of it',
+                        map_location)
+
+
+def _load_safely(file: BinaryIO, filename: str, copy: Union[str, Path],
+                 map_location: Optional[str]):
     try:
-        return torch.load(
-            content, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise _unsafe_address(filename, 'a copy of it') from error
-
-
-def _unsafe_address(filename: str, copy: Union[str, Path]) -> SetupError:
-    return SetupError(
-        f'{filename} holds more than tensors, so it is not loaded from a '
-        f'URL. If you trust it, give the local file ({copy}) and add '
-        f'{TRUST_FLAG}')
+        return torch.load(file, map_location=map_location, weights_only=True)
+    except Exception as error:  # damaged bytes can raise any error
+        if not isinstance(error, pickle.UnpicklingError) or not (
+                _is_torchs(file)):
+            raise _not_a_checkpoint(filename, error) from error
+        raise SetupError(
+            f'{filename} holds more than tensors, so it is not loaded from a '
+            f'URL. If you trust it, give the local file ({copy}) and add '
+            f'{TRUST_FLAG}') from error
 
 
 def load_from_torchvision(filename: str, map_location: Optional[str] = None):

@@ -331,7 +331,8 @@ def summary(results: Results) -> List[List[str]]:
 
 def all_tables(results: Results) -> Dict[str, List[List[str]]]:
     """Return the tables that have results, by title."""
-    tables = dict({'in short': in_short(results),
+    tables = dict({'in README': in_short(results, **README),
+                   'in short': in_short(results),
                    'what is closed': summary(results)},
                   **{regime: table(results, regime) for regime in REGIMES},
                   **{title: ablation(results, title) for title in ABLATIONS})

@@ -39,10 +39,11 @@ def check_memory(path: Path) -> None:
 def _free_memory() -> float:
     """Return the available memory in bytes, or infinity if unknown."""
     try:
-        said = Path('/proc/meminfo').read_text()
+        told = re.search(r'MemAvailable:\s*(\d+)',
+                         Path('/proc/meminfo').read_text())
     except OSError:  # not Linux
         return math.inf
-    return 1024 * int(re.search(r'MemAvailable:\s*(\d+)', said)[1])
+    return 1024 * int(told[1]) if told else math.inf
 
 
 def leads_out(name: Path, root: Path, folder: Path) -> bool:

@@ -299,9 +299,16 @@ def _check_parts(detector: TwoStageDetector) -> None:
         if found not in allowed and type(found) not in allowed:
             plain = found is None or isinstance(found, (bool, str))
             name = repr(found) if plain else type(found).__name__
-            raise SetupError(
-                'the only two-stage detectors to export are Faster and Mask '
-                f'R-CNN, but {path} of this {type(detector).__name__} is '
-                f'{name}. '
-                'Export its parts: backbone and neck as nn.Sequential, and '
-                'its heads')
+            raise _unsupported(detector, f'{path} is {name}')
+    for part in ('rpn_head', 'roi_head'):
+        nms = getattr(detector, part).test_cfg.nms
+        for key in set(nms) - {'type', 'iou_threshold'}:
+            raise _unsupported(
+                detector, f'{part}.test_cfg.nms has {key}={nms[key]!r}')
+
+
+def _unsupported(detector: TwoStageDetector, what: str) -> SetupError:
+    return SetupError(
+        'the only two-stage detectors to export are Faster and Mask R-CNN '
+        f'with plain NMS, but in this {type(detector).__name__} {what}. Export '
+        'its parts: backbone and neck as nn.Sequential, and its heads')

@@ -72,6 +72,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):
+        if value.dtype.kind not in 'biufc':  # torch has no strings
+            return value.tolist()
         return torch.from_numpy(value)
     if type(value) in (list, tuple):
         return type(value)(_plain(v) for v in value)

@@ -34,7 +34,10 @@ def check_example_weight(value: Any) -> None:
 
 def check_settings(cls: type, settings: Iterable[str]) -> None:
     """Raise ValueError if a norm's class has no argument of that name."""
-    known = list(signature(cls).parameters)[1:]  # without num_features
+    parameters = signature(cls).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return  # its constructor knows
+    known = list(parameters)[1:]  # without num_features
     for name in settings:
         if name not in known:
             raise ValueError(f'{cls.__name__} takes no {name!r}. '
@@ -53,7 +56,7 @@ def is_under(name: str, prefix: str) -> bool:
 
 
 def matches_none(setting: str, prefix: str, kind: str,
-              names: Iterable[str]) -> str:
+                 names: Iterable[str]) -> str:
     """Return the message about a prefix that matches no module of a kind.
 
     Args:

@@ -148,7 +148,8 @@ class TrainingLoop:
         Afterwards every training forward pass counts as an iteration.
         """
         for norm in self._norms.values():
-            norm.training_step = TrainingStep()
+            if norm.training_step is self._step:  # and of no later loop
+                norm.training_step = TrainingStep()
         for handle in self._handles:
             handle.remove()
         if self._burn_in:

@@ -221,15 +221,21 @@ def test_detections_are_compared_in_any_order():
 @pytest.mark.parametrize('options, message', [
     ({
         'model.test_cfg.rcnn.nms.type': 'soft_nms'
-    }, "roi_head.test_cfg.nms.type of this FasterRCNN is 'soft_nms'"),
+    }, "this FasterRCNN roi_head.test_cfg.nms.type is 'soft_nms'"),
     ({
         'model.roi_head.type': 'DoubleHeadRoIHead',
         'model.roi_head.reg_roi_scale_factor': 1.3
-    }, 'roi_head of this FasterRCNN is DoubleHeadRoIHead'),
+    }, 'this FasterRCNN roi_head is DoubleHeadRoIHead'),
     ({
         'model.roi_head.bbox_roi_extractor.type': 'GenericRoIExtractor'
-    }, 'bbox_roi_extractor of this FasterRCNN is GenericRoIExtractor')
-], ids=['NMS', 'RoI head', 'extractor'])
+    }, 'bbox_roi_extractor is GenericRoIExtractor'),
+    ({
+        'model.test_cfg.rcnn.nms.class_agnostic': True
+    }, 'roi_head.test_cfg.nms has class_agnostic=True'),
+    ({
+        'model.test_cfg.rpn.nms.max_num': 3
+    }, 'rpn_head.test_cfg.nms has max_num=3')
+], ids=['NMS', 'RoI head', 'extractor', 'agnostic', 'limited'])
 def test_other_parts_are_refused(options, message, tmp_path):
     model = _build(FASTER, {**SMALL, **options})
     with pytest.raises(SetupError, match=message + '.*Export its parts'):
@@ -240,7 +246,7 @@ def test_other_detectors_are_refused(tmp_path):
     init_default_scope('mmdet')
     model = MODELS.build(Config.fromfile(CASCADE).model)
     with pytest.raises(
-            SetupError, match='roi_head of this CascadeRCNN is CascadeRoIH'):
+            SetupError, match='this CascadeRCNN roi_head is CascadeRoIH'):
         export_onnx(model, tmp_path / 'a.onnx')
 
 

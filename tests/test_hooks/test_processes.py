@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from mmdet_smallbn import (BGN, BRN, CBN, MABN, BurnInHook, CmBN, GhostBN,
                            NaiveCBN)
-from tests.device import device_type, seeded
+from tests.device import device, device_type, seeded
 from tests.toy import Toy, toy_runner
 
 NORMS = {
@@ -274,7 +274,7 @@ def _work(rank, folder, device):
 @pytest.fixture(scope='module')
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp('processes')
-    mp.spawn(_work, (folder, torch.get_default_device()), nprocs=2)
+    mp.spawn(_work, (folder, device()), nprocs=2)
     return [torch.load(folder / f'{rank}.pth') for rank in range(2)]
 
 

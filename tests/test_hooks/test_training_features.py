@@ -13,7 +13,7 @@ from mmengine.model import ExponentialMovingAverage
 from torch import nn
 
 from mmdet_smallbn import BGN, BRN, CBN, MABN, CmBN, GhostBN, NaiveCBN
-from tests.device import device_type
+from tests.device import device, device_type
 from tests.toy import LossScale, Toy, read_log, toy_runner
 
 NORMS = {
@@ -282,7 +282,7 @@ def test_fine_tuning_from_a_stock_checkpoint(tmp_path, name, capsys):
     runner.load_or_resume()
     stock = torch.load(
         tmp_path / 'stock/epoch_4.pth',
-        torch.get_default_device(),
+        device(),
         weights_only=True)
     for key, value in runner.model.state_dict().items():
         if name != 'MABN' or 'running' not in key:

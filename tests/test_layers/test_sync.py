@@ -11,7 +11,7 @@ from mmdet_smallbn import (BGN, BRN, CBN, MABN, CmBN, GhostBN, NaiveCBN,
                            calibrate_group_norms, functional)
 from mmdet_smallbn.functional.sync import ExampleGroups
 from mmdet_smallbn.layers import TrainingLoop, norms_of
-from tests.device import device_type, seeded
+from tests.device import device, device_type, seeded
 from tests.reference import relative_error
 
 # Examples of each process in each step: unequal, and none at all.
@@ -165,7 +165,7 @@ def _work(rank, folder, device):
 @pytest.fixture(scope='module')
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp('sync')
-    mp.spawn(_work, (folder, torch.get_default_device()), nprocs=2)
+    mp.spawn(_work, (folder, device()), nprocs=2)
     return [torch.load(folder / f'{rank}.pth') for rank in range(2)]
 
 

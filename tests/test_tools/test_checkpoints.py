@@ -201,6 +201,11 @@ def test_a_storage_is_read_safely_or_not_at_all(bucket, trap):
     with pytest.raises(SetupError, match='not loaded from a URL'):
         CheckpointLoader.load_checkpoint('s3://b/trap.pth', 'cpu')
     assert not left.exists()
+    whole = (bucket / 'plain.pth').read_bytes()
+    for content in (b'', b'<html>', whole[:100]):
+        (bucket / 'damaged.pth').write_bytes(content)
+        with pytest.raises(SetupError, match='not a checkpoint, or .*damaged'):
+            CheckpointLoader.load_checkpoint('s3://b/damaged.pth', 'cpu')
 
 
 def test_names_of_torchvision_need_no_torchvision(tmp_path, monkeypatch):
