@@ -67,7 +67,7 @@ def test_all_norms_are_tried():
     }
 
 
-@pytest.mark.filterwarnings('ignore:.*was given the statistics')
+@pytest.mark.filterwarnings('ignore:.*loaded the statistics')
 @pytest.mark.parametrize('name', NORMS)
 def test_a_converted_model_is_one_that_was_built_so(name):
     """With an optimizer that was made, and had momentum, before."""

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from mmdet_smallbn.layers import SmallBatchNorm
 
 pytestmark = [
-    pytest.mark.filterwarnings('ignore:.*was given the statistics'),
+    pytest.mark.filterwarnings('ignore:.*loaded the statistics'),
     pytest.mark.filterwarnings('ignore:.*follows no convolution'),
     pytest.mark.filterwarnings('ignore:.*called several times')
 ]

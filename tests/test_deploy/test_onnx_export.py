@@ -441,6 +441,6 @@ def test_help_says_what_a_file_holds(capsys):
     with pytest.raises(SystemExit):
         cli.parse_args(['--help'])
     told = ' '.join(capsys.readouterr().out.split())
-    assert ('Faster and Mask R-CNN: the whole detector, from one normalised '
-            'image of a fixed shape to boxes, scores, labels and masks.'
-            ) in told
+    assert ('For Faster and Mask R-CNN the file holds the whole detector: from '
+            'one normalised image of a fixed shape to boxes, scores, labels '
+            'and masks.') in told

@@ -553,7 +553,7 @@ def test_stock_weights_need_no_conversion(kind):
         _assert_same(model.state_dict(), stock)
         return
     warning, = caught
-    assert 'MABN was given the statistics of a BatchNorm' in str(
+    assert 'MABN loaded the statistics of a BatchNorm' in str(
         warning.message)
     torch.testing.assert_close(
         model.layer4[1].bn2.running_var, stock['layer4.1.bn2.running_var'] +

@@ -269,7 +269,7 @@ def test_parts_of_an_accumulated_batch_are_one_batch(tmp_path, norm, hook):
 
 
 @pytest.mark.parametrize('name', NORMS)
-@pytest.mark.filterwarnings('ignore:.*was given the statistics')
+@pytest.mark.filterwarnings('ignore:.*loaded the statistics')
 def test_fine_tuning_from_a_stock_checkpoint(tmp_path, name, capsys):
     """Everything is found, and the log has no word on keys."""
     _train(tmp_path / 'stock', Toy(nn.BatchNorm2d))

@@ -102,7 +102,7 @@ def _stock_state():
     return stock.eval()
 
 
-@pytest.mark.filterwarnings('ignore:.*was given the statistics')
+@pytest.mark.filterwarnings('ignore:.*loaded the statistics')
 def test_a_stock_state_dict_loads(norm):
     stock = _stock_state()
     norm.load_state_dict(stock.state_dict())
@@ -114,7 +114,7 @@ def test_a_stock_state_dict_loads(norm):
     torch.testing.assert_close(norm.weight, stock.weight)
 
 
-@pytest.mark.filterwarnings('ignore:.*was given the statistics')
+@pytest.mark.filterwarnings('ignore:.*loaded the statistics')
 def test_evaluation_is_a_fixed_affine_map(norm):
     norm.load_state_dict(_stock_state().state_dict())
     norm.eval()
