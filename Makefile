@@ -10,6 +10,9 @@
 # IMAGES   demo: images in a batch (2; as many are seen in all)
 # SEED     demo: the seed
 # NORM     demo: ghostbn, cbn, naivecbn, mabn, brn, bgn, or bn and gn to compare with
+# SUITE    test: all, or toolbox: the tests that another toolbox can break
+# RECORD   test: 1 records the versions and the results in docs/versions.md
+# ARGS     test: more arguments for pytest
 PYTHON ?= python3
 TOOLBOX ?= openmmlab
 VENV := $(if $(filter openmmlab,$(TOOLBOX)),.venv,.venv-$(TOOLBOX))
@@ -17,6 +20,17 @@ VENV := $(if $(filter openmmlab,$(TOOLBOX)),.venv,.venv-$(TOOLBOX))
 RUN := $(VENV)/bin/python -W ignore::DeprecationWarning -W ignore::FutureWarning \
 	-W ignore:pkg_resources:UserWarning
 SEED ?= 0
+SUITE ?= all
+TESTS_toolbox := tests/test_version.py tests/test_layers/test_contract.py \
+	tests/test_mmdet_modules.py tests/test_detectors.py tests/test_tools/test_checkpoints.py \
+	tests/test_tools/test_cli.py tests/test_tools/test_errors.py tests/test_tools/test_diagnose_norm.py \
+	tests/test_tools/test_end_to_end.py::test_training_learns_and_evaluates
+ifeq ($(filter $(SUITE),all toolbox),)
+$(error SUITE=$(SUITE) is neither all nor toolbox)
+endif
+ifneq ($(and $(RECORD),$(ARGS)),)
+$(error RECORD=$(RECORD) is for a whole suite: leave ARGS out)
+endif
 NORM ?= ghostbn
 NORMS := ghostbn cbn naivecbn mabn brn bgn bn gn
 ifeq ($(filter $(NORM),$(NORMS)),)
@@ -40,7 +54,8 @@ demo: $(VENV)/ready
 		$(if $(IMAGES),--images $(IMAGES))
 
 test: $(VENV)/ready
-	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
+		$(TESTS_$(SUITE)) $(if $(RECORD),--record $(SUITE)) $(ARGS)
 
 docs: $(VENV)/ready
 	$(RUN) -m sphinx -q -W --keep-going -c docs . build/docs

@@ -1,5 +1,6 @@
 """Version of the package, and the toolbox versions that it supports."""
 from importlib.metadata import PackageNotFoundError, version
+from typing import Optional, Sequence, Tuple
 
 from packaging.version import Version
 
@@ -15,7 +16,12 @@ BOUNDS = {
 }
 
 
-def _installed(distributions):
+def installed(
+        distributions: Sequence[str]) -> Tuple[str, Optional[Version]]:
+    """Return the first installed distribution and its version.
+
+    Without one: the first name and None.
+    """
     for name in distributions:
         try:
             return name, Version(version(name))
@@ -39,7 +45,7 @@ def check_versions(whole: bool = False) -> None:
             The message names the package, its version and the bounds.
     """
     for distributions, lower, upper, optional in BOUNDS.values():
-        name, found = _installed(distributions)
+        name, found = installed(distributions)
         if found is None and optional and not whole:
             continue
         wanted = f'>={lower}' + (f',<{upper}' if upper else '')

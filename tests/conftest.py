@@ -1,4 +1,4 @@
-"""Made data that the tests share."""
+"""Options, data and reports that the tests share."""
 import os
 
 # Tensors are tiny: threads would wait for each other, above all where others
@@ -8,6 +8,8 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tests import versions  # noqa: E402
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -15,6 +17,26 @@ def pytest_addoption(parser):
         default='cpu',
         help='where tensors are made: cpu, or cuda for tests/test_layers, '
         'tests/test_functional and tests/test_hooks')
+    parser.addoption(
+        '--record',
+        metavar='SUITE',
+        help='name of the suite: add the versions and the results of this run '
+        'to docs/versions.md')
+
+
+def pytest_report_header():
+    return ', '.join(map(' '.join, versions.found().items()))
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    suite = config.getoption('record')
+    # Not if the run was broken off.
+    if suite and exitstatus in (pytest.ExitCode.OK,
+                                pytest.ExitCode.TESTS_FAILED):
+        stats = terminalreporter.stats
+        counts = {name: len(stats.get(name, ())) for name in versions.COUNTS}
+        counts['failed'] += len(stats.get('error', ()))
+        versions.record(config.rootpath / 'docs', suite, counts)
 
 
 def pytest_configure(config):

@@ -13,6 +13,7 @@ from mmengine.config import Config
 from mmdet_smallbn.cli import (analyses, demo_results, gradient_study,
                                print_norms, study)
 from mmdet_smallbn.tables import as_markdown
+from tests import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 CHANGELOG = ROOT / 'CHANGELOG.md'
@@ -207,3 +208,9 @@ def test_the_short_tables_are_the_results():
 
 def test_the_readme_is_short():
     assert len((ROOT / 'README.md').read_text().split()) <= 900
+
+
+def test_the_table_of_versions_is_what_was_run():
+    docs = ROOT / 'docs'
+    runs = versions.read_runs(docs / 'results' / 'versions.json')
+    assert (docs / 'versions.md').read_text() == versions.page(runs)

@@ -8,6 +8,9 @@ import pytest
 
 import mmdet_smallbn
 from mmdet_smallbn.version import BOUNDS, check_versions
+from tests import versions
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def _pretend(monkeypatch, **versions):
@@ -78,3 +81,45 @@ def test_the_mathematics_imports_torch_alone():
         path.read_text() for path in folder.glob('*.py')), re.M)
     imports = {name.split('.')[0] for name in imports} - {''}
     assert imports - set(sys.stdlib_module_names) == {'torch'}
+
+
+def test_a_run_is_recorded_with_its_versions(tmp_path):
+    """In place of the one before, and only if there were tests."""
+    (tmp_path / 'conftest.py').write_text(
+        'from tests.conftest import *  # noqa\n')
+    tests = tmp_path / 'test_some.py'
+    docs = tmp_path / 'docs'
+
+    def run(code):
+        tests.write_text(code)
+        subprocess.run(
+            [sys.executable, '-m', 'pytest', '-n', '1', '--rootdir',
+             str(tmp_path), str(tests), '--record', 'some'],
+            cwd=ROOT, capture_output=True)
+        return versions.read_runs(docs / 'results' / 'versions.json')
+
+    assert run('') == []
+    run('def test_a(): pass')
+    kept, = run('import pytest\n'
+                'def test_a(): pass\n'
+                'def test_b(): assert 0\n'
+                'def test_c(): pytest.skip()\n'
+                'def test_d(fixture_that_is_not): pass\n')
+    assert {name: kept[name] for name in versions.COUNTS} == dict(
+        passed=1, failed=2, skipped=1)
+    row = (docs / 'versions.md').read_text().splitlines()[-1]
+    assert row.startswith(f'| some | {sys.version.split()[0]} | ')
+    assert f' | {importlib.metadata.version("torch")} | ' in row
+    assert row.endswith(f' | 1 | 2 | 1 | {kept["date"]} |')
+
+
+def test_forks_and_missing_packages_show(monkeypatch):
+    _pretend(
+        monkeypatch, **{
+            'mmcv': None,
+            'onedl-mmcv': '2.3.6',
+            'mmdet': None,
+            'onedl-mmdetection': None
+        })
+    found = versions.found()
+    assert (found['mmcv'], found['mmdet']) == ('onedl-mmcv 2.3.6', '-')
