@@ -151,7 +151,7 @@ def test_the_weight_of_examples_is_swept(trained, options, tmp_path):
     assert rows[1] != dict(rows[0], weight=0.2)
     assert 'best: ' in out
     again = _run(*command, '--weights', '0', '0.2', '0.01')
-    assert '2 of 3 weights are in' in again
+    assert '2 of 3 weights are already in' in again
     assert 'weight 0.01: coco/bbox_mAP' in again
     assert 'weight 0.2: coco/bbox_mAP' not in again
     assert json.loads(path.read_text())['weights'][2] == rows[1]
